@@ -1,0 +1,103 @@
+"""``adaptc.compile`` and ``adaptc.rewrite``."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from adaptc.codegen.backend import BackendOptions
+from adaptc.errors import AdapterNameError, UnsupportedError
+from adaptc.plan import Plan
+from adaptc.runtime.handle import CompileOptions, Handle
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def compile(
+    model: M,
+    plan: Any = None,
+    *,
+    name: str = "default",
+    example_inputs: Any = None,
+    calibration: Any = None,
+    adapter_dtype: torch.dtype | None = None,
+    backend: str = "inductor",
+    verify: bool | str = False,
+    regional: bool | str = "auto",
+    bank: Any = None,
+    mode: str | None = None,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    options: dict[str, Any] | None = None,
+) -> M:
+    """Adapt ``model`` by ``plan`` and compile it in place; returns the same object.
+
+    Args:
+        model: any ``nn.Module``; its parameters are frozen, its class and state_dict keys do not change.
+        plan: a Plan, a method, a list of either, a dict, a PEFT config, or a path to a plan file or an adapter
+            folder (whose values are loaded).
+        name: the adapter's name. The same plan under a name that is there does nothing; another plan raises.
+        example_inputs: keyword dict or argument tuple of one call; used by ``explain()`` before the first
+            forward, and by ``warmup()``. Default: the model's ``dummy_inputs``.
+        adapter_dtype: storage of adapter parameters; default fp32 on a 16-bit base, else the base's dtype.
+        backend: "inductor", "aot_eager", "eager" (runs the rewritten graph op by op) or a Dynamo backend.
+        verify: check every rewrite numerically in fp64; a pass that fails is undone and reported
+            (``"raise"``: raises VerifyError instead).
+        mode, fullgraph, dynamic, options: as in ``torch.compile``.
+
+    Raises:
+        PlanError, SiteError, CheckpointError: the plan does not fit; the model is unchanged.
+        AdapterNameError: ``name`` is taken by another plan.
+        UnsupportedError: an argument that this version does not have.
+    """
+    _refuse_unsupported(calibration=calibration, bank=bank, regional=regional)
+    if mode is not None and options is not None:
+        raise ValueError("adaptc.compile: give mode or options, not both")
+    wanted = CompileOptions(
+        backend=BackendOptions(backend, mode, dict(options or {}), verify),
+        fullgraph=fullgraph,
+        dynamic=dynamic,
+        adapter_dtype=adapter_dtype,
+        example_inputs=example_inputs,
+    )
+    handle = getattr(model, "adaptc", None)
+    if isinstance(handle, Handle):
+        _compile_again(handle, plan, name)
+        return model
+    if handle is not None:
+        raise AdapterNameError(f"{type(model).__name__} has an attribute 'adaptc' of its own", expected="a free name")
+    if plan is None:
+        raise UnsupportedError("adaptc.compile needs a plan", found=f"None for a {type(model).__name__}")
+    handle = Handle(model, wanted)
+    handle.add(name, plan)
+    handle.attach_to_model()
+    handle.switch(name)
+    return model
+
+
+def _compile_again(handle: Handle, plan: Any, name: str) -> None:
+    from adaptc.runtime import files
+
+    wanted = files.plan_of(plan)
+    if name not in handle.records:
+        handle.add(name, plan)
+        return
+    if wanted != handle.records[name].plan:
+        raise AdapterNameError(
+            f"an adapter named {name!r} with another plan is there already",
+            expected="the same plan, or a new name",
+            do=f"model.adaptc.remove({name!r}) first, or compile with name=...",
+        )
+
+
+def _refuse_unsupported(*, calibration: Any, bank: Any, regional: bool | str) -> None:
+    if calibration is not None:
+        raise UnsupportedError("adaptc.compile: calibration is not in this version", found="a calibration iterable")
+    if bank is not None:
+        raise UnsupportedError("adaptc.compile: bank is not in this version", found=repr(bank))
+    if regional is True:
+        raise UnsupportedError(
+            "adaptc.compile: regional=True is not in this version", expected='"auto" or False (the whole model)'
+        )

@@ -1,0 +1,153 @@
+"""The Dynamo backend: rewrite each captured graph, then hand it to the compiler the user chose."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from functorch.compile import aot_module_simplified, make_boxed_func, min_cut_rematerialization_partition
+from torch import fx
+
+from adaptc.codegen import torch_internals
+from adaptc.codegen.graphs import CapturedGraph
+from adaptc.ir import verify
+from adaptc.ir.edit import copy_graph_module
+from adaptc.passes.contract import Context
+from adaptc.passes.manager import Pipeline
+
+#: Backends whose joint forward+backward graph the passes can reach.
+JOINT_BACKENDS = ("inductor", "aot_eager")
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendOptions:
+    """How captured graphs are lowered: a Dynamo backend name, Inductor's mode and options, and checks."""
+
+    name: str = "inductor"
+    mode: str | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    verify: bool | str = False
+
+
+class AdapterBackend:
+    """One per capture epoch. Keeps the graphs it saw and which sites ran through them.
+
+    Args:
+        site_paths: ``id`` of a site's ``site_id`` tensor -> module path.
+    """
+
+    def __init__(self, pipeline: Pipeline, options: BackendOptions, site_paths: Mapping[int, str]) -> None:
+        self.pipeline = pipeline
+        self.options = options
+        self.site_paths = site_paths
+        self.graphs: list[CapturedGraph] = []
+        #: ``id`` of the site-id tensors that compiled graphs were called with.
+        self.ran: set[int] = set()
+
+    def __call__(self, captured: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        # Dynamo reads its own graph again after this call returns: work on a copy.
+        gm = copy_graph_module(captured)
+        torch_internals.carry_capture_metadata(captured, gm)
+        graph = CapturedGraph(
+            index=len(self.graphs),
+            compile_id=torch_internals.compile_id(),
+            break_reason=torch_internals.graph_break_reason(captured),
+            training=torch.is_grad_enabled(),
+            pipeline=str(self.pipeline),
+        )
+        self.graphs.append(graph)
+        graph.keep_stage("captured", gm)
+        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        positions = [i for i, value in enumerate(inputs) if id(value) in self.site_paths]
+        sites = {placeholders[i]: self.site_paths[id(inputs[i])] for i in positions}
+        graph.sites = sorted(sites.values())
+        gm, reports = self.pipeline.run(
+            gm,
+            "dynamo",
+            Context(sites=sites, record=bool(self.options.verify)),
+            on_stage=graph.keep_stage,
+            check=verify.check_structure,
+            validate=verify.validator(self.options.verify, inputs),
+        )
+        graph.reports += reports
+        compiled = self._lower(gm, inputs, graph)
+        return _note_sites(compiled, positions, self.ran)
+
+    def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], graph: CapturedGraph) -> Callable[..., Any]:
+        name = self.options.name
+        if name == "eager":
+            return gm
+        joint = JointStage(self.pipeline, self.options, graph)
+        if name == "inductor":
+            patches = {**torch_internals.inductor_mode_options(self.options.mode), **self.options.options}
+            return torch_internals.compile_with_inductor(gm, inputs, patches, joint)
+        if name == "aot_eager":
+            return compile_aot_eager(gm, inputs, joint)
+        graph.notes.append(f"backend {name!r} hides the joint graph: joint passes did not run")
+        return torch_internals.lookup_backend(name)(gm, list(inputs))  # type: ignore[no-any-return]
+
+
+def _note_sites(compiled: Callable[..., Any], positions: Sequence[int], ran: set[int]) -> Callable[..., Any]:
+    if not positions:
+        return compiled
+
+    def call(*args: Any) -> Any:
+        for i in positions:
+            ran.add(id(args[i]))
+        return compiled(*args)
+
+    return call
+
+
+class JointStage:
+    """The joint passes as one function on a graph, with the cache key that they need."""
+
+    def __init__(self, pipeline: Pipeline, options: BackendOptions, graph: CapturedGraph) -> None:
+        self.pipeline, self.options, self.graph = pipeline, options, graph
+
+    def __call__(self, graph: fx.Graph) -> None:
+        gm = graph.owning_module
+        self.graph.keep_stage("joint", gm)
+        rewritten, reports = self.pipeline.run(
+            gm,
+            "joint",
+            Context(record=bool(self.options.verify)),
+            on_stage=self.graph.keep_stage,
+            check=verify.check_structure,
+            validate=verify.validator(self.options.verify, None),
+        )
+        if rewritten is not gm:
+            # A rolled-back pass leaves a copy; the caller holds `graph`, so its nodes are replaced.
+            gm.graph = rewritten.graph
+        self.graph.reports += reports
+
+    def uuid(self) -> str:
+        return self.pipeline.uuid()
+
+
+def compile_aot_eager(gm: fx.GraphModule, inputs: Sequence[Any], joint: JointStage) -> Callable[..., Any]:
+    """AOTAutograd with the joint passes and the min-cut partitioner; the graphs run op by op."""
+
+    def partition(joint_gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        joint(joint_gm.graph)
+        return min_cut_rematerialization_partition(joint_gm, joint_inputs, **kwargs)
+
+    def infer(forward: fx.GraphModule, example_inputs: Any) -> Any:
+        joint(forward.graph)
+        return make_boxed_func(forward)
+
+    return aot_module_simplified(  # type: ignore[no-any-return]
+        gm,
+        inputs,
+        fw_compiler=_run_as_it_is,
+        bw_compiler=_run_as_it_is,
+        inference_compiler=infer,
+        partition_fn=partition,
+        keep_inference_input_mutations=True,
+    )
+
+
+def _run_as_it_is(gm: fx.GraphModule, example_inputs: Any) -> Any:
+    return make_boxed_func(gm)

@@ -1,0 +1,70 @@
+"""What was captured and what the passes made of it, kept for reading."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from adaptc.errors import PipelineError
+from adaptc.ir import show
+from adaptc.ir.edit import copy_graph_module
+
+if TYPE_CHECKING:
+    from adaptc.passes.manager import PassReport
+
+
+@dataclasses.dataclass
+class CapturedGraph:
+    """One graph that Dynamo captured, with a snapshot after every pass.
+
+    Stages are called "captured", by the name of each pass that ran on the captured graph, "joint", and by the
+    name of each pass that ran on the joint graph.
+    """
+
+    index: int
+    #: (frame, how many times that frame had been compiled before).
+    compile_id: tuple[int, int] | None
+    #: Why the graph ends where it does, when that is a graph break.
+    break_reason: str | None
+    training: bool
+    pipeline: str
+    sites: list[str] = dataclasses.field(default_factory=list)
+    reports: list[PassReport] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    _stages: dict[str, fx.GraphModule] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def is_recompile(self) -> bool:
+        """Whether the same frame had been compiled before."""
+        return self.compile_id is not None and self.compile_id[1] > 0
+
+    @property
+    def stages(self) -> list[str]:
+        return list(self._stages)
+
+    def keep_stage(self, name: str, gm: fx.GraphModule) -> None:
+        self._stages[name] = copy_graph_module(gm)
+
+    def graph_module(self, name: str) -> fx.GraphModule:
+        """The graph after stage ``name``.
+
+        Raises:
+            PipelineError: there is no such stage.
+        """
+        if name not in self._stages:
+            raise PipelineError(f"graph {self.index} has no stage {name!r}", found=", ".join(self._stages))
+        return self._stages[name]
+
+    def stage(self, name: str) -> str:
+        """The graph after stage ``name`` as text."""
+        return show.graph_text(self.graph_module(name))
+
+    def diff(self, before: str, after: str) -> str:
+        """What changed between two stages, as a unified diff of their text."""
+        lines = difflib.unified_diff(
+            self.stage(before).splitlines(), self.stage(after).splitlines(), before, after, lineterm="", n=2
+        )
+        return "\n".join(lines)

@@ -1,0 +1,115 @@
+"""The ATen lowering of each dialect op: what it becomes where no faster lowering is chosen.
+
+Each function emits nodes through an edit and returns the nodes of the op's outputs. It must compute what the
+op's body computes; tests compare the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaptc.codegen.torch_internals import node_value
+from adaptc.errors import UnsupportedError
+from adaptc.ir.edit import Edit
+
+aten = torch.ops.aten
+
+
+def aten_lowering(name: str) -> Callable[..., tuple[fx.Node, ...]]:
+    """The ATen lowering of the op called ``name``.
+
+    Raises:
+        UnsupportedError: the op has none.
+    """
+    if name not in _ATEN:
+        raise UnsupportedError(f"dialect op {name} has no ATen lowering", found=", ".join(sorted(_ATEN)))
+    return _ATEN[name]
+
+
+def _cast(edit: Edit, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    if node_value(node).dtype == dtype:
+        return node
+    return edit.call(torch.ops.prims.convert_element_type.default, node, dtype)
+
+
+def _transposed(edit: Edit, node: fx.Node) -> fx.Node:
+    return edit.call(aten.permute.default, node, [1, 0])
+
+
+def _rows(edit: Edit, node: fx.Node) -> fx.Node:
+    """(..., k) as (rows, k)."""
+    value = node_value(node)
+    if value.dim() == 2:
+        return node
+    if not _is_viewable(value):
+        node = edit.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+    return edit.call(aten.view.default, node, [-1, value.shape[-1]])
+
+
+def _is_viewable(value: torch.Tensor) -> bool:
+    try:
+        value.view(-1, value.shape[-1])
+    except RuntimeError:
+        return False
+    return True
+
+
+def _like(edit: Edit, rows: fx.Node, model: fx.Node) -> fx.Node:
+    """``rows`` (rows, n) with the leading dimensions of ``model`` (..., k)."""
+    value = node_value(model)
+    if value.dim() == 2:
+        return rows
+    sizes: list[Any] = [
+        size if isinstance(size, int) else edit.call(aten.sym_size.int, model, i)
+        for i, size in enumerate(value.shape[:-1])
+    ]
+    return edit.call(aten.view.default, rows, [*sizes, node_value(rows).shape[-1]])
+
+
+def _scaled(edit: Edit, node: fx.Node, scale: fx.Node) -> fx.Node:
+    dtype = node_value(node).dtype
+    wide = torch.float32 if dtype.itemsize < 4 else dtype
+    product = edit.call(aten.mul.Tensor, _cast(edit, node, wide), _cast(edit, scale, wide))
+    return _cast(edit, product, dtype)
+
+
+def _linear(
+    edit: Edit, x: fx.Node, y: fx.Node, A: fx.Node, B: fx.Node, scale: fx.Node, scale_at: str
+) -> tuple[fx.Node, ...]:
+    dtype = node_value(x).dtype
+    h = edit.call(aten.mm.default, _rows(edit, x), _transposed(edit, _cast(edit, A, dtype)))
+    expand = _transposed(edit, _cast(edit, B, dtype))
+    if scale_at == "r":
+        h = _scaled(edit, h, scale)
+        out = edit.call(aten.addmm.default, _rows(edit, y), h, expand)
+    else:
+        product = edit.call(aten.mm.default, h, expand)
+        out = edit.call(aten.add.Tensor, _rows(edit, y), _scaled(edit, product, scale))
+    return _like(edit, out, y), _like(edit, h, x)
+
+
+def _bottleneck_grad(edit: Edit, grad: fx.Node, B: fx.Node, scale: fx.Node) -> tuple[fx.Node, ...]:
+    q = edit.call(aten.mm.default, _rows(edit, grad), _cast(edit, B, node_value(grad).dtype))
+    return (_like(edit, _scaled(edit, q, scale), grad),)
+
+
+def _factor_grad(edit: Edit, left: fx.Node, right: fx.Node, dtype: torch.dtype) -> tuple[fx.Node, ...]:
+    product = edit.call(aten.mm.default, _transposed(edit, _rows(edit, left)), _rows(edit, right))
+    return (_cast(edit, product, dtype),)
+
+
+def _input_grad(edit: Edit, q: fx.Node, A: fx.Node) -> tuple[fx.Node, ...]:
+    dx = edit.call(aten.mm.default, _rows(edit, q), _cast(edit, A, node_value(q).dtype))
+    return (_like(edit, dx, q),)
+
+
+_ATEN: dict[str, Callable[..., tuple[fx.Node, ...]]] = {
+    "lora_linear": _linear,
+    "lora_bottleneck_grad": _bottleneck_grad,
+    "lora_factor_grad": _factor_grad,
+    "lora_input_grad": _input_grad,
+}

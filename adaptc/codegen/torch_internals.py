@@ -1,0 +1,235 @@
+"""Every private import of torch, one function per use, each with the versions its source was read on.
+
+Importing this file never fails; using a hook that the installed torch lacks raises an error that names it.
+No other file of the package may import ``torch._*`` (a test enforces it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import fx
+
+from adaptc.errors import UnsupportedError
+
+TORCH = Version(torch.__version__.split("+")[0])
+
+#: What a graph node calls when it calls a registered op, a whole op with all its overloads, or an op that takes
+#: functions. The types have no public name. 2.11 to 2.15.
+OpOverload = torch._ops.OpOverload
+OpOverloadPacket = torch._ops.OpOverloadPacket
+HigherOrderOperator = torch._ops.HigherOrderOperator
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """Everything in nested lists, tuples and dicts, in order. 2.11 to 2.15."""
+    return torch.utils._pytree.tree_leaves(tree)
+
+
+def compile_isolated(
+    fn: Callable[..., Any], *, backend: Callable[..., Any], recompile_limit: int, **options: Any
+) -> Callable[..., Any]:
+    """``torch.compile`` with cache entries of its own, so that equal code elsewhere does not use up the limit.
+
+    2.13 has arguments for it. Before, a fresh code object isolates the outermost frame, and the limit for the
+    frames behind graph breaks is raised around each call. Read on 2.11 to 2.15, run on 2.13.
+    """
+    if Version("2.13") <= TORCH:
+        return torch.compile(
+            fn, backend=backend, recompile_limit=recompile_limit, isolate_recompiles=True, **options
+        )
+    assert isinstance(fn, types.FunctionType)
+    fresh = types.FunctionType(
+        fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__
+    )
+    compiled = torch.compile(fresh, backend=backend, **options)
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=recompile_limit):
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+class _LimitCounter(logging.Filter):
+    """Counts Dynamo's own messages about a recompile limit; lets every message through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "torch._dynamo hit config." in str(record.msg):
+            self.messages.append(record.getMessage())
+        return True
+
+
+@contextlib.contextmanager
+def watch_recompile_limit() -> Iterator[list[str]]:
+    """Collects the messages of frames that hit their recompile limit inside the block.
+
+    Dynamo then runs the frame eagerly and only logs it; there is no callback. Read on 2.11 to 2.15.
+    """
+    logger = logging.getLogger("torch._dynamo.convert_frame")
+    counter = _LimitCounter()
+    logger.addFilter(counter)
+    try:
+        yield counter.messages
+    finally:
+        logger.removeFilter(counter)
+
+
+def compile_id() -> tuple[int, int] | None:
+    """(frame, compilation of that frame) of the compilation in progress; None outside one. 2.11 to 2.15."""
+    current = torch._guards.CompileContext.current_compile_id()
+    if current is None or current.frame_id is None or current.frame_compile_id is None:
+        return None
+    return current.frame_id, current.frame_compile_id
+
+
+def graph_break_reason(gm: fx.GraphModule) -> str | None:
+    """Why Dynamo ended this graph here, when it ended before the frame did. 2.11 to 2.15."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not getattr(reason, "graph_break", False):
+        return None
+    where = ""
+    if reason.user_stack:
+        frame = reason.user_stack[-1]
+        where = f" ({frame.filename}:{frame.lineno})"
+    return str(reason.reason).split("\n")[0] + where
+
+
+def carry_capture_metadata(source: fx.GraphModule, copy: fx.GraphModule) -> None:
+    """Give a copy of Dynamo's graph what AOTAutograd looks for: parameter sources and compile id.
+
+    Without them inputs are not known to be static and aliased inputs are not guarded. 2.11 to 2.15.
+    """
+    copy.meta.update(source.meta)
+    for name in ("_param_name_to_source", "_backend_id"):
+        if hasattr(source, name):
+            setattr(copy, name, getattr(source, name))
+    if hasattr(source, "compile_subgraph_reason"):
+        copy.compile_subgraph_reason = source.compile_subgraph_reason
+    for old, new in zip(source.graph.nodes, copy.graph.nodes, strict=True):
+        if old.op == "placeholder" and hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+
+
+def source_name(placeholder: fx.Node) -> str | None:
+    """Where Dynamo read a graph input, as Python text (``L['self']...``). 2.11 to 2.15."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    return None if source is None else str(getattr(source, "name", None) or source)
+
+
+def node_value(node: fx.Node) -> Any:
+    """The fake value of a node: ``example_value`` on Dynamo's graph, ``val`` on AOTAutograd's."""
+    return node.meta["val"] if "val" in node.meta else node.meta.get("example_value")
+
+
+def fake_mode_of(values: Sequence[Any]) -> Any:
+    """The FakeTensorMode of the first fake tensor among ``values``, or a new one. 2.11 to 2.15."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    for value in values:
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any], joint_pass: Any
+) -> Callable[..., Any]:
+    """Compile with Inductor, running ``joint_pass`` on the joint graph before partitioning. 2.11 to 2.15.
+
+    A pass already set in Inductor's config runs first.
+    """
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    before = patches.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
+    merged = dict(patches)
+    merged["joint_custom_pre_pass"] = joint_graph_pass(joint_pass, before)
+    return compile_fx(gm, list(inputs), config_patches=merged)
+
+
+def joint_graph_pass(joint_pass: Any, before: Any) -> Any:
+    """Wrap a ``(graph) -> None`` pass with a ``uuid()`` as Inductor's CustomGraphPass. 2.11 to 2.15."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    earlier = list(before) if isinstance(before, list | tuple) else [before] if before is not None else []
+
+    class JointGraphPass(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            for one in earlier:
+                one(graph)
+            joint_pass(graph)
+
+        def uuid(self) -> Any:
+            ids = [getattr(one, "uuid", lambda: None)() for one in earlier]
+            # A neighbour without a uuid makes the whole chain uncacheable, as Inductor itself decides.
+            return None if any(i is None for i in ids) else (*ids, joint_pass.uuid())
+
+    return JointGraphPass()
+
+
+def inductor_mode_options(mode: str | None) -> dict[str, Any]:
+    """What ``torch.compile(mode=...)`` sets in Inductor's config. 2.11 to 2.15."""
+    if mode in (None, "default"):
+        return {}
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode))
+
+
+def inductor_missing() -> str | None:
+    """Why Inductor cannot generate CPU code here, or None: it needs a C++ compiler. 2.11 to 2.15."""
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        get_cpp_compiler()
+    except Exception as error:  # torch raises several types here, some of them generated
+        return f"{type(error).__name__}: {error}".split("\n")[0]
+    return None
+
+
+def lookup_backend(name: str) -> Callable[..., Any]:
+    """A Dynamo backend by name. 2.11 to 2.15.
+
+    Raises:
+        UnsupportedError: no such backend.
+    """
+    from torch._dynamo.exc import InvalidBackend
+
+    try:
+        found = torch._dynamo.lookup_backend(name)
+    except InvalidBackend as error:
+        known = ", ".join(torch.compiler.list_backends(exclude_tags=()))  # type: ignore[arg-type]
+        raise UnsupportedError(f"no compile backend named {name!r}", found=known) from error
+    return found  # type: ignore[no-any-return]
+
+
+def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
+    """The decompositions that Inductor applies while tracing the joint graph. 2.11 to 2.15."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return dict(select_decomp_table())
+
+
+def reset_dynamo() -> None:
+    """Forget every compiled frame of this process. Public name, listed here with its relatives."""
+    torch.compiler.reset()
+
+
+def reparametrize(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """A context in which ``module`` computes with ``tensors`` instead of its own. 2.11 to 2.15."""
+    from torch.nn.utils import stateless
+
+    return stateless._reparametrize_module(module, dict(tensors))

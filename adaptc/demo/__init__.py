@@ -1,0 +1,1 @@
+"""The demonstration behind ``adaptc demo``: a pretrained sentence encoder learns to tell topics apart."""

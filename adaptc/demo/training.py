@@ -1,0 +1,166 @@
+"""The two contenders of the demo: a head on the frozen encoder, and LoRA trained through adaptc."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adaptc.demo.model import SentenceClassifier, TokenizedTexts, batches
+
+#: Inverse L2 strengths tried for the frozen encoder's head; the dev split decides.
+PROBE_STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0)
+EVALUATION_BATCH = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the LoRA training uses; chosen by cross-validation over the train and dev splits."""
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    batch_size: int = 16
+    epochs: int = 5
+    warmup_share: float = 0.1
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    accuracy: float
+    macro_f1: float
+
+
+@dataclasses.dataclass
+class History:
+    """One loss per step; the dev scores with the step after which they were taken."""
+
+    losses: list[float] = dataclasses.field(default_factory=list)
+    dev: list[tuple[int, Scores]] = dataclasses.field(default_factory=list)
+    first_step_s: float = 0.0
+    total_s: float = 0.0
+
+
+def score(predicted: Tensor, labels: Tensor) -> Scores:
+    """Accuracy, and F1 averaged over the classes that occur in either argument."""
+    from sklearn.metrics import accuracy_score, f1_score
+
+    truth, guess = labels.numpy(), predicted.numpy()
+    macro = f1_score(truth, guess, average="macro", zero_division=0.0)
+    return Scores(float(accuracy_score(truth, guess)), float(macro))
+
+
+def run_over(function: Callable[[Tensor, Tensor], Tensor], texts: TokenizedTexts) -> Tensor:
+    """``function``'s rows for all texts, in their order, without gradients."""
+    result: Tensor | None = None
+    with torch.no_grad():
+        for batch in batches(texts, EVALUATION_BATCH):
+            rows = function(batch.input_ids, batch.attention_mask)[: batch.count]
+            if result is None:
+                result = rows.new_empty(len(texts), rows.shape[1])
+            result[batch.indices[: batch.count]] = rows
+    if result is None:
+        raise ValueError("run_over: there are no texts")
+    return result
+
+
+def class_weights(labels: Tensor, classes: int) -> Tensor:
+    """Weights that give every class the same share of the loss (scikit-learn's "balanced")."""
+    return len(labels) / (classes * torch.bincount(labels, minlength=classes).float())
+
+
+def fit_probe(model: SentenceClassifier, train: TokenizedTexts, dev: TokenizedTexts) -> tuple[float, Scores]:
+    """Fit the head on the frozen encoder's embeddings; returns the strength chosen and its dev scores.
+
+    Logistic regression with balanced classes: convex, so this baseline is as good as its L2 strength,
+    and that is chosen by macro-F1 on dev. The encoder runs once.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    model.eval()
+    inputs, dev_inputs = run_over(model.embed, train), run_over(model.embed, dev)
+    best: tuple[float, Scores, Tensor, Tensor] | None = None
+    for strength in PROBE_STRENGTHS:
+        probe = LogisticRegression(C=strength, max_iter=3000, class_weight="balanced")
+        probe.fit(inputs.numpy(), train.labels.numpy())
+        weight, bias = torch.tensor(probe.coef_).float(), torch.tensor(probe.intercept_).float()
+        found = score(F.linear(dev_inputs, weight, bias).argmax(1), dev.labels)
+        if best is None or found.macro_f1 > best[1].macro_f1:
+            best = (strength, found, weight, bias)
+    assert best is not None  # PROBE_STRENGTHS is not empty
+    with torch.no_grad():
+        model.head.weight.copy_(best[2])
+        model.head.bias.copy_(best[3])
+    return best[0], best[1]
+
+
+def train_adapter(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    train: TokenizedTexts,
+    dev: TokenizedTexts,
+    settings: Settings,
+    *,
+    seed: int,
+    classes: int,
+    on_step: Callable[[float, Scores | None, int], None] = lambda loss, dev, steps: None,
+) -> History:
+    """Train ``parameters`` of ``model`` with AdamW, a linear warm-up and decay, and balanced cross-entropy.
+
+    The dev split is only scored after each epoch, for the picture: no step, and no choice of the final
+    weights, depends on it.  ``on_step`` is told the loss, the dev scores where an epoch ends, and the number
+    of all steps.
+    """
+    order = random.Random(seed)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    steps_per_epoch = sum(1 for _ in batches(train, settings.batch_size))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, _warmup_and_decay(steps_per_epoch * settings.epochs, settings.warmup_share)
+    )
+    weights = class_weights(train.labels, classes)
+    history = History()
+    started = time.perf_counter()
+    for _ in range(settings.epochs):
+        model.train()
+        epoch = list(batches(train, settings.batch_size, order))
+        for position, batch in enumerate(epoch):
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            loss = F.cross_entropy(logits, train.labels[batch.indices], weight=weights)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+            optimizer.step()
+            schedule.step()
+            history.losses.append(loss.item())
+            if len(history.losses) == 1:
+                history.first_step_s = time.perf_counter() - started
+            scores = None
+            if position == len(epoch) - 1:
+                scores = predict_scores(model, dev)
+                history.dev.append((len(history.losses), scores))
+            on_step(history.losses[-1], scores, steps_per_epoch * settings.epochs)
+    history.total_s = time.perf_counter() - started
+    return history
+
+
+def logits_of(model: nn.Module, texts: TokenizedTexts) -> Tensor:
+    """(texts, classes), in evaluation mode."""
+    model.eval()
+    return run_over(lambda ids, mask: model(input_ids=ids, attention_mask=mask), texts)
+
+
+def predict_scores(model: nn.Module, texts: TokenizedTexts) -> Scores:
+    return score(logits_of(model, texts).argmax(1), texts.labels)
+
+
+def _warmup_and_decay(steps: int, warmup_share: float) -> Callable[[int], float]:
+    warmup = max(1, round(steps * warmup_share))
+    return lambda step: min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))

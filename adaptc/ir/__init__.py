@@ -1,0 +1,1 @@
+"""The dialect: adapter ops, sites, edits of graphs, and their text form."""

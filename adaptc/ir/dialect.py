@@ -1,0 +1,129 @@
+"""Dialect ops: pure torch ops that carry a meaning the passes can match, and what is known of each.
+
+An op is one :class:`DialectOp`: a pure-torch body (its meaning, eager path, fp64 oracle and fallback
+lowering), a fake, a gradient formula, a cost, an input generator and tolerances. The registered torch op
+calls through the table, so that the body that runs is the body that the cache keys hash.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from adaptc.codegen.torch_internals import OpOverload
+from adaptc.ir.code_hash import code_hash
+
+#: op name -> module that defines it; importing the module registers the op.
+_TABLE = {
+    "lora_linear": "adaptc.ir.lora",
+    "lora_bottleneck_grad": "adaptc.ir.lora",
+    "lora_factor_grad": "adaptc.ir.lora",
+    "lora_input_grad": "adaptc.ir.lora",
+}
+
+_LIBRARY = torch.library.Library("adaptc", "DEF")
+_OPS: dict[str, DialectOp] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Floating-point operations, and bytes read, written and kept for the backward pass."""
+
+    flops: int = 0
+    read: int = 0
+    written: int = 0
+    saved: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+
+@dataclasses.dataclass
+class DialectOp:
+    """One op of the dialect.
+
+    Args:
+        schema: torch schema without the name, for example ``(Tensor x) -> Tensor``.
+        body: the meaning, in pure torch.
+        fake: shapes and dtypes of the outputs.
+        save / gradient: ``setup_context`` and ``backward`` of ``torch.library.register_autograd``.
+        cost: (arguments with fake values) -> Cost of one execution.
+        sample: (draw) -> positional arguments, for tests and benchmarks; ``draw`` is hypothesis' ``data.draw``.
+        tolerances: factor on the error of the body at the same compute dtype that a lowering may have.
+    """
+
+    name: str
+    schema: str
+    body: Callable[..., Any]
+    fake: Callable[..., Any]
+    cost: Callable[..., Cost]
+    sample: Callable[..., Any]
+    save: Callable[..., None] | None = None
+    gradient: Callable[..., Any] | None = None
+    tolerances: float = 1.1
+
+    @property
+    def overload(self) -> OpOverload:
+        return getattr(torch.ops.adaptc, self.name).default  # type: ignore[no-any-return]
+
+
+def define(op: DialectOp) -> DialectOp:
+    """Register ``op`` with torch and in the table."""
+    name = op.name
+    _OPS[name] = op
+    torch.library.define(f"adaptc::{name}", op.schema, lib=_LIBRARY, tags=torch.Tag.pt2_compliant_tag)
+
+    def run_body(*args: Any, **kwargs: Any) -> Any:
+        device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+        with torch.autocast(device, enabled=False):
+            return _OPS[name].body(*args, **kwargs)
+
+    torch.library.impl(f"adaptc::{name}", "CompositeExplicitAutograd", run_body, lib=_LIBRARY)
+    torch.library.register_fake(f"adaptc::{name}", lambda *a, **k: _OPS[name].fake(*a, **k), lib=_LIBRARY)
+    if op.gradient is not None:
+        torch.library.register_autograd(
+            f"adaptc::{name}",
+            lambda ctx, *grads: _OPS[name].gradient(ctx, *grads),  # type: ignore[misc]
+            setup_context=lambda ctx, inputs, output: _OPS[name].save(ctx, inputs, output),  # type: ignore[misc]
+            lib=_LIBRARY,
+        )
+    return op
+
+
+def get(name: str) -> DialectOp:
+    """The op called ``name``, defining it on first use."""
+    if name not in _OPS:
+        importlib.import_module(_TABLE[name])
+    return _OPS[name]
+
+
+def names() -> list[str]:
+    """Every dialect op: those of this version, and those that others defined."""
+    return list(dict.fromkeys([*_TABLE, *_OPS]))
+
+
+def of_target(target: object) -> DialectOp | None:
+    """The dialect op that a graph node's ``target`` calls, or None."""
+    if not isinstance(target, OpOverload) or target.namespace != "adaptc":
+        return None
+    return get(target._schema.name.partition("::")[2])
+
+
+def fingerprint() -> str:
+    """A hash of every body, fake, gradient formula and cost as they are now; part of every cache key.
+
+    Inductor's and AOTAutograd's caches key on the graph's code, in which a dialect op is only a name: without
+    this, an edited formula would run as the old, cached kernel.
+    """
+    digest = hashlib.sha256()
+    for name in names():
+        op = get(name)
+        digest.update(f"{name}{op.schema}".encode())
+        for part in (op.body, op.fake, op.save, op.gradient, op.cost):
+            digest.update(b"none" if part is None else code_hash(part))
+    return digest.hexdigest()

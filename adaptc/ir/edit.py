@@ -1,0 +1,226 @@
+"""Edits: how a pass changes a graph, so that every change can be counted, checked and undone.
+
+A pass opens one :class:`Edit` per rewrite, naming the matched nodes; it adds nodes through the edit and
+finishes it with ``old -> new``. What was there and what is there now are two cut-outs over the same boundary,
+which translation validation compares.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaptc.codegen.torch_internals import fake_mode_of, node_value, tree_leaves
+
+
+@dataclasses.dataclass
+class Rewrite:
+    """One finished edit.
+
+    ``owner``: the graph module that was edited, which may be a nested one. ``matched``: names of the nodes that
+    the rewrite replaces; ``removed``: those of them that are gone. ``replaced``: (old result, new result).
+    ``dead``: nobody read the old results. ``boundary``: nodes whose values both cut-outs read, in order.
+    ``before`` and ``after`` are GraphModules with one placeholder per boundary node and the tuple of results
+    as output; None unless recorded.
+    """
+
+    site: str
+    removed: tuple[str, ...]
+    added: tuple[str, ...]
+    boundary: tuple[fx.Node, ...] = ()
+    before: fx.GraphModule | None = None
+    after: fx.GraphModule | None = None
+    owner: fx.GraphModule | None = None
+    matched: tuple[str, ...] = ()
+    replaced: tuple[tuple[fx.Node, fx.Node], ...] = ()
+    dead: bool = False
+
+
+@dataclasses.dataclass
+class Result:
+    """What a pass did: finished rewrites, and sites it could have rewritten and did not, with the reason."""
+
+    applied: list[Rewrite] = dataclasses.field(default_factory=list)
+    refused: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    def refuse(self, site: str, reason: str) -> None:
+        self.refused.append((site, reason))
+
+
+class Edit:
+    """Replaces ``matched`` nodes of a graph, whose ``results`` others read, by nodes that it adds.
+
+    Args:
+        gm: the graph module (the one that owns the nodes, which may be a nested one).
+        site: module path for reports.
+        matched: nodes to be replaced, in graph order.
+        results: the matched nodes whose values are used outside; their new values must be given to
+            :meth:`finish` in the same order.
+        at: the matched node before which new nodes go (default: the last); their inputs must stand before it.
+        record: keep both cut-outs for translation validation.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, site: str, matched: Sequence[fx.Node], results: Sequence[fx.Node], *,
+        at: fx.Node | None = None, record: bool = False,
+    ) -> None:  # fmt: skip
+        self.gm, self.site, self.matched, self.results = gm, site, list(matched), list(results)
+        self.record = record
+        self.position = self.matched[-1] if at is None else at
+        self.new_nodes: list[fx.Node] = []
+
+    def call(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
+        """Add a node before the edit's position; a string target is a method call. Sets its fake value."""
+        with self.gm.graph.inserting_before(self.position):
+            if isinstance(target, str):
+                node = self.gm.graph.call_method(target, args, kwargs)
+            else:
+                node = self.gm.graph.call_function(target, args, kwargs)
+        for key in ("nn_module_stack", "stack_trace", "seq_nr", "source_fn_stack"):
+            if key in self.position.meta:
+                node.meta[key] = self.position.meta[key]
+        node.meta["custom"] = {**self.position.meta.get("custom", {}), "adaptc": self.site}
+        key = "val" if "val" in self.position.meta else "example_value"
+        value = self._infer(node)
+        if value is not None:
+            node.meta[key] = value
+        self.new_nodes.append(node)
+        return node
+
+    def item(self, node: fx.Node, index: int) -> fx.Node:
+        """One output of a node that returns a tuple."""
+        return self.call(operator.getitem, node, index)
+
+    def copy_in(self, body: fx.Graph, inputs: Sequence[Any]) -> list[fx.Node]:
+        """Add a traced body whose placeholders stand for ``inputs``; returns the nodes of its outputs."""
+        env: dict[fx.Node, Any] = dict(
+            zip((n for n in body.nodes if n.op == "placeholder"), inputs, strict=True)
+        )
+        outputs: Any = ()
+        for node in body.nodes:
+            if node.op == "placeholder":
+                continue
+            if node.op == "output":
+                outputs = fx.map_arg(node.args[0], lambda n: env[n])
+                continue
+            args = fx.map_arg(node.args, lambda n: env[n])
+            kwargs = fx.map_arg(node.kwargs, lambda n: env[n])
+            new = self.call(node.target, *args, **kwargs)
+            if "val" in node.meta:
+                new.meta["val"] = node.meta["val"]
+            env[node] = new
+        return list(outputs) if isinstance(outputs, list | tuple) else [outputs]
+
+    def _infer(self, node: fx.Node) -> Any:
+        arguments = fx.map_arg((node.args, node.kwargs), node_value)
+        flat = [v for v in tree_leaves(arguments) if isinstance(v, torch.Tensor)]
+        missing = [n for n in node.all_input_nodes if node_value(n) is None]
+        if missing or not flat:
+            return None
+        args, kwargs = arguments
+        with fake_mode_of(flat), torch.no_grad():
+            if node.op == "call_method":
+                assert isinstance(node.target, str)
+                return getattr(args[0], node.target)(*args[1:], **kwargs)
+            assert callable(node.target)
+            return node.target(*args, **kwargs)
+
+    def finish(self, *new_results: fx.Node) -> Rewrite:
+        """Redirect the readers of the results to ``new_results`` and erase what nobody reads any more."""
+        inside = set(self.matched)
+        fresh = set(self.new_nodes)
+        before = after = None
+        boundary: list[fx.Node] = []
+        if self.record:
+            boundary = _boundary([*self.matched, *self.new_nodes], inside | fresh)
+            before = extract(self.gm, self.matched, boundary, self.results)
+            after = extract(self.gm, self.new_nodes, boundary, list(new_results))
+        dead = not any(old.users for old in self.results)
+        for old, new in zip(self.results, new_results, strict=True):
+            old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in fresh)
+        removed = []
+        for node in reversed(self.matched):
+            if not node.users:
+                removed.append(node.name)
+                self.gm.graph.erase_node(node)
+        return Rewrite(
+            self.site,
+            tuple(removed),
+            tuple(n.name for n in self.new_nodes),
+            tuple(boundary),
+            before,
+            after,
+            owner=self.gm,
+            matched=tuple(n.name for n in self.matched),
+            replaced=tuple(zip(self.results, new_results, strict=True)),
+            dead=dead,
+        )
+
+
+def _boundary(nodes: Iterable[fx.Node], inside: set[fx.Node]) -> list[fx.Node]:
+    seen: dict[fx.Node, None] = {}
+    for node in nodes:
+        for source in node.all_input_nodes:
+            if source not in inside:
+                seen[source] = None
+    return list(seen)
+
+
+def extract(
+    gm: fx.GraphModule, nodes: Sequence[fx.Node], boundary: Sequence[fx.Node], results: Sequence[fx.Node]
+) -> fx.GraphModule:
+    """A stand-alone GraphModule of ``nodes`` with ``boundary`` as inputs and the tuple ``results`` as output."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for source in boundary:
+        env[source] = graph.placeholder(source.name)
+        env[source].meta = dict(source.meta)
+    for node in nodes:
+        env[node] = graph.node_copy(node, lambda n: env[n])
+    graph.output(tuple(env[r] for r in results))
+    return fx.GraphModule(gm, graph)
+
+
+def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose graphs (nested ones too) can be changed freely; tensors and node values are shared."""
+    graph = fx.Graph()
+    env: dict[fx.Node, Any] = {}
+    output = graph.graph_copy(gm.graph, env)
+    old_output = next(n for n in gm.graph.nodes if n.op == "output")
+    graph.output(output, getattr(old_output, "type", None)).meta = dict(old_output.meta)
+    new = fx.GraphModule(gm, graph)
+    for name, child in gm.named_children():
+        if isinstance(child, fx.GraphModule):
+            setattr(new, name, copy_graph_module(child))
+    return new
+
+
+def nested(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.GraphModule, Mapping[fx.Node, fx.Node]]]:
+    """The bodies that higher-order ops of ``gm`` call: (call node, body, body placeholder -> outer node)."""
+    found = []
+    for node in gm.graph.nodes:
+        if node.op != "call_function":
+            continue
+        bodies = [a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
+        for body_node in bodies:
+            body = getattr(gm, str(body_node.target), None)
+            if isinstance(body, fx.GraphModule):
+                start = node.args.index(body_node) + 1
+                operands = [a for a in _flat(node.args[start:]) if isinstance(a, fx.Node)]
+                inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
+                # Ops with operands in a list (cond) or in order (checkpoint) both bind them in order.
+                operands = [o for o in operands if o not in bodies]
+                found.append((node, body, dict(zip(inputs, operands, strict=False))))
+    return found
+
+
+def _flat(args: Any) -> list[Any]:
+    flat: list[Any] = []
+    for a in args:
+        flat.extend(_flat(a) if isinstance(a, list | tuple) else [a])
+    return flat

@@ -1,0 +1,107 @@
+"""What every adapter method is made of: hyperparameters, an adapter at a site, and the anchor call."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import fx, nn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """Hyperparameters of an adapter method; holds no tensors, compares by value, serialises to a dict.
+
+    ``targets``, ``exclude`` and ``layers`` are a shorthand for the match of a one-rule plan;
+    ``adaptc.Plan`` moves them into the rule's match, so a method inside a plan has them unset.
+    """
+
+    kind: ClassVar[str]
+    #: PEFT's name of the method in ``adapter_config.json``, or None when PEFT has no such method.
+    peft_kind: ClassVar[str | None] = None
+
+    targets: tuple[str, ...] | str | None = None
+    exclude: tuple[str, ...] | str | None = None
+    layers: tuple[int, ...] | str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "exclude", "layers"):
+            value = getattr(self, name)
+            if isinstance(value, list | set):
+                object.__setattr__(self, name, tuple(value))
+
+    def options(self) -> dict[str, Any]:
+        """The method's own options that differ from their defaults, as plain data, in field order."""
+        shorthand = {f.name for f in dataclasses.fields(Method)}
+        chosen = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            if field.name not in shorthand and value != default:
+                chosen[field.name] = dict(value) if isinstance(value, Mapping) else value
+        return chosen
+
+    def at(self, path: str) -> Method:
+        """The method as it applies at the site ``path`` (per-site patterns resolved)."""
+        return self
+
+    def refusal(self, path: str, module: nn.Module) -> str | None:
+        """Why this method cannot adapt ``module``, or None when it can."""
+        raise NotImplementedError(f"{type(self).__name__}.refusal")
+
+    def build(self, path: str, module: nn.Module, *, dtype: torch.dtype | None, site_id: int) -> Adapter:
+        """A freshly initialised adapter for ``module``, on its device; ``dtype`` None means the default."""
+        raise NotImplementedError(f"{type(self).__name__}.build")
+
+
+class Adapter(nn.Module):
+    """The tensors of one method at one site; lives at ``<site>.adapters.<name>``.
+
+    ``site_id`` (int64, shape (1,)) says at run time which site a graph works for: graphs are shared between equal
+    layers, so a Python constant in the graph would not do.
+    """
+
+    site_id: torch.Tensor
+    #: True when the adapter replaces the module's forward instead of correcting its output.
+    replaces_forward: ClassVar[bool] = False
+
+    def __init__(self, method: Method, site_id: int) -> None:
+        super().__init__()
+        self.method = method
+        self._site_id = site_id
+        self.register_buffer("site_id", torch.tensor([site_id], dtype=torch.int64), persistent=False)
+
+    def apply_to(self, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The site's corrected output, from the frozen ``module``, its input ``x`` and its output ``y``."""
+        raise NotImplementedError(f"{type(self).__name__}.apply_to")
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called after each optimizer step where the user asked for it (``model.adaptc.on_step``)."""
+
+    def peft_tensors(self) -> dict[str, nn.Parameter]:
+        """PEFT's key suffix (after the module path) -> the parameter it stores."""
+        raise NotImplementedError(f"{type(self).__name__}.peft_tensors")
+
+    def signature(self) -> tuple[object, ...]:
+        """What a captured graph depends on: adapters of equal signatures share a graph."""
+        tensors = tuple((n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in self.named_parameters())
+        return (self.method.kind, tensors)
+
+
+@dataclasses.dataclass(frozen=True)
+class Anchor:
+    """How a method's anchor call is rewritten.
+
+    ``function``: the module-level ``allow_in_graph`` function that hooks call; its body is the reference.
+    ``expand``: ``(edit, **arguments of the call by name) -> node of the corrected output``.
+    """
+
+    function: Callable[..., torch.Tensor]
+    expand: Callable[..., fx.Node]
+
+    def bind(self, node: fx.Node) -> dict[str, Any]:
+        """The arguments of an anchor node by the names of the function's parameters."""
+        return dict(inspect.signature(self.function).bind(*node.args, **node.kwargs).arguments)

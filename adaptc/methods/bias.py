@@ -1,0 +1,75 @@
+"""Trained biases (BitFit, Ben Zaken et al. 2021): y' = y + (bias - frozen bias), bias (N,).
+
+PEFT's ``bias="lora_only"`` and ``bias="all"`` are this method beside LoRA.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import ClassVar
+
+import torch
+from torch import fx, nn
+
+from adaptc.codegen.torch_internals import node_value
+from adaptc.ir.edit import Edit
+from adaptc.methods import linear
+from adaptc.methods.base import Adapter, Anchor, Method
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bias(Method):
+    """Train the bias of linear and layer-normalisation modules."""
+
+    kind: ClassVar[str] = "bias"
+
+    def refusal(self, path: str, module: nn.Module) -> str | None:
+        if getattr(module, "bias", None) is None:
+            return f"this {type(module).__name__} has no bias"
+        if isinstance(module, nn.LayerNorm):
+            return None
+        return linear.refusal(path, module)
+
+    def build(self, path: str, module: nn.Module, *, dtype: torch.dtype | None, site_id: int) -> BiasAdapter:
+        return BiasAdapter(self, module, dtype=dtype, site_id=site_id)
+
+
+class BiasAdapter(Adapter):
+    """The trained copy ``bias`` (N,) of a module's bias."""
+
+    def __init__(
+        self, method: Bias, module: nn.Module, *, dtype: torch.dtype | None = None, site_id: int = 0
+    ) -> None:
+        super().__init__(method, site_id)
+        frozen = module.bias
+        assert isinstance(frozen, torch.Tensor)
+        self.bias = nn.Parameter(frozen.detach().clone().to(dtype or frozen.dtype))
+
+    def apply_to(self, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return bias_site(x, y, self.site_id, self.bias, module.bias)  # type: ignore[arg-type]
+
+    def peft_tensors(self) -> dict[str, nn.Parameter]:
+        return {"bias": self.bias}
+
+
+@torch.compiler.allow_in_graph
+def bias_site(
+    x: torch.Tensor, y: torch.Tensor, site_id: torch.Tensor, bias: torch.Tensor, frozen: torch.Tensor
+) -> torch.Tensor:
+    """The anchor of a trained bias, and its reference: y + (bias - frozen)."""
+    return y + (bias - frozen).to(y.dtype)
+
+
+def expand_site(
+    edit: Edit, x: fx.Node, y: fx.Node, site_id: fx.Node, bias: fx.Node, frozen: fx.Node
+) -> fx.Node:
+    """The anchor's body as plain torch: there is nothing for a later pass to match."""
+    difference = edit.call(operator.sub, bias, frozen)
+    dtype = node_value(y).dtype
+    if node_value(difference).dtype != dtype:
+        difference = edit.call("to", difference, dtype)
+    return edit.call(operator.add, y, difference)
+
+
+ANCHOR = Anchor(bias_site, expand_site)

@@ -1,0 +1,55 @@
+"""Full training of a module: the adapter is a trainable copy that replaces the frozen original.
+
+The plan's ``train: full`` (PEFT's ``modules_to_save``). The base keeps its own values, so adapters can be
+switched and detached, and a head has one copy per adapter.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from adaptc.methods.base import Adapter, Method
+from adaptc.runtime.attach import strip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Full(Method):
+    """Train a copy of the whole module."""
+
+    kind: ClassVar[str] = "full"
+
+    def refusal(self, path: str, module: nn.Module) -> str | None:
+        if not any(True for _ in module.parameters()):
+            return f"this {type(module).__name__} has no parameters to train"
+        return None
+
+    def build(self, path: str, module: nn.Module, *, dtype: torch.dtype | None, site_id: int) -> FullAdapter:
+        return FullAdapter(self, module, dtype=dtype, site_id=site_id)
+
+
+class FullAdapter(Adapter):
+    """A trainable copy of the module, called in its place."""
+
+    replaces_forward: ClassVar[bool] = True
+
+    def __init__(
+        self, method: Full, module: nn.Module, *, dtype: torch.dtype | None = None, site_id: int = 0
+    ) -> None:
+        super().__init__(method, site_id)
+        self.copy = copy.deepcopy(module)
+        strip(self.copy)
+        self.copy.requires_grad_(True)
+        if dtype is not None:
+            self.copy.to(dtype)
+
+    def replace(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output, computed by the copy (the original's own hooks run around it)."""
+        return self.copy.forward(*args, **kwargs)
+
+    def peft_tensors(self) -> dict[str, nn.Parameter]:
+        return dict(self.copy.named_parameters())

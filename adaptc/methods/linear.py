@@ -1,0 +1,35 @@
+"""What a linear site is: ``nn.Linear`` and the transposed ``Conv1D`` of transformers."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """True for transformers' ``Conv1D``: weight stored as (in, out), so its output is ``x @ weight + bias``."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and not isinstance(module, nn.Conv1d)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for modules that compute a linear map of their input's last dimension."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a linear site."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)  # checked by is_linear
+    return weight.shape[0], weight.shape[1]
+
+
+def refusal(path: str, module: nn.Module) -> str | None:
+    """Why ``module`` is not a linear site whose module is called, or None when it is one."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its out_proj weight without calling the module"
+    if not is_linear(module):
+        return f"{type(module).__name__} is not a linear layer (nn.Linear or transformers' Conv1D)"
+    if not module.weight.is_floating_point():  # type: ignore[union-attr, operator]
+        return f"its weight is {module.weight.dtype}, not a floating-point tensor"
+    return None

@@ -1,0 +1,1 @@
+"""Rewrites of captured graphs, one per file, and the manager that runs them."""

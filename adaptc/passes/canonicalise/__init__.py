@@ -1,0 +1,39 @@
+"""Bring inserted adapters into the one form that later passes match. Only what is always right.
+
+    drop_dropout   a dropout that does nothing is removed
+    sink_casts     casts of factors go into the op, where they act on r-sized tensors
+    sink_scale     the scale multiplies the M x r bottleneck instead of the M x N product
+    join_adapters  several adapters of one site become one node of the summed rank
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from adaptc.ir.edit import Result, nested
+from adaptc.passes.canonicalise.drop_dropout import drop_dropout
+from adaptc.passes.canonicalise.join_adapters import join_adapters
+from adaptc.passes.canonicalise.sink_casts import sink_casts
+from adaptc.passes.canonicalise.sink_scale import sink_scale
+from adaptc.passes.contract import Context, Contract
+
+CONTRACT = Contract(
+    level="dynamo",
+    numerics="reassociates",
+    requires=frozenset({"inserted"}),
+    provides=frozenset({"canonical"}),
+)
+
+REWRITES = (drop_dropout, sink_casts, sink_scale, join_adapters)
+
+
+def canonicalise(gm: fx.GraphModule, context: Context) -> Result:
+    result = Result()
+    for rewrite in REWRITES:
+        rewrite(gm, context, result)
+    for _, body, _ in nested(gm):
+        inner = canonicalise(body, context)
+        result.applied += inner.applied
+        result.refused += inner.refused
+    gm.recompile()
+    return result

@@ -1,0 +1,77 @@
+"""Make one node of several adapters that are live on one site.
+
+before:  %t = lora_linear(%x, %y, %A1, %B1, %s1, "r");      %y1 = %t[0]
+         %u = lora_linear(%x, %y1, %A2, %B2, %s2, "r");     %y2 = %u[0]
+after:   %A = cat(A1, A2);  %B = cat(B1, B2, dim=1);  %s = cat(s1 x r1, s2 x r2)
+         %u = lora_linear(%x, %y, %A, %B, %s, "r");         %y2 = %u[0]
+
+Reassociates: x is read once, and two accumulations into y become one. Refused when the adapters read different
+values (each has its own dropout mask), when the value between them is read elsewhere, when their factors have
+different dtypes, and when something between them writes to memory (x may not be the same value then).
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from adaptc.codegen.torch_internals import node_value
+from adaptc.ir.edit import Edit, Result, Rewrite
+from adaptc.ir.sites import LORA_LINEAR, lora_nodes, may_write, site_of
+from adaptc.passes.contract import Context
+
+
+def join_adapters(gm: fx.GraphModule, context: Context, result: Result) -> None:
+    for second in lora_nodes(gm):
+        between = second.args[1]
+        if not (isinstance(between, fx.Node) and between.target is operator.getitem and between.args[1] == 0):
+            continue
+        first = between.args[0]
+        if not (isinstance(first, fx.Node) and first.target is LORA_LINEAR()):
+            continue
+        reason = _why_not(first, between, second)
+        if reason is None and not context.spend():
+            reason = "limit reached"
+        if reason is not None:
+            result.refuse(site_of(second), reason)
+            continue
+        result.applied.append(_join(gm, first, between, second, record=context.record))
+
+
+def _why_not(first: fx.Node, between: fx.Node, second: fx.Node) -> str | None:
+    if first.args[0] is not second.args[0]:
+        return "the adapters read different values (each has its own dropout mask)"
+    if first.args[5] != "r" or second.args[5] != "r":
+        return "a scale is not folded into its bottleneck"
+    if set(between.users) != {second} or set(first.users) != {between}:
+        return "the value between the adapters is read by another node"
+    if any(u.target is not operator.getitem or u.args[1] != 0 for u in second.users):
+        return "a bottleneck is read by another node"
+    dtypes = [[node_value(f).dtype for f in (n.args[2], n.args[3])] for n in (first, second)]  # type: ignore[arg-type]
+    if dtypes[0] != dtypes[1]:
+        return f"the adapters' factors have different dtypes ({dtypes[0][0]}, {dtypes[1][0]})"
+    node = first.next
+    while node is not second:
+        if may_write(node):
+            return f"{node.name} may write to memory between the adapters"
+        node = node.next
+    return None
+
+
+def _join(gm: fx.GraphModule, first: fx.Node, between: fx.Node, second: fx.Node, *, record: bool) -> Rewrite:
+    x, y, a1, b1, s1, _ = first.args
+    _, _, a2, b2, s2, _ = second.args
+    outputs = list(second.users)
+    matched = [first, between, second, *outputs]
+    edit = Edit(gm, site_of(second), matched, outputs, at=second, record=record)
+    scales = []
+    for scale, factor in ((s1, a1), (s2, a2)):
+        rank = node_value(factor).shape[0]  # type: ignore[arg-type]
+        scales.append(edit.call("expand", scale, (rank,)))
+    a = edit.call(torch.cat, (a1, a2), 0)
+    b = edit.call(torch.cat, (b1, b2), 1)
+    s = edit.call(torch.cat, tuple(scales), 0)
+    new = edit.item(edit.call(second.target, x, y, a, b, s, "r"), 0)  # type: ignore[arg-type]
+    return edit.finish(*([new] * len(outputs)))

@@ -1,0 +1,31 @@
+"""Let the op cast its factors.
+
+before:  %a = to(%A, bfloat16);  %b = to(%B, bfloat16);  %t = lora_linear(%x, %y, %a, %b, ...)
+after:   %t = lora_linear(%x, %y, %A, %B, ...)
+
+Exact in the forward; the gradients of A and B are then made in the factors' own dtype, with no copy of them in
+the compute dtype kept for the backward.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from adaptc.ir.edit import Edit, Result
+from adaptc.ir.sites import is_cast, lora_nodes, site_of
+from adaptc.passes.contract import Context
+
+
+def sink_casts(gm: fx.GraphModule, context: Context, result: Result) -> None:
+    for node in lora_nodes(gm):
+        x, y, a, b, scale, scale_at = node.args
+        casts = [f for f in (a, b) if isinstance(f, fx.Node) and is_cast(f)]
+        if not casts:
+            continue
+        if not context.spend():
+            result.refuse(site_of(node), "limit reached")
+            continue
+        a, b = (f.args[0] if f in casts else f for f in (a, b))  # type: ignore[union-attr]
+        matched = [*(c for c in casts if set(c.users) == {node}), node]
+        edit = Edit(gm, site_of(node), matched, [node], record=context.record)
+        result.applied.append(edit.finish(edit.call(node.target, x, y, a, b, scale, scale_at)))

@@ -1,0 +1,61 @@
+"""What a pass promises, and how a list of passes is checked before it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+from torch import fx
+
+from adaptc.ir.edit import Result
+
+Level = Literal["dynamo", "joint"]
+Numerics = Literal["exact", "reassociates", "approximate"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contract:
+    """Conditions of a pass, in capability names (``inserted``, ``canonical``, ``aten``).
+
+    ``level``: "dynamo" works on the captured graph (torch functions, may mutate), "joint" on the functional
+    forward+backward graph. ``numerics``: what the rewrite may change.
+    """
+
+    level: Level
+    numerics: Numerics
+    requires: frozenset[str] = frozenset()
+    provides: frozenset[str] = frozenset()
+    conflicts: frozenset[str] = frozenset()
+
+
+@dataclasses.dataclass
+class Context:
+    """What a pass may know besides the graph.
+
+    ``sites``: placeholder or attribute node of a site id -> module path. ``budget``: how many rewrites are
+    still allowed (None: no limit). ``record``: keep cut-outs for translation validation.
+    """
+
+    sites: Mapping[fx.Node, str] = dataclasses.field(default_factory=dict)
+    budget: int | None = None
+    record: bool = False
+
+    def spend(self) -> bool:
+        """Take one rewrite from the budget; False when there is none left."""
+        if self.budget is None:
+            return True
+        if self.budget <= 0:
+            return False
+        self.budget -= 1
+        return True
+
+
+PassFunction = Callable[[fx.GraphModule, Context], Result]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    name: str
+    run: PassFunction
+    contract: Contract

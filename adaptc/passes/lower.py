@@ -1,0 +1,42 @@
+"""Replace every dialect op of the joint graph by its chosen lowering.
+
+before:  %t = adaptc.lora_linear(%x, %y, %A, %B, %s, "r")
+after:   %h = mm(%x, %A^T);  %hs = %h * %s;  %y2 = addmm(%y, %hs, %B^T)
+
+Runs before partitioning, so that the partitioner sees the bottleneck and may save it. Reassociates nothing by
+itself: the ATen lowering is the op's body.
+"""
+
+from __future__ import annotations
+
+import operator
+
+from torch import fx
+
+from adaptc.codegen import lowering
+from adaptc.ir import dialect
+from adaptc.ir.edit import Edit, Result
+from adaptc.ir.sites import dialect_nodes, site_of
+from adaptc.passes.contract import Context, Contract
+
+CONTRACT = Contract(
+    level="joint", numerics="exact", provides=frozenset({"aten"}), conflicts=frozenset({"aten"})
+)
+
+
+def lower(gm: fx.GraphModule, context: Context) -> Result:
+    result = Result()
+    for node in dialect_nodes(gm):
+        op = dialect.of_target(node.target)
+        assert op is not None
+        if not context.spend():
+            result.refuse(site_of(node), "limit reached")
+            continue
+        outputs = [u for u in node.users if u.target is operator.getitem]
+        results = outputs or [node]
+        edit = Edit(gm, site_of(node), [node, *outputs], results, at=node, record=context.record)
+        values = lowering.aten_lowering(op.name)(edit, *node.args)
+        chosen = [values[int(o.args[1])] for o in outputs] if outputs else [values[0]]
+        result.applied.append(edit.finish(*chosen))
+    gm.recompile()
+    return result

@@ -1,0 +1,7 @@
+"""Plans: which modules of a model get which adapter method."""
+
+from adaptc.plan.match import Match
+from adaptc.plan.resolve import Assignment, Resolution
+from adaptc.plan.rules import Passes, Plan, Rule
+
+__all__ = ["Assignment", "Match", "Passes", "Plan", "Resolution", "Rule"]

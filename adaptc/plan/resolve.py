@@ -1,0 +1,203 @@
+"""Fit a plan to a model: which module gets which method, and what stands in the way."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from adaptc import methods
+from adaptc.errors import PlanError, SiteError
+from adaptc.methods.base import Method
+from adaptc.plan.rules import Plan, Rule
+from adaptc.plan.select import Selection, select
+from adaptc.plan.tree import ModuleTree, self_and_parents
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """One method at one module.
+
+    Attributes:
+        path: the module's first path; paths: all of them (a shared module object is one site).
+        rule: index of the rule in the plan.
+        method: as it applies at this site (``Full`` for ``train: full``).
+        train: "full" when a copy of the module is trained.
+        stacked: this comes on top of what an earlier rule put on the module.
+        tied_to: parameters elsewhere in the model that are the same object as one of this module's.
+    """
+
+    path: str
+    paths: tuple[str, ...]
+    module: nn.Module
+    rule: int
+    method: Method
+    train: str | None = None
+    stacked: bool = False
+    tied_to: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolution:
+    """What a plan means on a model.
+
+    Attributes:
+        sites: in model order; several per module only where rules stack.
+        shadowed: (rule, path, winner): the rule matches, but the winner came first.
+        left_out: (path, reason): meant by "all-linear" or a pattern, and not adapted.
+    """
+
+    sites: list[Assignment]
+    shadowed: list[tuple[int, str, int]]
+    left_out: list[tuple[str, str]]
+
+
+def resolve(plan: Plan, model: nn.Module) -> Resolution:
+    """Assign every module that a rule selects to the first rule that does.
+
+    ``train: full`` takes the whole module: what lies inside is shadowed if its rule comes later, and an
+    error if it comes earlier, since half a module cannot be trained as a whole.
+
+    Raises:
+        PlanError: a rule, or an entry of it, that selects nothing; rules that contradict each other.
+        SiteError: a module that a rule names and that its method cannot adapt.
+    """
+    tree = ModuleTree(model)
+    selections = [select(rule, number, tree) for number, rule in enumerate(plan.rules, start=1)]
+    winners, shadowed = _first_matches(plan.rules, selections)
+    _check_shared(tree, plan.rules, selections, winners)
+    winners, inside = _enclosed(plan.rules, winners)
+    order = {path: position for position, path in enumerate(tree.modules)}
+    sites = list(_assignments(tree, plan.rules, winners))
+    sites.sort(key=lambda site: (order[site.path], site.stacked, site.rule))
+    left_out = {path: reason for s in reversed(selections) for path, reason in s.left_out.items()}
+    adapted = {path for site in sites for path in site.paths}
+    trained = {path for site in sites if site.train for path in site.paths}
+    left_out_list = [
+        (path, left_out[path])
+        for path in sorted(left_out, key=order.__getitem__)
+        if path not in adapted and not trained.intersection(self_and_parents(path))
+    ]
+    return Resolution(sites, sorted(shadowed + inside), left_out_list)
+
+
+_Winners = dict[str, list[int]]
+
+
+def _first_matches(
+    rules: Iterable[Rule], selections: list[Selection]
+) -> tuple[_Winners, list[tuple[int, str, int]]]:
+    """Per path the rules that act on it: the first that matches, and those that stack."""
+    winners: _Winners = defaultdict(list)
+    first: dict[str, int] = {}
+    shadowed: list[tuple[int, str, int]] = []
+    for index, (rule, selection) in enumerate(zip(rules, selections, strict=True)):
+        for path in selection.taken:
+            if rule.stack or path not in first:
+                winners[path].append(index)
+            else:
+                shadowed.append((index, path, first[path]))
+            if not rule.stack:
+                first.setdefault(path, index)
+    return dict(winners), shadowed
+
+
+def _check_shared(
+    tree: ModuleTree, rules: tuple[Rule, ...], selections: list[Selection], winners: _Winners
+) -> None:
+    """One module object at several paths is one site: every rule must mean all of it."""
+    for path, acting in winners.items():
+        for other in tree.paths_of(tree.modules[path]):
+            if other == path:
+                continue
+            for index in acting:
+                refused = selections[index].filtered.get(other)
+                if refused is not None:
+                    reason = f"rule {index + 1} takes {path}, and {refused} {other}"
+                    raise _shared_error(tree, path, other, reason)
+            if other in winners and winners[other] != acting:
+                reason = f"{path} falls to {_rules(acting)}, {other} to {_rules(winners[other])}"
+                raise _shared_error(tree, path, other, reason)
+            for index in acting:
+                method = rules[index].method
+                if method is not None and other in winners and method.at(path) != method.at(other):
+                    reason = f"rule {index + 1} gives {method.at(path)} and {method.at(other)}"
+                    raise _shared_error(tree, path, other, reason)
+
+
+def _rules(indices: list[int]) -> str:
+    return " and ".join(f"rule {index + 1}" for index in indices)
+
+
+def _shared_error(tree: ModuleTree, path: str, other: str, found: str) -> PlanError:
+    kind = type(tree.modules[path]).__name__
+    return PlanError(
+        f"{path} and {other} are one shared {kind}, and the plan treats them differently",
+        expected="one method for all paths of a shared module",
+        found=found,
+        do="match all of its paths by one rule",
+    )
+
+
+def _enclosed(rules: tuple[Rule, ...], winners: _Winners) -> tuple[_Winners, list[tuple[int, str, int]]]:
+    """Settle sites that lie inside another where one of the two is trained as a whole."""
+    kept: _Winners = {}
+    shadowed: list[tuple[int, str, int]] = []
+    # Outer modules first: one that is itself inside another is settled before what it contains.
+    for path, acting in sorted(winners.items(), key=lambda item: item[0].count(".")):
+        kept[path] = list(acting)
+        if len(acting) > 1 and any(rules[index].train for index in acting):
+            raise PlanError(
+                f"{path} is trained in full and has a stacked method too ({_rules(acting)})",
+                do="drop one of the two: a fully trained module has nothing left to adapt",
+            )
+        for index in acting:
+            outer = _enclosing(rules, kept, path, index)
+            if outer is None:
+                continue
+            winner = kept[outer][0]
+            if winner > index and not (rules[index].train and rules[winner].train):
+                raise _order_error(rules, outer, winner, path, index)
+            kept[path].remove(index)
+            if winner != index:
+                shadowed.append((index, path, winner))
+    return {path: acting for path, acting in kept.items() if acting}, shadowed
+
+
+def _enclosing(rules: tuple[Rule, ...], kept: _Winners, path: str, index: int) -> str | None:
+    """The site around ``path`` that it collides with: one of the two is trained as a whole."""
+    for outer in list(self_and_parents(path))[1:]:
+        if any(rules[winner].train or rules[index].train for winner in kept.get(outer, ())):
+            return outer
+    return None
+
+
+def _order_error(rules: tuple[Rule, ...], outer: str, winner: int, path: str, index: int) -> PlanError:
+    return PlanError(
+        f"rule {winner + 1} takes {outer} as a whole, but rule {index + 1} already takes {path} inside it",
+        rule=f"{index + 1}: {rules[index]}\n{winner + 1}: {rules[winner]}",
+        do=f'put rule {winner + 1} before rule {index + 1}, or exclude "{outer}.*" in rule {index + 1}',
+    )
+
+
+def _assignments(tree: ModuleTree, rules: tuple[Rule, ...], winners: _Winners) -> Iterator[Assignment]:
+    done: set[int] = set()
+    for path, acting in winners.items():
+        module = tree.modules[path]
+        if id(module) in done:
+            continue
+        done.add(id(module))
+        paths, tied = tree.paths_of(module), tree.tied_to(module)
+        for position, index in enumerate(acting):
+            rule = rules[index]
+            if rule.train and tied:
+                raise SiteError(
+                    f"{path} cannot be trained in full: it shares a parameter with the rest of the model",
+                    rule=f"{index + 1}: {rule}",
+                    found=f"tied to {', '.join(tied)}",
+                    do="untie it (tie_word_embeddings=False), train a module that holds both, or adapt it",
+                )
+            method = methods.get("full")() if rule.method is None else rule.method.at(path)
+            yield Assignment(paths[0], paths, module, index, method, rule.train, position > 0, tied)

@@ -1,0 +1,228 @@
+"""The modules that one rule selects, and the errors of a rule that does not fit the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections import Counter
+
+from adaptc import methods
+from adaptc.errors import PlanError, SiteError
+from adaptc.methods.linear import is_linear
+from adaptc.plan.all_linear import all_linear
+from adaptc.plan.match import ALL_LINEAR, is_pattern, matcher
+from adaptc.plan.rules import Rule
+from adaptc.plan.tree import ModuleTree
+
+
+@dataclasses.dataclass
+class Selection:
+    """What one rule selects.
+
+    Attributes:
+        taken: paths to adapt, in model order.
+        left_out: path -> why a module that a pattern or "all-linear" covers is not adapted.
+        filtered: path -> "excludes" or "leaves out by layers", for paths that only targets match.
+    """
+
+    taken: list[str] = dataclasses.field(default_factory=list)
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)
+    filtered: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def select(rule: Rule, number: int, tree: ModuleTree) -> Selection:
+    """Apply the rule's match, entry by entry; each entry must match something in the rule's layers.
+
+    An entry may lose all of its modules to ``exclude``, which says so in so many words; a rule may not.
+
+    A name means its modules: one that the method cannot adapt is an error. A pattern runs over everything:
+    it passes over modules without weights of their own, and leaves out, with the reason, those that have
+    weights and cannot be adapted.
+
+    Raises:
+        PlanError: an entry of ``targets``, ``exclude`` or ``layers`` selects nothing.
+        SiteError: a named module that the method cannot adapt.
+    """
+    scope = _Scope(rule, number, tree)
+    selection = Selection()
+    taken: set[str] = set()
+    covered: set[str] = set()
+    for selector in rule.match.targets:
+        hits = scope.hits(selector, selection)
+        covered.update(hits)
+        hits = scope.in_layers(selector, hits, selection)
+        hits = scope.not_excluded(hits, selection)
+        taken.update(scope.adaptable(selector, hits, selection) if hits else ())
+    if not taken:
+        raise scope.all_excluded(covered)
+    scope.check_layers(covered)
+    scope.check_excludes(covered)
+    selection.taken = [path for path in tree.modules if path in taken]
+    return selection
+
+
+class _Scope:
+    """One rule on one model: the steps of ``select`` and the texts of their errors."""
+
+    def __init__(self, rule: Rule, number: int, tree: ModuleTree) -> None:
+        self.rule, self.number, self.tree = rule, number, tree
+        self.match = rule.match
+        self.method = methods.get("full")() if rule.method is None else rule.method
+
+    def hits(self, selector: str, selection: Selection) -> list[str]:
+        if selector == ALL_LINEAR:
+            hits, left_out = all_linear(self.tree)
+            selection.left_out.update(left_out)
+        else:
+            matches = matcher(selector)
+            hits = [path for path in self.tree.modules if matches(path)]
+        if not hits:
+            raise self._matches_nothing(selector)
+        return hits
+
+    def in_layers(self, selector: str, hits: list[str], selection: Selection) -> list[str]:
+        kept = [path for path in hits if self.match.in_layers(path)]
+        outside = set(hits).difference(kept)
+        selection.filtered.update(dict.fromkeys(outside, "by its layers leaves out"))
+        if not kept:
+            raise PlanError(
+                self._headline(selector, self.match.targets),
+                rule=self.rule,
+                found=f"{_count(hits)}, {self._layers_found(hits)}",
+                do="correct layers, or move the entry to a rule without layers",
+            )
+        return kept
+
+    def not_excluded(self, hits: list[str], selection: Selection) -> list[str]:
+        kept = [path for path in hits if not self.match.is_excluded(path)]
+        selection.filtered.update(dict.fromkeys(set(hits).difference(kept), "excludes"))
+        return kept
+
+    def all_excluded(self, covered: set[str]) -> PlanError:
+        return PlanError(
+            f"rule {self.number} matches nothing",
+            rule=self.rule,
+            found=f"{_count(list(covered))}, all of them excluded",
+            do="correct exclude, or drop the rule",
+        )
+
+    def adaptable(self, selector: str, hits: list[str], selection: Selection) -> list[str]:
+        refused = {path: reason for path in hits if (reason := self._refusal(path)) is not None}
+        kept = [path for path in hits if path not in refused]
+        if refused and (not kept or not is_pattern(selector)):
+            raise self._cannot_adapt(selector, refused, some_can=bool(kept))
+        weighty = (p for p in refused if any(True for _ in self.tree.own_parameters(self.tree.modules[p])))
+        for path in weighty:
+            selection.left_out.setdefault(path, refused[path])
+        return kept
+
+    def check_layers(self, covered: set[str]) -> None:
+        found = sorted({n for path in covered if (n := self.match.layer_of(path)) is not None})
+        for first, last in self.match.layer_spans or ():
+            if not any(first <= n and (last is None or n <= last) for n in found):
+                text = f"{first}-{'' if last is None else last}" if first != last else str(first)
+                raise PlanError(
+                    f"rule {self.number}: layers {text} matches nothing",
+                    rule=self.rule,
+                    found=self._layers_found(list(covered)),
+                    do="correct layers",
+                )
+
+    def check_excludes(self, covered: set[str]) -> None:
+        for selector in self.match.exclude:
+            matches = matcher(selector)
+            hits = [path for path in self.tree.modules if matches(path)]
+            if not hits:
+                raise self._matches_nothing(selector, exclude=True)
+            inside = [path for path in covered if any(path.startswith(f"{hit}.") for hit in hits)]
+            if inside and not covered.intersection(hits):
+                raise PlanError(
+                    f'rule {self.number}: exclude "{selector}" excludes nothing',
+                    rule=self.rule,
+                    found=f"it names {hits[0]}, whose inner modules are matched: {min(inside)}",
+                    do=f'write "{selector}.*" to exclude what is inside',
+                )
+
+    def _cannot_adapt(self, selector: str, refused: dict[str, str], *, some_can: bool) -> SiteError:
+        modules = self.tree.modules
+        shown = [f"{path} ({type(modules[path]).__name__}): {why}" for path, why in refused.items()]
+        if len(shown) > 5:
+            shown[5:] = [f"... and {len(shown) - 5} more"]
+        return SiteError(
+            f'rule {self.number}: "{selector}" names {_count(list(refused))} that cannot be adapted',
+            rule=self.rule,
+            found="\n".join(shown),
+            do="exclude these, or name the others in full" if some_can else self._inside(selector, refused),
+        )
+
+    def _inside(self, selector: str, refused: dict[str, str]) -> str:
+        """What to write instead of a container: what it holds."""
+        inner = [p for p in self.tree.modules if any(p.startswith(f"{outer}.") for outer in refused)]
+        names = dict.fromkeys(p.rpartition(".")[2] for p in inner if self._refusal(p) is None)
+        if not names or is_pattern(selector):
+            return "name other modules"
+        return f'name what is inside, "{selector}.*" or {", ".join(list(names)[:6])}'
+
+    def _refusal(self, path: str) -> str | None:
+        return self.method.refusal(path, self.tree.modules[path])
+
+    def _headline(self, selector: str, entries: tuple[str, ...]) -> str:
+        if len(entries) == 1 and entries is self.match.targets:
+            return f"rule {self.number} matches nothing"
+        place = "exclude " if entries is self.match.exclude else ""
+        return f'rule {self.number}: {place}"{selector}" matches nothing'
+
+    def _layers_found(self, hits: list[str]) -> str:
+        found = sorted({n for path in hits if (n := self.match.layer_of(path)) is not None})
+        if not found:
+            return "none of them in a numbered layer"
+        return f"in layers {found[0]} to {found[-1]}" if len(found) > 1 else f"in layer {found[0]}"
+
+    def _matches_nothing(self, selector: str, *, exclude: bool = False) -> PlanError:
+        entries = self.match.exclude if exclude else self.match.targets
+        found, do = self._parameter_named(selector), "name a module"
+        if selector == ALL_LINEAR and (left_out := all_linear(self.tree)[1]):
+            found, do = "\n".join(f"{path}: {why}" for path, why in left_out.items()), "name the modules"
+        elif found is None:
+            found = self._nearest(selector, everything=exclude)
+            do = "correct the name; print(model) lists the modules"
+        return PlanError(self._headline(selector, entries), rule=self.rule, found=found, do=do)
+
+    def _parameter_named(self, selector: str) -> str | None:
+        name = selector.rpartition(".")[2]
+        for path, module in self.tree.modules.items():
+            if name in module._parameters:
+                return f"{name} is a parameter of {path} ({type(module).__name__}), not a module"
+        return None
+
+    def _nearest(self, selector: str, *, everything: bool) -> str:
+        """What there is to name: how many modules, and the names most like the selector's."""
+        modules = self.tree.modules
+        paths = [p for p in modules if everything or self._refusal(p) is None]
+        linear = bool(paths) and all(is_linear(modules[p]) for p in paths)
+        count = _count(paths, "linear layer" if linear else "module" if everything else "adaptable module")
+        names = Counter(path.rpartition(".")[2] for path in paths)
+        numbered = {name for name in names if name.isdecimal()}
+        words = [word for word in re.findall(r"\w+", selector) if len(word) > 1]
+        near_names = _close(words, [*(set(names) - numbered), ALL_LINEAR], selector)
+        near_paths = difflib.get_close_matches(selector, paths, n=2, cutoff=0.75) if "." in selector else []
+        shown = [f"{name} ({names[name]})" if name in names else f'"{name}"' for name in near_names]
+        near_paths = [path for path in near_paths if path not in near_names]
+        if near_names or near_paths:
+            return f"{count}; nearest names: {', '.join([*near_paths, *shown])}"
+        usual = [f"{name} ({n})" for name, n in names.most_common(8) if name not in numbered]
+        return f"{count}; names: {', '.join(usual)}" if usual else count
+
+
+def _close(words: list[str], names: list[str], selector: str) -> list[str]:
+    """Names like the selector, or like a word of it, the last word first; case does not matter."""
+    lower = {name.lower(): name for name in names}
+    found: list[str] = []
+    for word in dict.fromkeys([selector, *reversed(words)]):
+        found += [lower[n] for n in difflib.get_close_matches(word.lower(), sorted(lower), n=3, cutoff=0.6)]
+    return list(dict.fromkeys(found))[:5]
+
+
+def _count(paths: list[str], noun: str = "module") -> str:
+    return f"{len(paths)} {noun}{'' if len(paths) == 1 else 's'}"

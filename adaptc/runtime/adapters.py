@@ -1,0 +1,182 @@
+"""The adapters of one model: which there are, at which sites, and which are live."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from adaptc.errors import AdapterNameError, SiteError
+from adaptc.methods.base import Adapter, Method
+from adaptc.methods.bias import Bias
+from adaptc.plan import Assignment, Plan, Resolution
+from adaptc.runtime import attach
+from adaptc.runtime.checkpoint import check_adapter_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One adapted module. ``paths``: every path of it, when it is used in several places."""
+
+    path: str
+    paths: tuple[str, ...]
+    id: int
+    module: nn.Module = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """Entry -> adapter. The entry is the adapter's name; what a stacked rule put there has ``name~1`` ...."""
+        found = attach.adapters_of(self.module)
+        return {} if found is None else dict(found.items())  # type: ignore[arg-type]
+
+    def of(self, name: str) -> list[Adapter]:
+        """Everything that the adapter called ``name`` has at this site, in order."""
+        return [a for entry, a in self.adapters.items() if attach.adapter_name(entry) == name]
+
+
+@dataclasses.dataclass
+class AdapterRecord:
+    """What is known of one named adapter: its plan, and where it came from."""
+
+    plan: Plan
+    #: (site path, entry, index of the rule, method as it applies there), in model order.
+    sites: list[tuple[str, str, int, Method]]
+    #: ``adapter_config.json`` as it was read, for an adapter loaded from PEFT's format.
+    config: dict[str, Any] | None = None
+
+
+class AdapterSet:
+    """Attaches, detaches and switches adapters. Checks everything before it changes anything."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
+        self.model = model
+        self.dtype = dtype
+        self.records: dict[str, AdapterRecord] = {}
+        self.live: tuple[str, ...] = ()
+        #: path -> (site id, every path of the module), in model order
+        self._sites: dict[str, tuple[int, tuple[str, ...]]] = {}
+        self._next_site_id = 0
+
+    @property
+    def sites(self) -> list[Site]:
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        return [Site(path, paths, number, modules[path]) for path, (number, paths) in self._sites.items()]
+
+    def record(self, name: str) -> AdapterRecord:
+        if name not in self.records:
+            known = ", ".join(self.records) or "none"
+            raise AdapterNameError(f"no adapter named {name!r}", found=f"adapters: {known}")
+        return self.records[name]
+
+    def install(self, name: str, plan: Plan, *, config: dict[str, Any] | None = None) -> bool:
+        """Attach fresh adapters of ``plan`` under ``name``, not live. True when the set of sites grew.
+
+        Raises:
+            AdapterNameError: ``name`` is taken or not legal; PlanError, SiteError: the plan does not fit.
+        """
+        if name in self.records:
+            raise AdapterNameError(
+                f"an adapter named {name!r} is there already", do=f"model.adaptc.remove({name!r}) first"
+            )
+        check_adapter_name(name)
+        assignments = with_all_biases(plan.resolve(self.model), self.model)
+        built: list[tuple[Assignment, str, Adapter]] = []
+        sites, next_id = dict(self._sites), self._next_site_id
+        stacked: dict[str, int] = {}
+        for assignment in assignments:
+            path = assignment.path
+            if path not in sites:
+                sites[path], next_id = (next_id, assignment.paths), next_id + 1
+            level = stacked[path] = stacked.get(path, -1) + 1
+            adapter = assignment.method.build(
+                path, assignment.module, dtype=self.dtype, site_id=sites[path][0]
+            )
+            attach.check_attachable(path, assignment.module, standin=adapter.replaces_forward)
+            built.append((assignment, attach.entry(name, level), adapter))
+        for assignment, entry, adapter in built:
+            attach.attach(assignment.path, assignment.module, entry, adapter)
+        grew = len(sites) > len(self._sites)
+        order = {path: i for i, (path, _) in enumerate(self.model.named_modules(remove_duplicate=False))}
+        self._sites, self._next_site_id = dict(sorted(sites.items(), key=lambda s: order[s[0]])), next_id
+        recorded = [(a.path, entry, a.rule, adapter.method) for a, entry, adapter in built]
+        self.records[name] = AdapterRecord(plan, recorded, config)
+        return grew
+
+    def remove(self, name: str) -> bool:
+        """Take the adapter ``name`` off the model. True when the set of sites shrank."""
+        self.record(name)
+        for site in self.sites:
+            for entry in list(site.adapters):
+                if attach.adapter_name(entry) == name:
+                    attach.remove(site.module, entry)
+        del self.records[name]
+        left = {site.path for site in self.sites if site.adapters}
+        shrank = set(self._sites) != left
+        self._sites = {path: s for path, s in self._sites.items() if path in left}
+        self.set_live(tuple(n for n in self.live if n != name))
+        return shrank
+
+    def set_live(self, names: tuple[str, ...]) -> None:
+        """Make exactly ``names`` live, in this order.
+
+        Raises:
+            AdapterNameError: an unknown name, or one given twice.
+            SiteError: two of them replace the same module.
+        """
+        for name in names:
+            self.record(name)
+        if len(set(names)) != len(names):
+            raise AdapterNameError(f"a name is given twice: {', '.join(names)}")
+        for site in self.sites:
+            replacing = [n for n in names if any(a.replaces_forward for a in site.of(n))]
+            if len(replacing) > 1:
+                raise SiteError(
+                    f"{site.path} cannot be replaced by two adapters at once",
+                    found=f"{' and '.join(map(repr, replacing))} train it in full",
+                    do="make one of them live",
+                )
+        for site in self.sites:
+            found = attach.adapters_of(site.module)
+            assert found is not None
+            found.make_live([adapter for name in names for adapter in site.of(name)])
+        self.live = names
+
+    def signature(self) -> tuple[object, ...]:
+        """What captured graphs depend on: for every site, the signatures of its live adapters."""
+        return tuple(tuple(a.signature() for n in self.live for a in site.of(n)) for site in self.sites)
+
+    def named_parameters(self, name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name in the model, parameter) of one adapter, or of all."""
+        if name is not None:
+            self.record(name)
+        for site in self.sites:
+            for entry, adapter in site.adapters.items():
+                if name is None or attach.adapter_name(entry) == name:
+                    for local, parameter in adapter.named_parameters():
+                        yield f"{site.path}.adapters.{entry}.{local}", parameter
+
+
+def with_all_biases(resolution: Resolution, model: nn.Module) -> list[Assignment]:
+    """The resolution's sites, and for LoRA with ``bias="all"`` every other module that has a bias.
+
+    Raises:
+        SiteError: a bias whose module has no adapter for it.
+    """
+    rules = [a.rule for a in resolution.sites if getattr(a.method, "bias", "none") == "all"]
+    if not rules:
+        return resolution.sites
+    taken = {a.path for a in resolution.sites}
+    replaced = [a.path for a in resolution.sites if a.train == "full"]
+    method, extra = Bias(), []
+    for path, module in model.named_modules():
+        if getattr(module, "bias", None) is None or path in taken or isinstance(module, Adapter):
+            continue
+        if ".adapters." in f".{path}." or any(path.startswith(f"{full}.") for full in replaced):
+            continue
+        if reason := method.refusal(path, module):
+            raise SiteError(f"{path}: its bias cannot be trained (bias='all')", found=reason)
+        extra.append(Assignment(path, (path,), module, rules[0], method))
+    return [*resolution.sites, *extra]

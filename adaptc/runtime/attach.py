@@ -1,0 +1,161 @@
+"""Where adapters live on a model, and the hook through which they enter the captured graph."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from adaptc.errors import SiteError
+from adaptc.methods.base import Adapter
+
+
+class SiteAdapters(nn.ModuleDict):
+    """The adapters of one module, by name. ``live``: those that act, in order.
+
+    ``live`` is plain data that hooks read: Dynamo guards on how many there are and on their tensors' shapes,
+    not on which objects they are, so switching among equal ones does not recompile.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: tuple[Adapter, ...] = ()
+        #: The live adapter that stands in for the module itself, or None.
+        self.standin: Adapter | None = None
+        self.hook_handle: Any = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `standin` is an alias of an entry: registering it again would double its state_dict keys.
+        if name == "standin":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def make_live(self, adapters: Sequence[Adapter]) -> None:
+        """Let ``adapters`` (entries of this dict) act, in this order."""
+        self.live = tuple(a for a in adapters if not a.replaces_forward)
+        self.standin = next((a for a in adapters if a.replaces_forward), None)
+
+
+def entry(name: str, level: int) -> str:
+    """The key of an adapter at a site: its name, and a number for what stacked rules added."""
+    return name if level == 0 else f"{name}~{level}"
+
+
+def adapter_name(entry: str) -> str:
+    """The adapter's name of a key."""
+    return entry.partition("~")[0]
+
+
+class _CallState(threading.local):
+    """What one call of the model needs; set by the prologue, read where hooks run outside a graph."""
+
+    #: ``id`` of the site-id tensors whose hooks ran outside a graph, while somebody collects them.
+    eager: set[int] | None = None
+    #: How many prologues are active on this thread.
+    depth: int = 0
+
+
+CALL = _CallState()
+
+
+def run_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of every adapted module: correct its output by the live adapters.
+
+    A module-level function that closes over nothing, so that models deep-copy and pickle.
+    """
+    live = module.adapters.live
+    if len(live) == 0:
+        return None
+    x = args[0] if args else next(iter(kwargs.values()))
+    for adapter in live:
+        if not torch.compiler.is_compiling() and CALL.eager is not None:
+            CALL.eager.add(id(adapter.site_id))
+        output = adapter.apply_to(module, x, output)
+    return output
+
+
+def run_standin(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Instance ``forward`` of a module that some adapter replaces: the live copy's forward, or its own."""
+    standin = module.adapters.standin
+    if standin is None:
+        return type(module).forward(module, *args, **kwargs)
+    if not torch.compiler.is_compiling() and CALL.eager is not None:
+        CALL.eager.add(id(standin.site_id))
+    return standin.replace(*args, **kwargs)
+
+
+def adapters_of(module: nn.Module) -> SiteAdapters | None:
+    """The adapters attached to ``module``, or None."""
+    found = module._modules.get("adapters")
+    return found if isinstance(found, SiteAdapters) else None
+
+
+def attach(path: str, module: nn.Module, name: str, adapter: Adapter) -> None:
+    """Put ``adapter`` on ``module`` under ``name`` (not live yet).
+
+    Raises:
+        SiteError: the module has an attribute of its own called ``adapters``, or its forward is replaced already.
+    """
+    found = adapters_of(module)
+    if found is None:
+        check_attachable(path, module)
+        found = SiteAdapters()
+        found.train(module.training)
+        module.adapters = found
+    adapter.train(module.training)
+    found[name] = adapter
+    if adapter.replaces_forward:
+        if "forward" not in module.__dict__:
+            module.forward = functools.partial(run_standin, module)  # type: ignore[method-assign]
+    elif found.hook_handle is None:
+        # Before hooks of the user: they see the corrected output, as they would with a wrapped layer.
+        found.hook_handle = module.register_forward_hook(run_site, prepend=True, with_kwargs=True)
+
+
+def check_attachable(path: str, module: nn.Module, *, standin: bool = False) -> None:
+    """Raise SiteError when adapters cannot be put on ``module``."""
+    if adapters_of(module) is None and hasattr(module, "adapters"):
+        raise SiteError(
+            f"{path} ({type(module).__name__}) already has an attribute named 'adapters'",
+            expected="a free name: adapters are stored there",
+            do="leave this module out of the plan, or rename the attribute",
+        )
+    own = module.__dict__.get("forward")
+    if standin and own is not None and getattr(own, "func", None) is not run_standin:
+        raise SiteError(
+            f"{path} ({type(module).__name__}) has a forward set on the instance, so it cannot be replaced",
+            do="train it through another rule, or remove the instance's forward first",
+        )
+
+
+def remove(module: nn.Module, name: str) -> None:
+    """Take the adapter ``name`` off ``module``; the last one leaves no trace."""
+    found = adapters_of(module)
+    if found is None or name not in found:
+        return
+    del found[name]
+    found.live = tuple(a for a in found.live if any(a is b for b in found.values()))
+    if found.standin is not None and not any(found.standin is b for b in found.values()):
+        found.standin = None
+    if not any(a.replaces_forward for a in found.values()):  # type: ignore[union-attr]
+        own = module.__dict__.get("forward")
+        if getattr(own, "func", None) is run_standin:
+            del module.__dict__["forward"]
+    if found.hook_handle is not None and all(a.replaces_forward for a in found.values()):  # type: ignore[union-attr]
+        found.hook_handle.remove()
+        found.hook_handle = None
+    if len(found) == 0:
+        del module._modules["adapters"]
+
+
+def strip(module: nn.Module) -> None:
+    """Take every adapter off ``module`` and what is inside it."""
+    for inner in list(module.modules()):
+        found = adapters_of(inner)
+        for name in list(found or ()):
+            remove(inner, name)

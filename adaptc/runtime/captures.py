@@ -1,0 +1,123 @@
+"""The captured forms of a model's entry points, one epoch at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from adaptc.codegen.backend import AdapterBackend
+from adaptc.runtime.prologue import Capture, EntryMethod, Prologue
+
+if TYPE_CHECKING:
+    from adaptc.runtime.handle import Handle
+
+
+class Captures:
+    """Backend, callables and counters of a model.
+
+    An epoch ends when the set of adapted modules changes: Dynamo does not guard on hooks, so new ones need a
+    fresh backend and fresh callables.
+    """
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+        self.backend: AdapterBackend | None = None
+        self._callables: dict[str, Capture] = {}
+        self._signatures: set[tuple[object, ...]] = set()
+        #: ``id`` of the site-id tensors whose hooks ran outside a graph.
+        self.eager: set[int] = set()
+        self.counts = {"epochs": 0, "calls": 0, "recompile_limits_hit": 0, "signatures": 0, "past_graphs": 0}
+
+    def get(self, entry: str, function: Callable[..., Any]) -> Capture:
+        """The captured form of ``function`` in this epoch, made on first use."""
+        drop_embedding_hooks(self.handle.model)
+        paths = self.handle.site_paths()
+        if self.backend is None:
+            self.note_signature()
+            self.backend = AdapterBackend(self.handle.pipeline(), self.handle.options.backend, paths)
+            self.counts["epochs"] += 1
+        # `.to()` and friends replace buffers: the backend must know the site ids as they are now.
+        self.backend.site_paths = paths
+        self.counts["calls"] += 1
+        if entry not in self._callables:
+            self._callables[entry] = Capture(self.handle, function, self.backend)
+        return self._callables[entry]
+
+    def note_signature(self) -> bool:
+        """Remember the live adapters' signature; True when graphs were captured and none fits it."""
+        signature = self.handle.adapters.signature()
+        if signature in self._signatures:
+            return False
+        self._signatures.add(signature)
+        self.counts["signatures"] += 1
+        return self.backend is not None
+
+    def after_call(self, eager: set[int], limits: list[str]) -> None:
+        self.eager |= eager
+        self.counts["recompile_limits_hit"] += len(limits)
+
+    def new_epoch(self) -> None:
+        """Forget captured graphs."""
+        if self.backend is not None:
+            self.counts["past_graphs"] += len(self.backend.graphs)
+        self.backend, self._callables = None, {}
+        self._signatures.clear()
+        self.eager.clear()
+
+
+def arm(handle: Handle) -> list[str]:
+    """Install the prologue on the model and on the entry points that bypass its forward; returns their names."""
+    model = handle.model
+    Prologue(handle, model, "")
+    names = []
+    encoder = _separate_encoder(model)
+    if encoder is not None:
+        Prologue(handle, encoder, "encoder")
+        names.append("encoder")
+    for name in _feature_methods(model):
+        setattr(model, name, EntryMethod(handle, name))
+        names.append(name)
+    return names
+
+
+def disarm(model: nn.Module) -> None:
+    """Undo :func:`arm`."""
+    for module in model.modules():
+        prologue = module.__dict__.get(Prologue.KEY)
+        if isinstance(prologue, Prologue):
+            prologue.disarm()
+    for name, value in list(model.__dict__.items()):
+        if isinstance(value, EntryMethod):
+            del model.__dict__[name]
+
+
+def _separate_encoder(model: nn.Module) -> nn.Module | None:
+    """The encoder that ``generate`` calls by itself on encoder-decoder models of transformers."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    get = getattr(model, "get_encoder", None)
+    encoder = get() if callable(get) else None
+    return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
+
+
+def _feature_methods(model: nn.Module) -> list[str]:
+    """Methods such as CLIP's ``get_text_features``, which call a tower without the model's forward."""
+    return sorted(n for n in dir(type(model)) if re.fullmatch(r"get_\w+_features", n))
+
+
+def drop_embedding_hooks(model: nn.Module) -> None:
+    """Remove the hook that transformers puts on frozen embeddings for checkpointing.
+
+    ``activation_checkpointing_enable`` makes the embeddings' output require a gradient, which breaks the graph;
+    only re-entrant checkpointing needs it.
+    """
+    if not getattr(model, "_require_grads_hooks", None):
+        return
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(function, "keywords", {}).get("use_reentrant", False):
+            return
+    model.disable_input_require_grads()  # type: ignore[operator]

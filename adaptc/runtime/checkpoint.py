@@ -1,0 +1,398 @@
+"""Adapter files: names, reading that validates before it returns, and writing that a crash cannot spoil.
+
+A directory of an adapter holds ``adapter_config.json`` and ``adapter_model.safetensors``, both as PEFT
+writes and reads them, and ``adaptc_plan.json`` (the plan in adaptc's own words and a fingerprint of the
+base), which PEFT ignores.
+
+Saving replaces three files, and a file system renames only one at a time. So a save is a small journal:
+
+1. the new files are written and synced in a staging directory beside the old ones;
+2. the staging directory is renamed to ``.adaptc-commit``: from here on the save has happened;
+3. its files are moved over the old ones, and the empty directory is removed.
+
+``read_adapter`` prefers a file in ``.adaptc-commit``, so after a crash before step 2 it reads the old
+adapter and after a crash in step 3 the new one; the next save finishes the moves. Readers that do not know
+the journal (PEFT) can see a mixture only after a crash in step 3. The directory itself is not swapped: it
+may hold other adapters, a model card, or a trainer's files. One process at a time may save to a directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from adaptc.errors import (
+    AdaptcWarning,
+    AdapterNameError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    ConfigSyntaxError,
+    InterruptedSaveError,
+    PickleRefusedError,
+    UnsafePathError,
+)
+from adaptc.runtime.fingerprint import compare_fingerprint, fingerprint
+from adaptc.runtime.tensor_file import check_finite, read_tensor_file
+
+__all__ = [
+    "AdapterFiles",
+    "adapter_directory",
+    "check_adapter_name",
+    "compare_fingerprint",
+    "fingerprint",
+    "read_adapter",
+    "write_adapter",
+]
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PLAN = "adaptc_plan.json"
+FORMAT_VERSION = 1
+MAX_JSON = 64 * 2**20
+_COMMIT = ".adaptc-commit"
+_STAGING = ".adaptc-staging-"
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFiles:
+    """What an adapter's directory holds; every part is valid by itself.
+
+    ``plan`` and ``fingerprint`` are None when another tool wrote the adapter, or changed its config since.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+    plan: dict[str, Any] | None
+    fingerprint: dict[str, Any] | None
+    path: Path
+
+
+# --------------------------------------------------------------------------------------------- names
+
+#: Names that are part of PEFT's keys. PEFT drops from a file every key with another adapter's name in it.
+_PEFT_WORDS = {
+    "adapters", "base_layer", "base_model", "bias", "lora", "model", "modules_to_save", "original_module",
+    "token_adapter", "weight", "__base__",
+}  # fmt: skip
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,99}")
+
+
+def check_adapter_name(name: str, paths: Iterable[str] = ()) -> None:
+    """Raise when ``name`` cannot be an adapter's name, in adaptc, in PEFT or in a file system.
+
+    Args:
+        paths: module paths of the host. PEFT takes adapter names off its keys by name, so one that equals a
+            component of a path loses tensors when the file holds several adapters.
+
+    Raises:
+        UnsafePathError: the name would leave its directory.
+        AdapterNameError: the name is not a word, or is already in use for something else.
+    """
+    if not isinstance(name, str):
+        raise AdapterNameError("an adapter's name is text", found=repr(name))
+    if name in (".", "..") or re.search(r"[/\\\x00]", name):
+        raise UnsafePathError(
+            f"adapter name {name!r} would leave its directory", expected="a plain word such as sft-v2"
+        )
+    if not _NAME.fullmatch(name):
+        raise AdapterNameError(
+            f"{name!r} is not a legal adapter name",
+            expected="a letter or underscore, then letters, digits, underscores and hyphens (100 at most)",
+        )
+    used_by = None
+    if name in _PEFT_WORDS or name.startswith("lora_"):
+        used_by = "PEFT's keys"
+    elif hasattr(nn.ModuleDict(), name):
+        used_by = "torch.nn.ModuleDict"
+    elif any(name in path.split(".") for path in paths):
+        used_by = "a module of the model"
+    if used_by is not None:
+        raise AdapterNameError(
+            f"{name!r} cannot be an adapter's name: {used_by} has that name", do="choose another name"
+        )
+
+
+def adapter_directory(root: str | os.PathLike[str], name: str) -> Path:
+    """Where the adapter ``name`` lies under ``root``, by PEFT's rule: "default" at the root, others below.
+
+    Raises:
+        UnsafePathError: the place lies outside of ``root`` (by its name, or through a link).
+        AdapterNameError: not a legal name.
+    """
+    check_adapter_name(name)
+    directory = Path(root) if name == "default" else Path(root) / name
+    if not directory.resolve().is_relative_to(Path(root).resolve()):
+        raise UnsafePathError(
+            f"{directory} leads out of {root}", found=directory.resolve(), do="give the real directory"
+        )
+    return directory
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+
+def read_adapter(directory: str | os.PathLike[str]) -> AdapterFiles:
+    """Read and validate an adapter's directory; nothing is returned unless all of it is sound.
+
+    Raises:
+        CheckpointError: the subclass says what is wrong. Whether the config and the tensors fit a model is
+            for ``peft_format`` to say.
+    """
+    path = Path(directory)
+    if not path.is_dir():
+        raise CheckpointNotFoundError(
+            f"no adapter directory {path}",
+            found="a file" if path.exists() else "nothing", do=f"give the directory that holds {CONFIG}",
+        )  # fmt: skip
+    config_file, weights_file = _locate(path, CONFIG), _locate(path, WEIGHTS)
+    if weights_file is None:
+        _raise_no_weights(path)
+    if config_file is None:
+        raise CheckpointNotFoundError(
+            f"no {CONFIG} in {path}",
+            found=_listing(path),
+            do="give the directory that PEFT or adaptc saved to",
+        )
+    raw_config = _read_bytes(config_file)
+    config = _parse_object(raw_config, config_file)
+    if not isinstance(config.get("peft_type"), str):
+        raise ConfigError(
+            f"{config_file} does not name its kind",
+            expected='peft_type, such as "LORA"', found=repr(config.get("peft_type")),
+            do="this is not a PEFT adapter; convert it with the library that wrote it",
+        )  # fmt: skip
+    plan, base = _read_plan(_locate(path, PLAN), raw_config)
+    tensors, metadata = read_tensor_file(weights_file)
+    return AdapterFiles(config, tensors, metadata, plan, base, path)
+
+
+def _locate(directory: Path, name: str) -> Path | None:
+    """The newest committed file of that name, or None; raises when links lead it elsewhere."""
+    committed, plain = directory / _COMMIT / name, directory / name
+    if not os.path.lexists(committed):
+        if not os.path.lexists(plain):
+            return None
+        _check_link(plain, directory)
+        return plain
+    if plain.exists() and plain.stat().st_mtime_ns > committed.stat().st_mtime_ns:
+        raise InterruptedSaveError(
+            f"a save to {directory} was interrupted, and {name} was written again since",
+            found=f"{committed} is older than {plain}",
+            do=f"remove {directory / _COMMIT} to keep the newer files, or move its files over them",
+        )
+    _check_link(committed, directory)
+    return committed
+
+
+def _check_link(file: Path, directory: Path) -> None:
+    """Files may be links within the directory, or into the blobs of the Hub cache that it is part of."""
+    target, home = file.resolve(), directory.resolve()
+    allowed = [home]
+    allowed += [parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots"][:1]
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise UnsafePathError(
+            f"{file} is a link that leaves its directory", found=target, do="replace the link by the file"
+        )
+    if not target.is_file():
+        raise CheckpointNotFoundError(f"{file} is not a file", found="a directory or a broken link")
+
+
+def _raise_no_weights(path: Path) -> NoReturn:
+    pickles = sorted(p.name for p in path.iterdir() if p.suffix in _PICKLES)
+    if pickles:
+        raise PickleRefusedError(
+            f"{path} holds its weights as a pickle file, which can run any code when it is read",
+            expected=WEIGHTS, found=", ".join(pickles),
+            do="if you trust it, load it with PEFT and save it again with safe_serialization=True",
+        )  # fmt: skip
+    raise CheckpointNotFoundError(
+        f"no {WEIGHTS} in {path}", found=_listing(path), do="give the directory that PEFT or adaptc saved to"
+    )
+
+
+def _listing(path: Path) -> str:
+    """What a directory holds, naming adapters in sub-directories, where PEFT puts all but "default"."""
+    names = sorted(p.name for p in path.iterdir())
+    below = [n for n in names if (path / n / CONFIG).is_file()]
+    if below:
+        return f"adapters in the sub-directories {', '.join(below)}"
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") or "an empty directory"
+
+
+def _read_bytes(file: Path) -> bytes:
+    size = file.stat().st_size
+    if size > MAX_JSON:
+        raise ConfigSyntaxError(
+            f"{file} is too large", expected=f"at most {MAX_JSON} bytes", found=f"{size} bytes"
+        )
+    return file.read_bytes()
+
+
+def _parse_object(raw: bytes, file: Path) -> dict[str, Any]:
+    """A JSON object with distinct names and finite numbers."""
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ConfigSyntaxError(
+            f"{file} is not legal JSON", found=error, do="correct it, or copy the file again"
+        ) from error
+    if not isinstance(value, dict):
+        raise ConfigSyntaxError(f"{file} is not a JSON object", found=type(value).__name__)
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} appears twice")
+    return dict(pairs)
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a number of JSON")
+
+
+def _read_plan(file: Path | None, raw_config: bytes) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The plan and the fingerprint of ``adaptc_plan.json``, unless its config is not this one."""
+    if file is None:
+        return None, None
+    saved = _parse_object(_read_bytes(file), file)
+    if saved.get("format") != FORMAT_VERSION:
+        raise ConfigError(
+            f"{file} has a format that this version does not read",
+            expected=f"format {FORMAT_VERSION}", found=repr(saved.get("format")),
+            do=f"update adaptc, or remove {PLAN} to load by {CONFIG} alone",
+        )  # fmt: skip
+    plan, base = saved.get("plan"), saved.get("base")
+    for name, value in (("plan", plan), ("base", base)):
+        if value is not None and not isinstance(value, dict):
+            raise ConfigError(f"{file}: {name} is not an object", found=type(value).__name__)
+    if saved.get("config_sha256") != hashlib.sha256(raw_config).hexdigest():
+        warnings.warn(
+            f"{file} is ignored: {CONFIG} was changed after adaptc wrote it", AdaptcWarning, stacklevel=4
+        )
+        return None, None
+    return plan, base
+
+
+# ------------------------------------------------------------------------------------------- writing
+
+
+def write_adapter(
+    directory: str | os.PathLike[str],
+    *,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    plan: Mapping[str, Any] | None,
+    fingerprint: Mapping[str, Any] | None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write an adapter so that a crash at any moment leaves the old or the new one readable.
+
+    The weight file is PEFT's, byte for byte, when ``metadata`` is not given (with more than one entry the
+    library orders them at random). A tensor with NaN or infinity is refused: no loader would take it back.
+
+    Raises:
+        NonFiniteError: names the tensor; nothing was written.
+    """
+    path = Path(directory)
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"cannot save an adapter to {path}", expected="a directory", found="a file")
+    files = _contents(path, config, tensors, plan, fingerprint, metadata or {})
+    path.mkdir(parents=True, exist_ok=True)
+    _finish_commit(path)
+    staging = path / f"{_STAGING}{uuid.uuid4().hex[:12]}"
+    try:
+        staging.mkdir()
+        for name, data in files.items():
+            with open(staging / name, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        _sync(staging)
+        os.rename(staging, path / _COMMIT)
+    except OSError:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    _sync(path)
+    _finish_commit(path)
+    return path
+
+
+def _contents(
+    path: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    plan: Mapping[str, Any] | None,
+    base: Mapping[str, Any] | None,
+    metadata: Mapping[str, str],
+) -> dict[str, bytes]:
+    """File name -> bytes, complete and checked before anything is written."""
+    stored: dict[str, torch.Tensor] = {}
+    storages = set()
+    for key, tensor in tensors.items():
+        check_finite(
+            key, tensor, where="the adapter",
+            do="find the step at which training diverged; the adapter was not saved",
+        )  # fmt: skip
+        plain = tensor.detach().cpu().contiguous()
+        # safetensors refuses tensors that share memory (tied heads), as PEFT finds too.
+        storage = plain.untyped_storage().data_ptr()
+        stored[key] = plain.clone() if storage in storages else plain
+        storages.add(storage)
+    raw_config = json.dumps(dict(config), indent=2, sort_keys=True).encode()
+    own = {
+        "format": FORMAT_VERSION,
+        "plan": plan,
+        "base": base,
+        "config_sha256": hashlib.sha256(raw_config).hexdigest(),
+    }
+    return {
+        CONFIG: raw_config,
+        WEIGHTS: safetensors.torch.save(stored, metadata={"format": "pt", **metadata}),
+        PLAN: json.dumps(own, indent=2).encode(),  # unsorted: the first pattern that matches counts
+    }
+
+
+def _finish_commit(path: Path) -> None:
+    """Move the files of a committed save to their places and clear what interrupted saves left behind."""
+    for stale in path.glob(f"{_STAGING}*"):
+        shutil.rmtree(stale)
+    commit = path / _COMMIT
+    if not commit.is_dir():
+        return
+    for name in (WEIGHTS, CONFIG, PLAN):
+        file = _locate(path, name)  # raises when the file in place was written after the commit
+        if file is not None and file.parent == commit:
+            os.replace(file, path / name)
+    _sync(path)
+    commit.rmdir()
+
+
+def _sync(directory: Path) -> None:
+    """Make renames in a directory durable, where the platform can."""
+    if os.name != "posix":
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(handle)

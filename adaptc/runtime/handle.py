@@ -1,0 +1,317 @@
+"""``model.adaptc``: the handle of a compiled model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from adaptc.codegen.backend import BackendOptions
+from adaptc.codegen.graphs import CapturedGraph
+from adaptc.errors import AdapterNameError, NewSignatureWarning, UnsupportedError
+from adaptc.passes.manager import Pipeline
+from adaptc.runtime import captures, files, warmup
+from adaptc.runtime.adapters import AdapterRecord, AdapterSet, Site
+
+if TYPE_CHECKING:
+    from adaptc.codegen.explain import Explanation
+
+#: What the handle will do and this version does not: name -> what it is for.
+_LATER = {
+    "axes": "the dimension groups of the model",
+    "report": "the HTML report",
+    "permute_optimizer": "resuming an optimizer under co-permutation",
+    "batch": "one adapter per row of a batch",
+    "pin": "keeping adapters in device memory",
+    "prefetch": "loading adapters ahead of use",
+    "merge": "folding adapters into the base weights",
+    "unmerge": "undoing a merge",
+    "compose": "combining adapters",
+    "convert": "converting an adapter to another kind",
+    "export": "other file formats",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileOptions:
+    """The arguments of ``adaptc.compile`` that say how, not what."""
+
+    backend: BackendOptions = BackendOptions()
+    fullgraph: bool = False
+    dynamic: bool | None = None
+    adapter_dtype: torch.dtype | None = None
+    example_inputs: Any = None
+
+
+class Handle:
+    """What a compiled model can be asked and told; holds no tensors of its own."""
+
+    def __init__(self, model: nn.Module, options: CompileOptions) -> None:
+        self.model = model
+        self.options = options
+        self.adapters = AdapterSet(model, options.adapter_dtype)
+        self.captures = captures.Captures(self)
+        #: Entry points that bypass the model's forward and are captured beside it.
+        self.entries: list[str] = []
+        self._was_trainable: dict[str, bool] = {}
+
+    # -- reading ---------------------------------------------------------------------------------------
+
+    @property
+    def sites(self) -> list[Site]:
+        """The adapted modules, in the order of the model."""
+        return self.adapters.sites
+
+    @property
+    def records(self) -> dict[str, AdapterRecord]:
+        """Adapter name -> its plan and origin."""
+        return self.adapters.records
+
+    @property
+    def live(self) -> tuple[str, ...]:
+        """The names of the adapters that act, in order."""
+        return self.adapters.live
+
+    @property
+    def graphs(self) -> list[CapturedGraph]:
+        """The graphs captured since the set of sites last changed."""
+        return [] if self.captures.backend is None else list(self.captures.backend.graphs)
+
+    def explain(self) -> Explanation:
+        """The report: sites, passes, graphs, trained parameters and costs; print it."""
+        from adaptc.codegen.explain import explain
+
+        return explain(self)
+
+    def metrics(self) -> dict[str, int]:
+        """Counters. ``graphs`` and ``recompiles`` are those of this epoch (since the set of sites changed):
+        a recompile is a graph of a frame that had been compiled before."""
+        graphs = self.graphs
+        return {
+            **self.captures.counts,
+            "graphs": len(graphs),
+            "recompiles": sum(g.is_recompile for g in graphs),
+            "sites": len(self.sites),
+            "eager_sites": len(self.eager_sites()),
+        }
+
+    def site_paths(self) -> dict[int, str]:
+        """``id`` of every adapter's site-id tensor -> module path."""
+        return {id(a.site_id): site.path for site in self.sites for a in site.adapters.values()}
+
+    def eager_sites(self) -> list[str]:
+        """Sites whose adapter ran outside a captured graph: right values, but not rewritten."""
+        paths = self.site_paths()
+        return sorted({paths[i] for i in self.captures.eager if i in paths})
+
+    def idle_sites(self) -> list[str]:
+        """Sites of live adapters that no call has reached yet."""
+        backend = self.captures.backend
+        ran = self.captures.eager | (backend.ran if backend else set())
+        live = [(site.path, [a for n in self.live for a in site.of(n)]) for site in self.sites]
+        return [path for path, adapters in live if adapters and not any(id(a.site_id) in ran for a in adapters)]
+
+    # -- training --------------------------------------------------------------------------------------
+
+    def parameters(self, name: str | None = None) -> Iterator[nn.Parameter]:
+        """The parameters of one adapter, or of all."""
+        for _, parameter in self.adapters.named_parameters(name):
+            yield parameter
+
+    def named_parameters(self, name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name in the model, parameter) of one adapter, or of all."""
+        return self.adapters.named_parameters(name)
+
+    def param_groups(
+        self, name: str | None = None, *, lr: float | None = None, lr_ratio: float = 1.0, **options: Any
+    ) -> list[dict[str, Any]]:
+        """Optimizer groups; ``options`` go into each. ``lr_ratio`` is LoRA+'s lambda (Hayou et al. 2024):
+        ``lora_B`` and every one-dimensional parameter learn at ``lr * lr_ratio``.
+
+        Raises:
+            ValueError: a ratio without ``lr``.
+        """
+        if lr_ratio != 1.0 and lr is None:
+            raise ValueError("param_groups: lr_ratio needs lr")
+        base: dict[str, Any] = options if lr is None else {**options, "lr": lr}
+        groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+        for full_name, parameter in self.named_parameters(name):
+            fast = lr_ratio != 1.0 and (full_name.endswith(".lora_B") or parameter.dim() == 1)
+            groups[fast].append(parameter)
+        chosen = [{"params": groups[False], **base}]
+        if lr is not None and groups[True]:
+            chosen.append({"params": groups[True], **base, "lr": lr * lr_ratio})
+        return chosen
+
+    def on_step(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Let methods that act between optimizer steps do so after each step; returns a removable handle."""
+
+        def after_step(*_: Any) -> None:
+            for site in self.sites:
+                for adapter in site.adapters.values():
+                    adapter.after_step(optimizer)
+
+        return optimizer.register_step_post_hook(after_step)
+
+    # -- adapters --------------------------------------------------------------------------------------
+
+    def add(self, name: str, plan: Any) -> None:
+        """Add an adapter under ``name``: a plan (or what ``adaptc.compile`` accepts as one), or an adapter
+        folder, whose values are loaded. It is not live until ``switch``.
+
+        Raises:
+            AdapterNameError: the name is taken.
+            PlanError, SiteError, CheckpointError: nothing has changed then.
+        """
+        if files.is_adapter_directory(plan):
+            files.add(self, plan, name)
+        else:
+            self.install(name, files.plan_of(plan))
+
+    def install(self, name: str, plan: Any, *, config: dict[str, Any] | None = None) -> None:
+        """Attach fresh adapters of a ``Plan`` under ``name``."""
+        if self.adapters.install(name, plan, config=config):
+            self.captures.new_epoch()
+
+    def remove(self, name: str) -> None:
+        """Take the adapter ``name`` off the model.
+
+        Raises:
+            AdapterNameError: there is no such adapter.
+        """
+        if self.adapters.remove(name):
+            self.captures.new_epoch()
+
+    def switch(self, names: str | Sequence[str] | None) -> None:
+        """Make one adapter live, several together, or none. Recompiles nothing among adapters of one signature
+        (kinds, shapes, dtypes, requires_grad per site); a new signature compiles at its first call, and
+        is announced by a ``NewSignatureWarning``.
+
+        Raises:
+            AdapterNameError: an unknown name, or one given twice.
+            SiteError: two of them replace one module.
+        """
+        self.adapters.set_live(() if names is None else (names,) if isinstance(names, str) else tuple(names))
+        if self.captures.note_signature():
+            live = ", ".join(map(repr, self.live)) or "no adapter"
+            message = f"{live}: kinds, shapes or dtypes not seen before; the next call compiles once"
+            warnings.warn(NewSignatureWarning(message), stacklevel=2)
+
+    def warmup(self, names: str | Sequence[str] | None = None, *, example_inputs: Any = None) -> None:
+        """Compile ahead for each adapter in ``names`` (default: all): one forward, and a backward in training
+        mode when the output has a gradient. Values, gradients, buffers and random state stay as they are.
+
+        Raises:
+            ValueError: no example inputs are known.
+        """
+        inputs = self.example_inputs(example_inputs)
+        if inputs is None:
+            raise ValueError(
+                "no example inputs: pass example_inputs=, here or to adaptc.compile"
+                f" ({type(self.model).__name__} has no dummy_inputs)"
+            )
+        before = self.live
+        chosen = list(self.records) if names is None else [names] if isinstance(names, str) else list(names)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NewSignatureWarning)
+            try:
+                for name in chosen:
+                    self.switch(name)
+                    warmup.run_once(self.model, inputs)
+            finally:
+                self.switch(before)
+
+    def example_inputs(self, given: Any = None) -> Any:
+        """Inputs of one call: ``given``, those of ``adaptc.compile``, the model's ``dummy_inputs``, or None."""
+        if given is None:
+            given = self.options.example_inputs
+        return getattr(self.model, "dummy_inputs", None) if given is None else given
+
+    # -- files -----------------------------------------------------------------------------------------
+
+    def save(self, directory: Any, name: str | None = None) -> None:
+        """Write an adapter in PEFT's format, with our plan beside it; atomic. ``name``: default the live one.
+
+        Raises:
+            AdapterNameError: no such adapter, or none given and not exactly one is live.
+            UnsupportedError: PEFT's format cannot express the adapter.
+        """
+        if name is None and len(self.live) != 1:
+            raise AdapterNameError("save: say which adapter", found=f"live: {', '.join(self.live) or 'none'}")
+        files.save(self, directory, self.live[0] if name is None else name)
+
+    def load(self, directory: Any, name: str | None = None) -> None:
+        """Read an adapter folder into the adapter ``name`` (default: the live one): replaces its values, or adds
+        it. Everything is checked before anything changes.
+
+        Raises:
+            CheckpointError: the files are malformed or do not fit; nothing has changed then.
+        """
+        if name is None and len(self.live) > 1:
+            raise AdapterNameError("load: say into which adapter", found=f"live: {', '.join(self.live)}")
+        files.load(self, directory, name or (self.live[0] if self.live else "default"))
+
+    # -- capture ---------------------------------------------------------------------------------------
+
+    def attach_to_model(self) -> None:
+        """Freeze the base, remembering which parameters were trainable, and install the prologue."""
+        ours = {name for name, _ in self.named_parameters()}
+        named = [(n, p) for n, p in self.model.named_parameters() if n not in ours]
+        self._was_trainable = {n: p.requires_grad for n, p in named}
+        for _, parameter in named:
+            parameter.requires_grad_(False)
+        self.model.adaptc = self  # type: ignore[assignment]
+        self.entries = captures.arm(self)
+
+    def pipeline(self) -> Pipeline:
+        """The passes that the live adapters' plans ask for (the first plan that says anything)."""
+        for name in (*self.live, *self.records):
+            passes = self.records[name].plan.passes
+            if passes is not None:
+                return Pipeline.from_options(skip=passes.skip, order=passes.order, limit=passes.limit)
+        return Pipeline.from_options()
+
+    def detach(self) -> nn.Module:
+        """Give the untouched model back: no adapters, hooks or attributes, and trainable flags as they were."""
+        model = self.model
+        for name in list(self.records):
+            self.adapters.remove(name)
+        captures.disarm(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self._was_trainable[name])
+        del model.adaptc
+        self.captures.new_epoch()
+        return model
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _LATER:
+            raise UnsupportedError(f"model.adaptc.{name} is not in this version", missing=_LATER[name])
+        raise AttributeError(f"'Handle' object has no attribute {name!r}")
+
+    # -- copies ----------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        if id(self) in memo:
+            return memo[id(self)]  # type: ignore[no-any-return]
+        if id(self.model) not in memo:
+            return copy.deepcopy(self.model, memo).adaptc  # type: ignore[no-any-return]
+        new = object.__new__(Handle)
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Captured code belongs to this object and process; a copy captures anew.
+        return {name: value for name, value in self.__dict__.items() if name != "captures"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.captures = captures.Captures(self)
+
+    def __repr__(self) -> str:
+        return f"<adaptc handle of {type(self.model).__name__}: {len(self.sites)} sites, live {self.live}>"

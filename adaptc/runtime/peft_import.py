@@ -1,0 +1,192 @@
+"""PEFT's ``adapter_config.json`` of a LoRA adapter, as a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from adaptc.errors import AdaptcWarning, ConfigTypeError
+from adaptc.methods.bias import Bias
+from adaptc.methods.lora import LoRA
+from adaptc.plan.match import ALL_LINEAR, Match, matcher
+from adaptc.plan.rules import Plan, Rule
+from adaptc.runtime import peft_matching as peft
+from adaptc.runtime.peft_options import INITS, check_config
+
+_NAME = re.compile(r"[\w.-]+")
+
+
+def config_to_plan(
+    config: Mapping[str, Any], *, model: nn.Module | None = None, loading: bool = False
+) -> Plan:
+    """The plan that a PEFT LoRA config means.
+
+    ``modules_to_save`` becomes a ``train: full`` rule, in front, so that LoRA leaves such a module alone;
+    ``bias: all`` adds a rule for the biases of all other modules.
+
+    Args:
+        model: the host. PEFT accepts names that match nothing (it adds "score" and "classifier" to any
+            classifier's config itself) and differs from adaptc's selectors in rare cases (the number of a
+            layer at the root, "all-linear" on a model with routers). With the host, names without a match
+            are left out with a warning, and where the selectors would mean other modules than PEFT's, they
+            are replaced by full paths. Without it, names are taken as they are.
+        loading: the adapter's values will be loaded, so how it was initialised does not matter.
+
+    Raises:
+        UnsupportedKindError: another kind, or an option that adaptc does not have, by name.
+        UnknownConfigKeyError, ConfigTypeError: an unknown key, a value that is not legal.
+    """
+    used = check_config(config, loading=loading)
+    match = _match_as_written(used)
+    # PEFT adds the classifier when it wraps a model for a task; in files it is written out.
+    added = () if loading else peft.classifier_names(config.get("task_type"))
+    saved = list(dict.fromkeys([*(used["modules_to_save"] or ()), *added]))
+    if model is not None:
+        match = _match_on(model, used, match, config.get("task_type"))
+        saved = _present(saved, "modules_to_save", peft.saved_paths, list(peft.module_paths(model)))
+    elif (odd := _odd_name((*match.targets, *match.exclude))) is not None:
+        raise ConfigTypeError(
+            f"{odd!r} in a list of modules is not a module's name",
+            expected="names; PEFT takes an expression as one string, not in a list",
+            do='write "target_modules": "<expression>"',
+        )
+    rules = [Rule(Match(_saved_selectors(saved, model)), train="full")] if saved else []
+    rules.append(Rule(match, _method(used)))
+    if used["bias"] == "all":
+        rules.append(Rule(Match(("re:.*",)), Bias()))  # the modules that the rules before leave over
+    return Plan(rules)
+
+
+def _method(used: Mapping[str, Any]) -> LoRA:
+    return LoRA(
+        r=used["r"],
+        alpha=used["lora_alpha"],
+        dropout=used["lora_dropout"],
+        rslora=used["use_rslora"],
+        init=INITS.get(used["init_lora_weights"], "default"),
+        bias=used["bias"],
+        rank_pattern=dict(used["rank_pattern"] or {}),
+        alpha_pattern=dict(used["alpha_pattern"] or {}),
+    )
+
+
+def _match_as_written(used: Mapping[str, Any]) -> Match:
+    """The config's selection in adaptc's selectors, one for each of its entries."""
+    layers = used["layers_to_transform"]
+    return Match(
+        _selectors(used["target_modules"]),
+        _selectors(used["exclude_modules"]),
+        layers=None if layers in (None, []) else (layers,) if isinstance(layers, int) else tuple(layers),
+        layers_pattern=_layer_lists(used["layers_pattern"]),
+    )
+
+
+def _saved_selectors(names: list[str], model: nn.Module | None) -> tuple[str, ...]:
+    """PEFT takes any path that ends in the text: "classifier" means DistilBERT's pre_classifier too."""
+    if model is not None:
+        paths = list(peft.module_paths(model))
+        if peft.saved_paths(names, paths) == _suffixed(names, paths) and all(map(is_name, names)):
+            return tuple(names)
+    return (f"re:.*(?:{'|'.join(re.escape(name) for name in names)})",)
+
+
+def _selectors(value: str | list[str] | None) -> tuple[str, ...]:
+    if not value:
+        return ()
+    if isinstance(value, str):
+        return (ALL_LINEAR,) if value.lower() == ALL_LINEAR else (f"re:{value}",)
+    return tuple(dict.fromkeys(value))
+
+
+def _layer_lists(value: str | list[str] | None) -> tuple[str, ...]:
+    """PEFT reads these as expressions on the path of the list that a layer number indexes."""
+    names = [value] if isinstance(value, str) else value or []
+    return tuple(name if _NAME.fullmatch(name) else rf"re:(?:.*\.)?(?:{name})" for name in names if name)
+
+
+def is_name(selector: str) -> bool:
+    return _NAME.fullmatch(selector) is not None and selector != ALL_LINEAR
+
+
+def _odd_name(selectors: Iterable[str]) -> str | None:
+    """The first entry of a list of modules that PEFT would take literally and adaptc would not."""
+    odd = (s for s in selectors if not (s.startswith("re:") or s == ALL_LINEAR or is_name(s)))
+    return next(odd, None)
+
+
+def _present(names: list[str], key: str, select: Any, paths: list[str]) -> list[str]:
+    """The names that select something, as PEFT ignores the others; they are named in a warning."""
+    found = [name for name in names if select([name], paths)]
+    absent = [name for name in names if name not in found]
+    # PEFT itself adds both of its names for classifiers, so these say nothing about the user's intent.
+    task_names = (*peft.CLASSIFIER_NAMES, *peft.ANSWER_NAMES) if key == "modules_to_save" else ()
+    told = [name for name in absent if name not in task_names]
+    if told:
+        warnings.warn(
+            f"{key} of the adapter's config names modules that this model does not have, which PEFT ignores: "
+            f"{', '.join(told)}",
+            AdaptcWarning,
+            stacklevel=4,
+        )
+    return found
+
+
+def _match_on(model: nn.Module, used: Mapping[str, Any], written: Match, task_type: str | None) -> Match:
+    """A match that selects the modules that PEFT selects on this model: as written, if it does."""
+    modules = peft.module_paths(model)
+    targets, exclude = written.targets, written.exclude
+    if targets == (ALL_LINEAR,):
+        used = {**used, "target_modules": peft.all_linear_paths(model, task_type)}
+    wanted = peft.lora_paths(used, modules)
+    if not wanted:
+        return written  # matches nothing: resolving the plan names near misses
+    if all(is_name(name) for name in targets):
+        targets = tuple(_present(list(targets), "target_modules", _suffixed, list(modules)))
+    if exclude and is_name(exclude[0]):
+        exclude = tuple(_present(list(exclude), "exclude_modules", _suffixed, list(modules)))
+    elif exclude and not any(matcher(exclude[0])(path) for path in modules):
+        exclude = ()
+    if targets:
+        match = dataclasses.replace(written, targets=targets, exclude=exclude)
+        if _selected(match, model, used) == set(wanted):
+            return match
+    return Match((f"re:{exactly(wanted)}",))
+
+
+def _suffixed(names: Sequence[str], paths: Iterable[str]) -> list[str]:
+    return [path for path in paths if any(peft.has_suffix(path, name) for name in names)]
+
+
+def _selected(match: Match, model: nn.Module, used: Mapping[str, Any]) -> set[str]:
+    """What adaptc's selectors choose, less what ``modules_to_save`` protects."""
+    from adaptc.plan.all_linear import all_linear
+    from adaptc.plan.tree import ModuleTree
+
+    everything = {**used, "target_modules": ".*", "exclude_modules": None, "layers_to_transform": None}
+    open_paths = peft.lora_paths(everything, peft.module_paths(model))
+    linear = set(all_linear(ModuleTree(model))[0]) if ALL_LINEAR in match.targets else set()
+    return {
+        path
+        for path in open_paths
+        if (path in linear or any(s != ALL_LINEAR and matcher(s)(path) for s in match.targets))
+        and not match.is_excluded(path)
+        and match.in_layers(path)
+    }
+
+
+def exactly(paths: Iterable[str]) -> str:
+    return "|".join(re.escape(path) for path in paths)
+
+
+def means(config: Mapping[str, Any], plan: Plan, model: nn.Module | None) -> bool:
+    """Whether the config, read with or without the host, gives the plan's rules."""
+    names = [name for key in ("target_modules", "exclude_modules") for name in _selectors(config.get(key))]
+    readings = [model] if model is None or _odd_name(names) is not None else [model, None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AdaptcWarning)  # they were given when the adapter was loaded
+        return any(config_to_plan(config, model=m, loading=True).rules == plan.rules for m in readings)

@@ -1,0 +1,113 @@
+"""The call of a compiled model: a small Python prologue outside the graph, then the captured graphs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from adaptc.codegen.backend import AdapterBackend
+from adaptc.codegen.torch_internals import compile_isolated, watch_recompile_limit
+from adaptc.errors import RecompileLimitWarning
+from adaptc.runtime.attach import CALL
+
+if TYPE_CHECKING:
+    from adaptc.runtime.handle import Handle
+
+#: How often one frame may be compiled before Dynamo gives up on it (torch's default is 8).
+RECOMPILE_LIMIT = 64
+
+
+class Capture:
+    """One capture epoch of one entry point: a fresh backend object and callable, which share no cache entries
+    with any other model or epoch."""
+
+    def __init__(self, handle: Handle, function: Callable[..., Any], backend: AdapterBackend) -> None:
+        self.handle = handle
+
+        # A frame of ours as the root: Dynamo skips frames of torch's own containers, so that a model that is
+        # an nn.Sequential or an nn.TransformerEncoder would capture nothing.
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+        self.compiled = compile_isolated(
+            run,
+            backend=backend,
+            recompile_limit=RECOMPILE_LIMIT,
+            fullgraph=handle.options.fullgraph,
+            dynamic=handle.options.dynamic,
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        previous = CALL.eager
+        CALL.eager, CALL.depth = set(), CALL.depth + 1
+        try:
+            with watch_recompile_limit() as limits:
+                return self.compiled(*args, **kwargs)
+        finally:
+            eager, CALL.eager, CALL.depth = CALL.eager or set(), previous, CALL.depth - 1
+            self.handle.captures.after_call(eager, limits)
+            for message in limits:
+                warnings.warn(RecompileLimitWarning(message), stacklevel=3)
+
+
+class Prologue:
+    """Installed as ``_compiled_call_impl`` of a module; also kept in its ``__dict__`` so that copies re-arm.
+
+    torch drops ``_compiled_call_impl`` when a module is copied or pickled. This object is copied with the
+    module's ``__dict__`` and installs itself on the copy.
+    """
+
+    KEY = "_adaptc_prologue"
+
+    def __init__(self, handle: Handle, owner: nn.Module, entry: str) -> None:
+        self.handle, self.owner, self.entry = handle, owner, entry
+        self.arm()
+
+    def arm(self) -> None:
+        self.owner.__dict__[self.KEY] = self
+        self.owner.__dict__["_compiled_call_impl"] = self
+
+    def disarm(self) -> None:
+        self.owner.__dict__.pop(self.KEY, None)
+        self.owner.__dict__.pop("_compiled_call_impl", None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Inside another capture (the root's, or a torch.compile of the user) this is an ordinary module call.
+        if torch.compiler.is_compiling() or CALL.depth > 0:
+            return self.owner._call_impl(*args, **kwargs)
+        return self.handle.captures.get(self.entry, self.owner._call_impl)(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Prologue | None:
+        owner, handle = memo.get(id(self.owner)), self.handle
+        if owner is None or id(handle.model) not in memo:
+            return None  # part of the model is copied on its own: it keeps its adapters and runs eagerly
+        new = object.__new__(Prologue)
+        memo[id(self)] = new
+        new.handle, new.owner, new.entry = handle.__deepcopy__(memo), owner, self.entry
+        new.arm()
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"handle": self.handle, "owner": self.owner, "entry": self.entry}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.arm()
+
+
+class EntryMethod:
+    """A method of the model that bypasses its forward (``get_text_features``), captured as well."""
+
+    def __init__(self, handle: Handle, name: str) -> None:
+        self.handle, self.name = handle, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.handle.model
+        method = getattr(type(model), self.name).__get__(model)
+        if torch.compiler.is_compiling() or CALL.depth > 0:
+            return method(*args, **kwargs)
+        return self.handle.captures.get(self.name, method)(*args, **kwargs)

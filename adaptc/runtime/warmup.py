@@ -1,0 +1,49 @@
+"""One forward and backward that leave no trace, so that graphs are compiled ahead of use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Call ``model`` on a keyword dict, a tuple or list of arguments, or one argument."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    return model(inputs)
+
+
+def run_once(model: nn.Module, inputs: Any) -> None:
+    """Run ``model`` forward, and backward where it would be trained; restores buffers and random state, and
+    leaves ``.grad`` alone."""
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            output = call(model, inputs)
+            leaves = [t for t in _tensors(output) if t.requires_grad]
+            trained = [p for p in model.parameters() if p.requires_grad]
+            if leaves and trained:
+                total = torch.stack([leaf.float().sum() for leaf in leaves]).sum()
+                torch.autograd.grad(total, trained, allow_unused=True)
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in buffers and buffers[name].shape == buffer.shape:
+                    buffer.copy_(buffers[name])
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, tuple | list):
+        for value in output:
+            yield from _tensors(value)

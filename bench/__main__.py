@@ -1,0 +1,36 @@
+"""``python -m bench <table> [flags]`` measures; ``python -m bench render <json>`` redraws table and plot."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 0 when a report was written, 2 when the run is refused."""
+    # Kineto prints two lines for every profile up to level 5; it reads this when torch is imported.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    from bench import report, train
+    from bench.errors import BenchError
+
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    train.add_arguments(commands.add_parser("train", help=train.__doc__, formatter_class=formatter))
+    render = commands.add_parser("render", help="write table and plot again from a result file")
+    render.add_argument("json", type=Path)
+    arguments = parser.parse_args(argv)
+    try:
+        written = report.render(arguments.json) if arguments.command == "render" else train.run(arguments)
+    except BenchError as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 2
+    print(next(path for path in written if path.suffix == ".md").read_text())
+    print("written: " + ", ".join(path.name for path in written), file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,173 @@
+"""The contenders: the same Llama, adapter values and backward, computed in different ways."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.errors import BenchError
+from bench.settings import Case, Settings
+
+#: Spread of lora_B. Non-zero, so that every adapter gradient is non-zero; with A as initialised and
+#: alpha / r = 2 the update is about a seventh of the frozen weight.
+B_STD = 0.02
+
+
+@dataclasses.dataclass
+class Contender:
+    """A model ready to train, its inputs, and the adapter parameters by ``<site>.<factor>``."""
+
+    name: str
+    model: Callable[..., Any]
+    embeds: torch.Tensor
+    labels: torch.Tensor
+    adapter: dict[str, nn.Parameter]
+    compiled: bool
+    #: What the contender itself counts, where it does; shown beside Dynamo's own counts.
+    own_counts: Callable[[], Mapping[str, Any]] | None = None
+
+    def clear(self) -> None:
+        """Drop the gradients of the last step."""
+        self.embeds.grad = None
+        for parameter in self.adapter.values():
+            parameter.grad = None
+
+    def forward(self) -> torch.Tensor:
+        """The loss. Everything else that the model returns is dropped at once."""
+        loss = self.model(inputs_embeds=self.embeds, labels=self.labels).loss
+        assert isinstance(loss, torch.Tensor)
+        return loss
+
+    def step(self) -> torch.Tensor:
+        """Drop the gradients, forward with the loss, backward. No optimizer: it is the same for all."""
+        self.clear()
+        loss = self.forward()
+        torch.autograd.backward(loss)
+        return loss.detach()
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The frozen base in one dtype, and the batch; every contender gets copies of its own."""
+
+    model: nn.Module
+    embeds: torch.Tensor
+    labels: torch.Tensor
+
+    def to(self, dtype: torch.dtype) -> Base:
+        """The same values in another dtype."""
+        return Base(copy.deepcopy(self.model).to(dtype), self.embeds.to(dtype), self.labels)
+
+    def fresh_model(self) -> nn.Module:
+        return copy.deepcopy(self.model)
+
+    def fresh_embeds(self) -> torch.Tensor:
+        return self.embeds.clone().requires_grad_(True)
+
+
+def build_base(settings: Settings, case: Case) -> Base:
+    """A Llama with random weights, drawn in fp32 from the seed and rounded to the case's dtype."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads = settings.hidden // settings.head_dim
+    config = LlamaConfig(
+        hidden_size=settings.hidden,
+        intermediate_size=settings.intermediate,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        vocab_size=settings.vocab,
+        max_position_embeddings=max(settings.tokens, 512),
+        use_cache=False,
+    )
+    torch.manual_seed(settings.seed)
+    model = LlamaForCausalLM(config)
+    shape = (settings.batch, settings.tokens)
+    embeds = torch.randn(*shape, settings.hidden) * config.initializer_range
+    labels = torch.randint(settings.vocab, shape)
+    model.train().requires_grad_(False)
+    plain: nn.Module = model
+    plain = plain.to(settings.device, case.torch_dtype)
+    return Base(plain, embeds.to(settings.device, case.torch_dtype), labels.to(settings.device))
+
+
+def fill_adapter(adapter: Mapping[str, nn.Parameter], seed: int) -> None:
+    """Give every factor values that depend on its name and the seed only, so equal in all contenders."""
+    for name, parameter in adapter.items():
+        generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+        if name.endswith("lora_A"):
+            bound = parameter.shape[1] ** -0.5  # PEFT's initial values: Kaiming-uniform with a = sqrt(5)
+            values = (torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound
+        elif name.endswith("lora_B"):
+            values = torch.randn(parameter.shape, generator=generator) * B_STD
+        else:
+            raise BenchError(f"unknown adapter parameter {name!r}: neither lora_A nor lora_B")
+        with torch.no_grad():
+            parameter.copy_(values)
+
+
+def build_floor(base: Base, settings: Settings, case: Case) -> Contender:
+    """The frozen base under torch.compile: forward, and backward to the inputs only."""
+    model = torch.compile(base.fresh_model(), backend=settings.backend)
+    return Contender("floor", model, base.fresh_embeds(), base.labels, {}, compiled=True)
+
+
+def peft_model(base: Base, settings: Settings, case: Case) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """The base wrapped by PEFT with the bench's LoRA, and the adapter parameters by ``<site>.<factor>``."""
+    import peft
+
+    options: dict[str, Any] = {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": case.dropout}
+    config = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    inner: Any = base.fresh_model()
+    model: nn.Module = peft.get_peft_model(inner, config).train()
+    prefix, suffix = "base_model.model.", ".default.weight"
+    adapter = {
+        name.removeprefix(prefix).removesuffix(suffix): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    fill_adapter(adapter, settings.seed)
+    return model, adapter
+
+
+def build_peft_eager(base: Base, settings: Settings, case: Case) -> Contender:
+    """PEFT as it is."""
+    model, adapter = peft_model(base, settings, case)
+    return Contender("peft-eager", model, base.fresh_embeds(), base.labels, adapter, compiled=False)
+
+
+def build_peft_compile(base: Base, settings: Settings, case: Case) -> Contender:
+    """``torch.compile(peft_model)``."""
+    model, adapter = peft_model(base, settings, case)
+    compiled = torch.compile(model, backend=settings.backend)
+    return Contender("peft-compile", compiled, base.fresh_embeds(), base.labels, adapter, compiled=True)
+
+
+def build_adaptc(base: Base, settings: Settings, case: Case) -> Contender:
+    """``adaptc.compile`` with the same LoRA on the same layers."""
+    import adaptc
+
+    lora = adaptc.LoRA(r=settings.rank, alpha=settings.alpha, dropout=case.dropout, targets="all-linear")
+    model: Any = adaptc.compile(base.fresh_model(), adaptc.Plan([lora]), backend=settings.backend)
+    adapter = {
+        name.replace(".adapters.default.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    fill_adapter(adapter, settings.seed)
+    counts = model.adaptc.metrics
+    return Contender("adaptc", model, base.fresh_embeds(), base.labels, adapter, True, own_counts=counts)
+
+
+BUILDERS: dict[str, Callable[[Base, Settings, Case], Contender]] = {
+    "floor": build_floor,
+    "peft-eager": build_peft_eager,
+    "peft-compile": build_peft_compile,
+    "adaptc": build_adaptc,
+}

@@ -1,0 +1,80 @@
+"""What a result depends on besides the flags: versions, and the class of machine. No host names, no paths."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that take part, "absent" where there is none."""
+    found = {"python": platform.python_version(), "adaptc": _adaptc_version()}
+    for name in PACKAGES:
+        found[name] = _installed(name)
+    found["torch"] = torch.__version__
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _installed(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _adaptc_version() -> str:
+    try:
+        import adaptc
+    except ImportError:
+        return "absent"
+    return str(getattr(adaptc, "__version__", None) or _installed("adaptc"))
+
+
+def machine_class(device: torch.device) -> dict[str, object]:
+    """Processor family, cores and memory that this process may use, and the GPU when it computes on one."""
+    found: dict[str, object] = {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "cpu": _cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(_memory_bytes() / 2**30),
+        "threads": torch.get_num_threads(),
+        "mkl": bool(torch.backends.mkl.is_available()),  # type: ignore[no-untyped-call]
+        "onednn": bool(torch.backends.mkldnn.is_available()),  # type: ignore[no-untyped-call]
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        found["gpu"] = gpu.name
+        found["gpu_memory_gib"] = round(gpu.total_memory / 2**30)
+    return found
+
+
+def _cpu_model() -> str:
+    """Vendor, family and model as the kernel tells them; on systems without /proc, what Python knows."""
+    listing = Path("/proc/cpuinfo")
+    if not listing.exists():
+        return platform.processor() or platform.machine()
+    fields: dict[str, str] = {}
+    for line in listing.read_text().splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    parts = [fields.get("vendor_id", ""), fields.get("model name", "")]
+    if "cpu family" in fields:
+        parts.append(f"family {fields['cpu family']} model {fields.get('model', '?')}")
+    return ", ".join(part for part in parts if part) or platform.machine()
+
+
+def _memory_bytes() -> int:
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return 0
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,26 @@
+"""The private names of torch that the bench reads; no other file of the package may use ``torch._*``."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch._dynamo.utils import counters
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphCounts:
+    """Graphs that Dynamo captured and graph breaks it met, in this process, whatever the backend."""
+
+    graphs: int = 0
+    breaks: int = 0
+
+    def __add__(self, other: GraphCounts) -> GraphCounts:
+        return GraphCounts(self.graphs + other.graphs, self.breaks + other.breaks)
+
+    def __sub__(self, other: GraphCounts) -> GraphCounts:
+        return GraphCounts(self.graphs - other.graphs, self.breaks - other.breaks)
+
+
+def graph_counts() -> GraphCounts:
+    """The counts so far. ``torch.compiler.reset()`` does not clear them. Read on torch 2.13."""
+    return GraphCounts(counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
