@@ -12,7 +12,7 @@ from torch import fx
 
 from adaptc.codegen import torch_internals
 from adaptc.codegen.graphs import CapturedGraph
-from adaptc.ir import verify
+from adaptc.ir import validate
 from adaptc.ir.edit import copy_graph_module
 from adaptc.passes.contract import Context
 from adaptc.passes.manager import Pipeline
@@ -68,8 +68,7 @@ class AdapterBackend:
             "dynamo",
             Context(sites=sites, record=bool(self.options.verify)),
             on_stage=graph.keep_stage,
-            check=verify.check_structure,
-            validate=verify.validator(self.options.verify, inputs),
+            validate=validate.validator(self.options.verify, inputs),
         )
         graph.reports += reports
         compiled = self._lower(gm, inputs, graph)
@@ -115,8 +114,7 @@ class JointStage:
             "joint",
             Context(record=bool(self.options.verify)),
             on_stage=self.graph.keep_stage,
-            check=verify.check_structure,
-            validate=verify.validator(self.options.verify, None),
+            validate=validate.validator(self.options.verify, None),
         )
         if rewritten is not gm:
             # A rolled-back pass leaves a copy; the caller holds `graph`, so its nodes are replaced.

@@ -21,8 +21,8 @@ from adaptc.errors import UnsupportedError
 
 TORCH = Version(torch.__version__.split("+")[0])
 
-#: What a graph node calls when it calls a registered op, a whole op with all its overloads, or an op that takes
-#: functions. The types have no public name. 2.11 to 2.15.
+#: What a graph node calls: a registered op, an op with all its overloads, an op that takes functions. These
+#: types have no public name. 2.11 to 2.15.
 OpOverload = torch._ops.OpOverload
 OpOverloadPacket = torch._ops.OpOverloadPacket
 HigherOrderOperator = torch._ops.HigherOrderOperator
@@ -36,15 +36,14 @@ def tree_leaves(tree: Any) -> list[Any]:
 def compile_isolated(
     fn: Callable[..., Any], *, backend: Callable[..., Any], recompile_limit: int, **options: Any
 ) -> Callable[..., Any]:
-    """``torch.compile`` with cache entries of its own, so that equal code elsewhere does not use up the limit.
+    """``torch.compile`` with cache entries of its own: equal code elsewhere does not use up the limit.
 
     2.13 has arguments for it. Before, a fresh code object isolates the outermost frame, and the limit for the
     frames behind graph breaks is raised around each call. Read on 2.11 to 2.15, run on 2.13.
     """
     if Version("2.13") <= TORCH:
-        return torch.compile(
-            fn, backend=backend, recompile_limit=recompile_limit, isolate_recompiles=True, **options
-        )
+        isolated: dict[str, Any] = {"recompile_limit": recompile_limit, "isolate_recompiles": True, **options}
+        return torch.compile(fn, backend=backend, **isolated)
     assert isinstance(fn, types.FunctionType)
     fresh = types.FunctionType(
         fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__
@@ -121,12 +120,30 @@ def carry_capture_metadata(source: fx.GraphModule, copy: fx.GraphModule) -> None
     for old, new in zip(source.graph.nodes, copy.graph.nodes, strict=True):
         if old.op == "placeholder" and hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
+            new.meta[_SOURCE] = source_name(old)
+
+
+#: Metadata key of :func:`source_name`: unlike the attribute it outlives copies of the graph.
+_SOURCE = "adaptc_source"
 
 
 def source_name(placeholder: fx.Node) -> str | None:
     """Where Dynamo read a graph input, as Python text (``L['self']...``). 2.11 to 2.15."""
     source = getattr(placeholder, "_dynamo_source", None)
-    return None if source is None else str(getattr(source, "name", None) or source)
+    if source is None:
+        return placeholder.meta.get(_SOURCE)
+    return str(getattr(source, "name", None) or source)
+
+
+def name_joint_inputs(joint: fx.GraphModule, sources: Sequence[str | None]) -> None:
+    """Note on the inputs of AOTAutograd's graph where they came from; ``sources``: those of the captured graph.
+
+    AOTAutograd may merge or reorder inputs; its descriptors say which is which. 2.11 to 2.15.
+    """
+    for node in joint.graph.nodes:
+        index = getattr(node.meta.get("desc"), "idx", None) if node.op == "placeholder" else None
+        if index is not None and index < len(sources):
+            node.meta[_SOURCE] = sources[index]
 
 
 def node_value(node: fx.Node) -> Any:
@@ -157,7 +174,8 @@ def compile_with_inductor(
     before = patches.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
     merged = dict(patches)
     merged["joint_custom_pre_pass"] = joint_graph_pass(joint_pass, before)
-    return compile_fx(gm, list(inputs), config_patches=merged)
+    compiled: Any = compile_fx(gm, list(inputs), config_patches=merged)
+    return compiled  # type: ignore[no-any-return]
 
 
 def joint_graph_pass(joint_pass: Any, before: Any) -> Any:
@@ -233,3 +251,72 @@ def reparametrize(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) 
     from torch.nn.utils import stateless
 
     return stateless._reparametrize_module(module, dict(tensors))
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """The size that a graph was captured with, without adding a guard; 1 when only data decides it. 2.11 to 2.15."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else 1
+
+
+def size_text(size: Any) -> str:
+    """A symbolic size as its formula, in the symbols of its graph. 2.11 to 2.15."""
+    return str(size.node.expr)
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Equal for tensors that share memory, fake ones too. 2.11 to 2.15."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def watch_calls(on_call: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]) -> Any:
+    """A context that reports every ATen call: (op, args, kwargs, output). 2.11 to 2.15."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            output = func(*args, **(kwargs or {}))
+            on_call(func, args, kwargs or {}, output)
+            return output
+
+    return Watch()
+
+
+def without_size_memory() -> Any:
+    """A context in which Dynamo neither learns from the sizes it sees nor uses what it learned: a size that
+    changes between two captures of one frame becomes symbolic, for the whole process. 2.11 to 2.15."""
+    return torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+
+
+def replace_calls(run: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Any:
+    """A context in which ``run(op, args, kwargs)`` is called instead of every ATen op. 2.11 to 2.15."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Replace(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return run(func, args, kwargs or {})
+
+    return Replace()
+
+
+@contextlib.contextmanager
+def real_tensors() -> Iterator[None]:
+    """A context in which ops compute, inside a compilation that traces with fake tensors. 2.11 to 2.15."""
+    from torch._dispatch.python import no_python_dispatcher
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes(), no_python_dispatcher():
+        yield
+
+
+def is_fake(value: Any) -> bool:
+    """Whether a value is a fake tensor. 2.11 to 2.15."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(value, FakeTensor)
+
+
+def tree_map(fn: Callable[[Any], Any], tree: Any) -> Any:
+    """``tree`` with every leaf replaced by ``fn(leaf)``. 2.11 to 2.15."""
+    return torch.utils._pytree.tree_map(fn, tree)

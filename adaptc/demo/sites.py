@@ -34,7 +34,8 @@ def site_changes(sites: Any, name: str = "default") -> list[SiteChange]:
 def _update(module: nn.Module, adapter: Any) -> torch.Tensor:
     """Norm of the update of the site's weight, in fp64."""
     if adapter.replaces_forward:
-        update = adapter.copy.weight.double() - module.weight.double()  # type: ignore[operator]
+        update = adapter.copy.weight.double() - module.weight.double()
     else:
         update = adapter.delta()
-    return torch.linalg.norm(update)
+    norm: torch.Tensor = torch.linalg.norm(update)
+    return norm

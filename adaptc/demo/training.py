@@ -83,23 +83,32 @@ def fit_probe(model: SentenceClassifier, train: TokenizedTexts, dev: TokenizedTe
     Logistic regression with balanced classes: convex, so this baseline is as good as its L2 strength,
     and that is chosen by macro-F1 on dev. The encoder runs once.
     """
-    from sklearn.linear_model import LogisticRegression
-
     model.eval()
     inputs, dev_inputs = run_over(model.embed, train), run_over(model.embed, dev)
-    best: tuple[float, Scores, Tensor, Tensor] | None = None
+    best: tuple[float, Scores] | None = None
     for strength in PROBE_STRENGTHS:
-        probe = LogisticRegression(C=strength, max_iter=3000, class_weight="balanced")
-        probe.fit(inputs.numpy(), train.labels.numpy())
-        weight, bias = torch.tensor(probe.coef_).float(), torch.tensor(probe.intercept_).float()
+        weight, bias = _logistic_regression(inputs, train.labels, strength)
         found = score(F.linear(dev_inputs, weight, bias).argmax(1), dev.labels)
         if best is None or found.macro_f1 > best[1].macro_f1:
-            best = (strength, found, weight, bias)
-    assert best is not None  # PROBE_STRENGTHS is not empty
-    with torch.no_grad():
-        model.head.weight.copy_(best[2])
-        model.head.bias.copy_(best[3])
-    return best[0], best[1]
+            best = (strength, found)
+            with torch.no_grad():
+                model.head.weight.copy_(weight)
+                model.head.bias.copy_(bias)
+    if best is None:
+        raise ValueError("fit_probe: no strength to try")
+    return best
+
+
+def _logistic_regression(inputs: Tensor, labels: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    """Weight (classes, hidden) and bias (classes,) for a softmax."""
+    from sklearn.linear_model import LogisticRegression
+
+    probe = LogisticRegression(C=strength, max_iter=3000, class_weight="balanced")
+    probe.fit(inputs.numpy(), labels.numpy())
+    weight, bias = torch.tensor(probe.coef_), torch.tensor(probe.intercept_)
+    if len(bias) == 1:  # two classes come as one row: the difference of the two that softmax needs
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    return weight.float(), bias.float()
 
 
 def train_adapter(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 _SCALARS = (int, float, complex, str, bytes, type(None), type(Ellipsis), torch.dtype)
+_CONTAINERS = (tuple, list, dict, set, frozenset)
 
 
 def code_hash(fn: Callable[..., Any]) -> bytes:
@@ -72,9 +73,8 @@ def _parts(value: Any) -> Iterator[Any]:
         return
     elif isinstance(getattr(value, "__wrapped__", None), types.FunctionType):
         yield value.__wrapped__
-    elif not isinstance(value, type) and isinstance(getattr(type(value), "__call__", None), types.FunctionType):  # noqa: B004
-        if not _is_foreign(type(value).__module__):
-            yield from (type(value).__call__, vars(value) if hasattr(value, "__dict__") else None)
+    elif isinstance(call := vars(type(value)).get("__call__"), types.FunctionType) and _is_plain(call):
+        yield from (call, getattr(value, "__dict__", None))
     else:
         yield str(getattr(value, "__qualname__", type(value).__qualname__))
 
@@ -109,7 +109,7 @@ def _read_by(fn: types.FunctionType) -> Iterator[Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, _SCALARS | tuple | list | dict | set | frozenset):
+    if isinstance(value, (*_SCALARS, *_CONTAINERS)):
         return True
     wrapped = getattr(value, "__wrapped__", value)
     return isinstance(wrapped, types.FunctionType) and not _is_foreign(wrapped.__module__)

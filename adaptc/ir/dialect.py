@@ -26,7 +26,7 @@ _TABLE = {
     "lora_input_grad": "adaptc.ir.lora",
 }
 
-_LIBRARY = torch.library.Library("adaptc", "DEF")
+_LIBRARY = torch.library.Library("adaptc", "DEF")  # type: ignore[no-untyped-call]
 _OPS: dict[str, DialectOp] = {}
 
 
@@ -40,7 +40,8 @@ class Cost:
     saved: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Cost(*(a + b for a, b in pairs))
 
 
 @dataclasses.dataclass
@@ -53,7 +54,7 @@ class DialectOp:
         fake: shapes and dtypes of the outputs.
         save / gradient: ``setup_context`` and ``backward`` of ``torch.library.register_autograd``.
         cost: (arguments with fake values) -> Cost of one execution.
-        sample: (draw) -> positional arguments, for tests and benchmarks; ``draw`` is hypothesis' ``data.draw``.
+        sample: (draw) -> positional arguments, for tests and benchmarks; ``draw``: hypothesis' ``data.draw``.
         tolerances: factor on the error of the body at the same compute dtype that a lowering may have.
     """
 

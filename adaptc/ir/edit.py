@@ -7,6 +7,7 @@ which translation validation compares.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,8 +23,8 @@ from adaptc.codegen.torch_internals import fake_mode_of, node_value, tree_leaves
 class Rewrite:
     """One finished edit.
 
-    ``owner``: the graph module that was edited, which may be a nested one. ``matched``: names of the nodes that
-    the rewrite replaces; ``removed``: those of them that are gone. ``replaced``: (old result, new result).
+    ``owner``: the graph module that was edited, which may be a nested one. ``matched``: names of the nodes
+    that the rewrite replaces; ``removed``: those of them that are gone. ``replaced``: (old, new) results.
     ``dead``: nobody read the old results. ``boundary``: nodes whose values both cut-outs read, in order.
     ``before`` and ``after`` are GraphModules with one placeholder per boundary node and the tuple of results
     as output; None unless recorded.
@@ -86,7 +87,7 @@ class Edit:
                 node.meta[key] = self.position.meta[key]
         node.meta["custom"] = {**self.position.meta.get("custom", {}), "adaptc": self.site}
         key = "val" if "val" in self.position.meta else "example_value"
-        value = self._infer(node)
+        value = infer_value(node)
         if value is not None:
             node.meta[key] = value
         self.new_nodes.append(node)
@@ -116,20 +117,6 @@ class Edit:
             env[node] = new
         return list(outputs) if isinstance(outputs, list | tuple) else [outputs]
 
-    def _infer(self, node: fx.Node) -> Any:
-        arguments = fx.map_arg((node.args, node.kwargs), node_value)
-        flat = [v for v in tree_leaves(arguments) if isinstance(v, torch.Tensor)]
-        missing = [n for n in node.all_input_nodes if node_value(n) is None]
-        if missing or not flat:
-            return None
-        args, kwargs = arguments
-        with fake_mode_of(flat), torch.no_grad():
-            if node.op == "call_method":
-                assert isinstance(node.target, str)
-                return getattr(args[0], node.target)(*args[1:], **kwargs)
-            assert callable(node.target)
-            return node.target(*args, **kwargs)
-
     def finish(self, *new_results: fx.Node) -> Rewrite:
         """Redirect the readers of the results to ``new_results`` and erase what nobody reads any more."""
         inside = set(self.matched)
@@ -139,8 +126,11 @@ class Edit:
         if self.record:
             boundary = _boundary([*self.matched, *self.new_nodes], inside | fresh)
             before = extract(self.gm, self.matched, boundary, self.results)
-            after = extract(self.gm, self.new_nodes, boundary, list(new_results))
-        dead = not any(old.users for old in self.results)
+            # New nodes may go on reading what they replace, as in y -> 2 * y.
+            still_read = _ancestors(self.new_nodes, inside)
+            kept = [n for n in self.matched if n in still_read]
+            after = extract(self.gm, [*kept, *self.new_nodes], boundary, list(new_results))
+        dead = all(is_unread(old) for old in self.results)
         for old, new in zip(self.results, new_results, strict=True):
             old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in fresh)
         removed = []
@@ -162,6 +152,46 @@ class Edit:
         )
 
 
+def is_unread(node: fx.Node) -> bool:
+    """Whether nobody reads a node's value, nor an item of it."""
+    return all(user.target is operator.getitem and not user.users for user in node.users)
+
+
+def infer_value(node: fx.Node) -> Any:
+    """The fake value of a node, computed from those of its inputs; None when one of them has none.
+
+    On a captured graph whether the value requires a gradient is inferred as well (passes ask), on a joint graph
+    nothing does.
+    """
+    if any(node_value(source) is None for source in node.all_input_nodes):
+        return None
+    args, kwargs = fx.map_arg((node.args, node.kwargs), node_value)
+    known = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+    if not known:
+        # A factory function: any value of the graph knows the mode.
+        values = (node_value(n) for n in node.graph.nodes)
+        known = [v for v in values if isinstance(v, torch.Tensor)][:1]
+    is_joint = any("val" in source.meta for source in node.all_input_nodes)
+    with fake_mode_of(known), torch.no_grad() if is_joint else contextlib.nullcontext():
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if not callable(node.target):
+            return None
+        return node.target(*args, **kwargs)
+
+
+def _ancestors(nodes: Iterable[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
+    """What of ``inside`` the values of ``nodes`` depend on."""
+    found: set[fx.Node] = set()
+    queue = [source for node in nodes for source in node.all_input_nodes]
+    while queue:
+        node = queue.pop()
+        if node in inside and node not in found:
+            found.add(node)
+            queue += node.all_input_nodes
+    return found
+
+
 def _boundary(nodes: Iterable[fx.Node], inside: set[fx.Node]) -> list[fx.Node]:
     seen: dict[fx.Node, None] = {}
     for node in nodes:
@@ -174,7 +204,7 @@ def _boundary(nodes: Iterable[fx.Node], inside: set[fx.Node]) -> list[fx.Node]:
 def extract(
     gm: fx.GraphModule, nodes: Sequence[fx.Node], boundary: Sequence[fx.Node], results: Sequence[fx.Node]
 ) -> fx.GraphModule:
-    """A stand-alone GraphModule of ``nodes`` with ``boundary`` as inputs and the tuple ``results`` as output."""
+    """A stand-alone GraphModule of ``nodes``, from ``boundary`` to the tuple ``results``."""
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for source in boundary:
@@ -202,21 +232,25 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
 
 def nested(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.GraphModule, Mapping[fx.Node, fx.Node]]]:
     """The bodies that higher-order ops of ``gm`` call: (call node, body, body placeholder -> outer node)."""
-    found = []
+    found: list[tuple[fx.Node, fx.GraphModule, Mapping[fx.Node, fx.Node]]] = []
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
-        bodies = [a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
-        for body_node in bodies:
-            body = getattr(gm, str(body_node.target), None)
-            if isinstance(body, fx.GraphModule):
-                start = node.args.index(body_node) + 1
-                operands = [a for a in _flat(node.args[start:]) if isinstance(a, fx.Node)]
-                inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
-                # Ops with operands in a list (cond) or in order (checkpoint) both bind them in order.
-                operands = [o for o in operands if o not in bodies]
-                found.append((node, body, dict(zip(inputs, operands, strict=False))))
+        bodies = {a: body for a in node.args if (body := _body(gm, a)) is not None}
+        for body_node, body in bodies.items():
+            start = node.args.index(body_node) + 1
+            # Ops with operands in a list (cond) or in order (checkpoint) both bind them in order.
+            operands = [a for a in _flat(node.args[start:]) if isinstance(a, fx.Node) and a not in bodies]
+            inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
+            found.append((node, body, dict(zip(inputs, operands, strict=False))))
     return found
+
+
+def _body(gm: fx.GraphModule, argument: Any) -> fx.GraphModule | None:
+    if not (isinstance(argument, fx.Node) and argument.op == "get_attr"):
+        return None
+    body = getattr(gm, str(argument.target), None)
+    return body if isinstance(body, fx.GraphModule) else None
 
 
 def _flat(args: Any) -> list[Any]:

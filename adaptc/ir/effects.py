@@ -15,12 +15,13 @@ from adaptc.codegen.torch_internals import HigherOrderOperator, OpOverload, OpOv
 
 #: ``operator`` functions behind ``h += 1`` and the like; Dynamo emits these, not ``Tensor.add_``.
 _IN_PLACE = frozenset(
-    "iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor".split()
+    {"iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod"}
+    | {"imul", "ior", "ipow", "irshift", "isub", "itruediv", "ixor"}
 )
 #: Write to an argument in some calls: items, attributes, running statistics.
 _WRITERS = frozenset({"setitem", "delitem", "setattr", "batch_norm", "instance_norm"})
 #: Modules whose functions keep torch's naming rule for in-place work, or have nothing to write to.
-_NAMED_BY_RULE = frozenset({"torch", "_operator", "operator", "math", "builtins", "adaptc"})
+_NAMED_BY_RULE = frozenset({"torch", "math", "builtins", "adaptc"})
 
 
 def barrier(first: fx.Node, second: fx.Node) -> str | None:
@@ -49,15 +50,19 @@ def may_write(node: fx.Node) -> bool:
     if isinstance(target, OpOverload):
         return bool(target._schema.is_mutable)
     if isinstance(target, OpOverloadPacket):
-        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+        # `out` overloads are told by their keyword; which of the others runs is not known here.
+        names = [n for n in target.overloads() if not n.endswith("out")]  # type: ignore[no-untyped-call]
+        return any(getattr(target, name)._schema.is_mutable for name in names)
     name = target if isinstance(target, str) else str(getattr(target, "__name__", ""))
     bare = name.removeprefix("__").removesuffix("__")
-    if bare in _WRITERS or bare in _IN_PLACE or (bare.endswith("_") and not bare.endswith("__")):
+    if bare in _WRITERS or bare in _IN_PLACE:
         return True
-    if node.op == "call_method":
-        return False
     module = str(getattr(target, "__module__", None) or "torch").partition(".")[0]
-    return module not in _NAMED_BY_RULE or _writes_by_argument(node)
+    if module == "_operator":  # `and_`, `or_`, `not_` avoid keywords
+        return False
+    if bare.endswith("_") and not bare.endswith("__"):
+        return True
+    return node.op == "call_function" and (module not in _NAMED_BY_RULE or _writes_by_argument(node))
 
 
 def _writes_by_argument(node: fx.Node) -> bool:

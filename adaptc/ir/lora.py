@@ -1,7 +1,7 @@
 """The LoRA dialect ops (Hu et al. 2021, section 4.1).
 
     y', h = lora_linear(x, y, A, B, scale, scale_at)
-        x (..., K), y (..., N), A (r, K), B (N, r), scale (1,) or (r,)
+        x (..., K), y (..., N), A (r, K), B (N, r), scale (1,), or (r,) at "r"
         scale_at "n":  h = x A^T            y' = y + scale * (h B^T)      a pass over M x N
         scale_at "r":  h = scale * (x A^T)  y' = y + h B^T                a pass over M x r
 
@@ -36,9 +36,21 @@ def _rows(t: torch.Tensor) -> torch.Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
+def _check_scale(scale: torch.Tensor, scale_at: str) -> None:
+    """A scale of the wrong size would broadcast silently where r equals N or 1."""
+    if scale_at not in ("n", "r"):
+        found = repr(scale_at)
+        raise UnsupportedError("lora_linear: scale_at is not legal", expected='"n" or "r"', found=found)
+    if scale_at == "n" and scale.shape[0] != 1:
+        raise UnsupportedError(
+            "lora_linear: a scale per rank multiplies the bottleneck", expected='scale_at "r"', found='"n"'
+        )
+
+
 def linear_body(
     x: torch.Tensor, y: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, scale_at: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_scale(scale, scale_at)
     h = _rows(x) @ A.to(x.dtype).t()
     expand = B.to(x.dtype).t()
     if scale_at == "r":
@@ -52,6 +64,7 @@ def linear_body(
 def linear_fake(
     x: torch.Tensor, y: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, scale_at: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_scale(scale, scale_at)
     return y.new_empty(y.shape), x.new_empty((*x.shape[:-1], A.shape[0]))
 
 
@@ -70,26 +83,38 @@ def linear_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, t
     ctx.save_for_backward(x, A, B, scale, h)
 
 
+_GRADIENTS = ("lora_bottleneck_grad", "lora_factor_grad", "lora_input_grad")
+
+
 def linear_gradient(ctx: Any, grad: torch.Tensor | None, _: Any) -> tuple[torch.Tensor | None, ...]:
-    """q = scale * (g B);  dA = q^T x;  dB = g^T (scale * x A^T);  dx = q A;  dy = g. Only what is needed."""
+    """q = scale * (g B);  dA = q^T x;  dB = g^T (scale * x A^T);  dx = q A;  dy = g;  dscale = sum (g B) * h.
+
+    Only what is needed.
+    """
     if grad is None:
         return (None,) * 6
     x, A, B, scale, h = ctx.saved_tensors
     need_x, need_y, need_A, need_B, need_scale, _ = ctx.needs_input_grad
-    ops = torch.ops.adaptc
+    # With create_graph=True someone differentiates this result. The ops carry no second derivative and the saved
+    # h has lost its history: their bodies and a fresh h have both.
+    twice = torch.is_grad_enabled()
+    bottleneck_grad, factor_grad, input_grad = (
+        op.body if twice else op.overload for op in map(dialect.get, _GRADIENTS)
+    )
+    if twice:
+        h = (_rows(x) @ A.to(x.dtype).t()).view(h.shape)
+        h = _scaled(h, scale) if ctx.scale_at == "r" else h
     dx = dA = dB = dscale = None
     if need_x or need_A:
-        q = ops.lora_bottleneck_grad(grad, B, scale)
-        dA = ops.lora_factor_grad(q, x, A.dtype) if need_A else None
-        dx = ops.lora_input_grad(q, A) if need_x else None
+        q = bottleneck_grad(grad, B, scale)
+        dA = factor_grad(q, x, A.dtype) if need_A else None
+        dx = input_grad(q, A) if need_x else None
     if need_B:
         scaled = h if ctx.scale_at == "r" else _scaled(h, scale)
-        dB = ops.lora_factor_grad(grad, scaled, B.dtype)
+        dB = factor_grad(grad, scaled, B.dtype)
     if need_scale:
-        weight = ops.lora_bottleneck_grad(grad, B, torch.ones_like(scale)).to(_opmath(h)) * h
-        dscale = _rows(weight).sum(0)
-        dscale = dscale if scale.shape[0] > 1 else dscale.sum(0, keepdim=True)
-        dscale = dscale.to(scale.dtype)
+        weight = bottleneck_grad(grad, B, torch.ones_like(scale)).to(_opmath(h)) * h
+        dscale = weight.sum().reshape(1).to(scale.dtype)
     return dx, grad if need_y else None, dA, dB, dscale, None
 
 

@@ -5,8 +5,8 @@ after:   %d  = dropout(%x, 0.05, True)
          %t  = lora_linear(%d, %y, %A, %B, %scale, "n");  %y2 = %t[0]
 
 The casts that the anchor's body makes are written out. Exact: the op's body at scale_at "n" is the anchor's
-reference. Recurses into the bodies of higher-order ops (checkpointed blocks); there a site id is traced to the
-input that carries it.
+reference. Recurses into the bodies of higher-order ops (checkpointed blocks); there a site id is traced to
+the input that carries it.
 """
 
 from __future__ import annotations

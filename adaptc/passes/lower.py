@@ -10,12 +10,13 @@ itself: the ATen lowering is the op's body.
 from __future__ import annotations
 
 import operator
+from typing import cast
 
 from torch import fx
 
 from adaptc.codegen import lowering
 from adaptc.ir import dialect
-from adaptc.ir.edit import Edit, Result
+from adaptc.ir.edit import Edit, Result, nested
 from adaptc.ir.sites import dialect_nodes, site_of
 from adaptc.passes.contract import Context, Contract
 
@@ -26,6 +27,16 @@ CONTRACT = Contract(
 
 def lower(gm: fx.GraphModule, context: Context) -> Result:
     result = Result()
+    _lower(gm, context, result)
+    for _, body, _ in nested(gm):
+        inner = lower(body, context)
+        result.applied += inner.applied
+        result.refused += inner.refused
+    gm.recompile()
+    return result
+
+
+def _lower(gm: fx.GraphModule, context: Context, result: Result) -> None:
     for node in dialect_nodes(gm):
         op = dialect.of_target(node.target)
         assert op is not None
@@ -36,7 +47,5 @@ def lower(gm: fx.GraphModule, context: Context) -> Result:
         results = outputs or [node]
         edit = Edit(gm, site_of(node), [node, *outputs], results, at=node, record=context.record)
         values = lowering.aten_lowering(op.name)(edit, *node.args)
-        chosen = [values[int(o.args[1])] for o in outputs] if outputs else [values[0]]
+        chosen = [values[cast(int, o.args[1])] for o in outputs] if outputs else [values[0]]
         result.applied.append(edit.finish(*chosen))
-    gm.recompile()
-    return result

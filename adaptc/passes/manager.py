@@ -9,13 +9,17 @@ import hashlib
 import importlib
 import pathlib
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import fx
 
-from adaptc.errors import PipelineError
-from adaptc.ir import dialect
+from adaptc.codegen.torch_internals import OpOverload, carry_capture_metadata
+from adaptc.errors import AdaptcWarning, PipelineError, VerifyError
+from adaptc.ir import dialect, structure
+from adaptc.ir.code_hash import code_hash
 from adaptc.ir.edit import Result, copy_graph_module
 from adaptc.passes.contract import Context, Contract, Level, Pass
 
@@ -63,8 +67,19 @@ class PassReport:
 
 #: (pass name, graph after the pass) for every stage, in order.
 StageListener = Callable[[str, fx.GraphModule], None]
-#: (pass, graph before, graph after, result) -> errors; raises VerifyError. Set when verify is on.
-Validator = Callable[[Pass, fx.GraphModule, fx.GraphModule, Result], tuple[float, float] | None]
+
+
+class Validator(Protocol):
+    """Checks that a pass kept the meaning of the graph; set when verify is on."""
+
+    @property
+    def raises(self) -> bool:
+        """Whether a wrong pass is an error instead of being undone."""
+
+    def __call__(
+        self, one: Pass, original: fx.GraphModule, gm: fx.GraphModule, result: Result
+    ) -> tuple[float, float] | None:
+        """(largest error before, largest error after) against fp64; raises VerifyError."""
 
 
 class Pipeline:
@@ -72,10 +87,10 @@ class Pipeline:
 
     Args:
         passes: the passes, in order.
-        limits: pass name -> how many rewrites it may make; "*" limits all of them together.
+        limits: pass name -> how many rewrites it may make in a graph; "*" limits those of one level together.
 
     Raises:
-        PipelineError: a contract does not hold: the message names the pass, what is missing and what ran before.
+        PipelineError: a contract does not hold; says which pass, what is missing and what ran before.
     """
 
     def __init__(self, passes: Sequence[Pass], limits: Mapping[str, int] | None = None) -> None:
@@ -113,12 +128,12 @@ class Pipeline:
     def parse(cls, text: str) -> Pipeline:
         """The pipeline that prints as ``text``."""
         body, _, overall = text.partition(";limit=")
-        limits, passes = ({"*": int(overall)} if overall else {}), []
+        limits, passes = ({"*": _limit(overall, text)} if overall else {}), []
         for entry in filter(None, body.split(",")):
-            name, _, option = entry.partition("{limit=")
+            name, _, option = entry.strip().partition("{limit=")
             passes.append(get(name))
             if option:
-                limits[name] = int(option.rstrip("}"))
+                limits[name] = _limit(option.removesuffix("}"), text)
         return cls(passes, limits)
 
     def at(self, level: Level) -> tuple[Pass, ...]:
@@ -129,7 +144,7 @@ class Pipeline:
         digest = hashlib.sha256(f"{self}|{torch.__version__}|{package_hash()}".encode())
         digest.update(dialect.fingerprint().encode())
         for one in self.passes:
-            digest.update(dialect.code_hash(one.run))
+            digest.update(code_hash(one.run))
         return digest.hexdigest()
 
     def run(
@@ -140,50 +155,91 @@ class Pipeline:
         *,
         on_stage: StageListener | None = None,
         validate: Validator | None = None,
-        check: Callable[[Pass, fx.GraphModule, fx.GraphModule | None, Result], None] | None = None,
     ) -> tuple[fx.GraphModule, list[PassReport]]:
-        """Run the passes of ``level`` on ``gm`` (changed in place); returns the graph to go on with."""
-        from adaptc.errors import VerifyError
+        """Run the passes of ``level`` on ``gm`` (changed in place); returns the graph to go on with.
 
+        The structure of the graph is checked after every pass. With ``validate`` a pass that fails either check
+        is undone, reported and warned of, unless ``validate.raises``.
+
+        Raises:
+            VerifyError: a pass is wrong, and is not to be undone.
+        """
         reports = []
         overall = self.limits.get("*")
         for one in self.at(level):
-            context.budget = self.limits.get(one.name, overall)
-            original = copy_graph_module(gm) if validate else None
+            own = self.limits.get(one.name)
+            context.budget = own if overall is None else overall if own is None else min(own, overall)
+            original = copy_for_undo(gm) if validate else None
+            signature = structure.signature(gm)
             before = op_counts(gm)
             start = time.perf_counter()
             result = one.run(gm, context)
             report = PassReport(one.name, level, result, before, op_counts(gm), time.perf_counter() - start)
-            if overall is not None:
-                overall = max(0, overall - len(result.applied))
             try:
-                if check:
-                    check(one, gm, original, result)
+                structure.check_structure(one, gm, signature, result)
                 if validate and original is not None:
                     report.errors = validate(one, original, gm, result)
             except VerifyError as error:
-                if original is None:
+                if original is None or validate is None or validate.raises:
                     raise
                 report.rolled_back = str(error)
                 gm = original
-            if on_stage and report.rolled_back is None:
-                on_stage(one.name, gm)
+                context.sites = _sites_in(gm, context.sites)
+                _warn_undone(one, error)
+            else:
+                if overall is not None:
+                    overall = max(0, overall - len(result.applied))
+                if on_stage:
+                    on_stage(one.name, gm)
             reports.append(report)
         return gm, reports
 
 
+def copy_for_undo(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy that can take the place of ``gm`` in the compilation."""
+    copy = copy_graph_module(gm)
+    carry_capture_metadata(gm, copy)
+    return copy
+
+
+def _sites_in(gm: fx.GraphModule, sites: Mapping[fx.Node, str]) -> dict[fx.Node, str]:
+    """``sites``, whose nodes belong to another copy of the graph, by the nodes of ``gm``."""
+    by_name = {n.name: n for n in gm.graph.nodes}
+    return {by_name[node.name]: path for node, path in sites.items()}
+
+
+def _warn_undone(one: Pass, error: VerifyError) -> None:
+    facts = ", ".join(f"{k}: {v}" for k, v in error.facts.items() if k in ("expected", "found"))
+    warnings.warn(
+        AdaptcWarning(
+            f"{error.headline}: the pass was undone, results stay right without it ({facts})."
+            f" Leave it out (passes: {{skip: [{one.name}]}} in the plan),"
+            ' or compile with verify="raise" to see the graph there.'
+        ),
+        stacklevel=3,
+    )
+
+
+def _limit(number: str, text: str) -> int:
+    if not number.isdecimal():
+        expected = "name{limit=3}, or ;limit=3 at the end"
+        raise PipelineError("a limit is not a number", expected=expected, found=text)
+    return int(number)
+
+
 def _check_contracts(passes: Sequence[Pass]) -> None:
-    levels = {"dynamo": 0, "joint": 1}
     have: set[str] = set()
     ran: list[str] = []
+    joint = False
     for one in passes:
         contract = one.contract
         before = f"before it: {', '.join(ran) or 'nothing'}"
         if one.name in ran:
             raise PipelineError(f"pass {one.name} is in the pipeline twice", found=before)
-        if ran and levels[contract.level] < levels[get(ran[-1]).contract.level if ran[-1] in _TABLE else "dynamo"]:
+        if joint and contract.level == "dynamo":
             raise PipelineError(
-                f"pass {one.name} works on captured graphs and cannot follow a pass on joint graphs", found=before
+                f"pass {one.name} works on captured graphs and cannot follow a pass on joint graphs",
+                found=before,
             )
         if missing := contract.requires - have:
             raise PipelineError(
@@ -192,8 +248,11 @@ def _check_contracts(passes: Sequence[Pass]) -> None:
                 do="put the pass that provides it earlier, or leave this one out as well",
             )
         if clash := contract.conflicts & have:
-            raise PipelineError(f"pass {one.name} cannot run on a graph that is {', '.join(sorted(clash))}", found=before)
+            raise PipelineError(
+                f"pass {one.name} cannot run on a graph that is {', '.join(sorted(clash))}", found=before
+            )
         have |= contract.provides
+        joint = contract.level == "joint"
         ran.append(one.name)
 
 
@@ -213,7 +272,7 @@ def op_name(node: fx.Node) -> str:
     target = node.target
     if isinstance(target, str):
         return target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return target._schema.name.partition("::")[2]
     return str(getattr(target, "__name__", target))
 

@@ -21,7 +21,9 @@ def drop_dropout(gm: fx.GraphModule, context: Context, result: Result) -> None:
         dropout = node.args[0]
         if not (isinstance(dropout, fx.Node) and dropout.target is F.dropout):
             continue
-        source, p, training = dropout.args[:3]
+        if len(dropout.args) != 3 or dropout.kwargs:
+            continue  # not as a pass writes it: one of the base model's own
+        source, p, training = dropout.args
         if (p != 0 and training) or set(dropout.users) != {node}:
             continue
         if not context.spend():

@@ -5,9 +5,10 @@ before:  %t = lora_linear(%x, %y, %A1, %B1, %s1, "r");      %y1 = %t[0]
 after:   %A = cat(A1, A2);  %B = cat(B1, B2, dim=1);  %s = cat(s1 x r1, s2 x r2)
          %u = lora_linear(%x, %y, %A, %B, %s, "r");         %y2 = %u[0]
 
-Reassociates: x is read once, and two accumulations into y become one. Refused when the adapters read different
-values (each has its own dropout mask), when the value between them is read elsewhere, when their factors have
-different dtypes, and when something between them writes to memory (x may not be the same value then).
+Reassociates: x is read once, and two accumulations into y become one. Refused when the adapters read
+different values (each has its own dropout mask), when the value between them is read elsewhere or rounded,
+when their factors have different dtypes, when one is trained and the other is not (a gradient that nobody
+reads would be computed), and when something between them writes to memory (x may not be the same value then).
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from torch import fx
 
 from adaptc.codegen.torch_internals import node_value
 from adaptc.ir.edit import Edit, Result, Rewrite
-from adaptc.ir.sites import LORA_LINEAR, lora_nodes, may_write, site_of
+from adaptc.ir.effects import barrier
+from adaptc.ir.sites import LORA_LINEAR, is_cast, lora_nodes, site_of
 from adaptc.passes.contract import Context
 
 
 def join_adapters(gm: fx.GraphModule, context: Context, result: Result) -> None:
     for second in lora_nodes(gm):
         between = second.args[1]
-        if not (isinstance(between, fx.Node) and between.target is operator.getitem and between.args[1] == 0):
+        first = _adapter_below(between)
+        if first is None:
             continue
-        first = between.args[0]
-        if not (isinstance(first, fx.Node) and first.target is LORA_LINEAR()):
-            continue
+        assert isinstance(between, fx.Node)
         reason = _why_not(first, between, second)
         if reason is None and not context.spend():
             reason = "limit reached"
@@ -40,7 +41,19 @@ def join_adapters(gm: fx.GraphModule, context: Context, result: Result) -> None:
         result.applied.append(_join(gm, first, between, second, record=context.record))
 
 
+def _adapter_below(y: object) -> fx.Node | None:
+    """The adapter whose corrected output ``y`` is, directly or through casts."""
+    while isinstance(y, fx.Node) and is_cast(y):
+        y = y.args[0]
+    if not (isinstance(y, fx.Node) and y.target is operator.getitem and y.args[1] == 0):
+        return None
+    first = y.args[0]
+    return first if isinstance(first, fx.Node) and first.target is LORA_LINEAR() else None
+
+
 def _why_not(first: fx.Node, between: fx.Node, second: fx.Node) -> str | None:
+    if is_cast(between):
+        return "the sum between the adapters is rounded to another dtype"
     if first.args[0] is not second.args[0]:
         return "the adapters read different values (each has its own dropout mask)"
     if first.args[5] != "r" or second.args[5] != "r":
@@ -52,12 +65,11 @@ def _why_not(first: fx.Node, between: fx.Node, second: fx.Node) -> str | None:
     dtypes = [[node_value(f).dtype for f in (n.args[2], n.args[3])] for n in (first, second)]  # type: ignore[arg-type]
     if dtypes[0] != dtypes[1]:
         return f"the adapters' factors have different dtypes ({dtypes[0][0]}, {dtypes[1][0]})"
-    node = first.next
-    while node is not second:
-        if may_write(node):
-            return f"{node.name} may write to memory between the adapters"
-        node = node.next
-    return None
+    trained = [[node_value(f).requires_grad for f in (n.args[2], n.args[3])] for n in (first, second)]  # type: ignore[arg-type]
+    if trained[0] != trained[1]:
+        return "one adapter is trained and the other is not"
+    reason = barrier(first, second)
+    return None if reason is None else f"{reason} between the adapters"
 
 
 def _join(gm: fx.GraphModule, first: fx.Node, between: fx.Node, second: fx.Node, *, record: bool) -> Rewrite:
@@ -73,5 +85,5 @@ def _join(gm: fx.GraphModule, first: fx.Node, between: fx.Node, second: fx.Node,
     a = edit.call(torch.cat, (a1, a2), 0)
     b = edit.call(torch.cat, (b1, b2), 1)
     s = edit.call(torch.cat, tuple(scales), 0)
-    new = edit.item(edit.call(second.target, x, y, a, b, s, "r"), 0)  # type: ignore[arg-type]
+    new = edit.item(edit.call(second.target, x, y, a, b, s, "r"), 0)
     return edit.finish(*([new] * len(outputs)))

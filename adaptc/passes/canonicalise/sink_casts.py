@@ -3,15 +3,18 @@
 before:  %a = to(%A, bfloat16);  %b = to(%B, bfloat16);  %t = lora_linear(%x, %y, %a, %b, ...)
 after:   %t = lora_linear(%x, %y, %A, %B, ...)
 
-Exact in the forward; the gradients of A and B are then made in the factors' own dtype, with no copy of them in
-the compute dtype kept for the backward.
+Exact in the forward; the gradients of A and B are then made in the factors' own dtype, with no copy of them
+in the compute dtype kept for the backward. A cast to another dtype than x's rounds differently and is left
+alone. Refused when something between cast and op writes to memory.
 """
 
 from __future__ import annotations
 
 from torch import fx
 
+from adaptc.codegen.torch_internals import node_value
 from adaptc.ir.edit import Edit, Result
+from adaptc.ir.effects import barrier
 from adaptc.ir.sites import is_cast, lora_nodes, site_of
 from adaptc.passes.contract import Context
 
@@ -19,8 +22,12 @@ from adaptc.passes.contract import Context
 def sink_casts(gm: fx.GraphModule, context: Context, result: Result) -> None:
     for node in lora_nodes(gm):
         x, y, a, b, scale, scale_at = node.args
-        casts = [f for f in (a, b) if isinstance(f, fx.Node) and is_cast(f)]
+        dtype = getattr(node_value(x), "dtype", None)  # type: ignore[arg-type]
+        casts = [f for f in (a, b) if isinstance(f, fx.Node) and is_cast(f) and f.args[1] == dtype]
         if not casts:
+            continue
+        if reason := next(filter(None, (barrier(c, node) for c in casts)), None):
+            result.refuse(site_of(node), f"{reason} between a factor's cast and the adapter")
             continue
         if not context.spend():
             result.refuse(site_of(node), "limit reached")

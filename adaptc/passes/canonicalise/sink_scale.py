@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch import fx
 
 from adaptc.codegen.torch_internals import node_value
@@ -25,7 +24,10 @@ def sink_scale(gm: fx.GraphModule, context: Context, result: Result) -> None:
         *operands, scale, scale_at = node.args
         if scale_at == "r":
             continue
-        if _is_trained(scale):
+        if (value := node_value(scale)) is None:  # type: ignore[arg-type]
+            result.refuse(site_of(node), "nothing is known about the scale: it may be trained")
+            continue
+        if value.requires_grad:
             result.refuse(site_of(node), "scale is trained: its gradient needs the unscaled bottleneck")
             continue
         if any(u.target is not operator.getitem or u.args[1] != 0 for u in node.users):
@@ -38,8 +40,3 @@ def sink_scale(gm: fx.GraphModule, context: Context, result: Result) -> None:
         edit = Edit(gm, site_of(node), [node, *outputs], outputs, at=node, record=context.record)
         new = edit.item(edit.call(node.target, *operands, scale, "r"), 0)
         result.applied.append(edit.finish(*([new] * len(outputs))))
-
-
-def _is_trained(scale: object) -> bool:
-    value = node_value(scale) if isinstance(scale, fx.Node) else None
-    return isinstance(value, torch.Tensor) and value.requires_grad
