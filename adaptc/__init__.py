@@ -9,7 +9,6 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from adaptc.api import compile as compile
-    from adaptc.api import rewrite as rewrite
     from adaptc.methods.bias import Bias as Bias
     from adaptc.methods.lora import LoRA as LoRA
     from adaptc.plan import Match as Match
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
 _TABLE = {
     "compile": "adaptc.api",
-    "rewrite": "adaptc.api",
     "Plan": "adaptc.plan",
     "Rule": "adaptc.plan",
     "Match": "adaptc.plan",
@@ -26,7 +24,7 @@ _TABLE = {
     "Bias": "adaptc.methods.bias",
 }
 
-__all__ = ["Bias", "LoRA", "Match", "Plan", "Rule", "compile", "rewrite"]
+__all__ = ["Bias", "LoRA", "Match", "Plan", "Rule", "compile"]
 
 
 def __getattr__(name: str) -> Any:

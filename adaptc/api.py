@@ -1,4 +1,4 @@
-"""``adaptc.compile`` and ``adaptc.rewrite``."""
+"""``adaptc.compile``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import nn
 
 from adaptc.codegen.backend import BackendOptions
 from adaptc.errors import AdapterNameError, UnsupportedError
-from adaptc.plan import Plan
 from adaptc.runtime.handle import CompileOptions, Handle
 
 M = TypeVar("M", bound=nn.Module)
@@ -80,7 +79,7 @@ def compile(
 def _compile_again(handle: Handle, plan: Any, name: str) -> None:
     from adaptc.runtime import files
 
-    wanted = files.plan_of(plan)
+    wanted = files.plan_of(plan, handle.model)
     if name not in handle.records:
         handle.add(name, plan)
         return

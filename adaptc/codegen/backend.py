@@ -12,6 +12,7 @@ from torch import fx
 
 from adaptc.codegen import torch_internals
 from adaptc.codegen.graphs import CapturedGraph
+from adaptc.errors import VerifyError
 from adaptc.ir import validate
 from adaptc.ir.edit import copy_graph_module
 from adaptc.passes.contract import Context
@@ -63,6 +64,7 @@ class AdapterBackend:
         positions = [i for i, value in enumerate(inputs) if id(value) in self.site_paths]
         sites = {placeholders[i]: self.site_paths[id(inputs[i])] for i in positions}
         graph.sites = sorted(sites.values())
+        graph.input_sources = [torch_internals.source_name(n) for n in placeholders]
         gm, reports = self.pipeline.run(
             gm,
             "dynamo",
@@ -108,6 +110,9 @@ class JointStage:
 
     def __call__(self, graph: fx.Graph) -> None:
         gm = graph.owning_module
+        if gm is None:
+            raise VerifyError("a joint graph without its module cannot be rewritten")
+        torch_internals.name_joint_inputs(gm, self.graph.input_sources)
         self.graph.keep_stage("joint", gm)
         rewritten, reports = self.pipeline.run(
             gm,
@@ -125,12 +130,19 @@ class JointStage:
         return self.pipeline.uuid()
 
 
-def compile_aot_eager(gm: fx.GraphModule, inputs: Sequence[Any], joint: JointStage) -> Callable[..., Any]:
+def compile_aot_eager(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    joint: JointStage,
+    decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+) -> Callable[..., Any]:
     """AOTAutograd with the joint passes and the min-cut partitioner; the graphs run op by op."""
 
     def partition(joint_gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
         joint(joint_gm.graph)
-        return min_cut_rematerialization_partition(joint_gm, joint_inputs, **kwargs)
+        parts = min_cut_rematerialization_partition(joint_gm, joint_inputs, **kwargs)
+        joint.graph.keep_parts(*parts)
+        return parts
 
     def infer(forward: fx.GraphModule, example_inputs: Any) -> Any:
         joint(forward.graph)
@@ -142,6 +154,7 @@ def compile_aot_eager(gm: fx.GraphModule, inputs: Sequence[Any], joint: JointSta
         fw_compiler=_run_as_it_is,
         bw_compiler=_run_as_it_is,
         inference_compiler=infer,
+        decompositions=None if decompositions is None else dict(decompositions),
         partition_fn=partition,
         keep_inference_input_mutations=True,
     )

@@ -34,6 +34,10 @@ class CapturedGraph:
     sites: list[str] = dataclasses.field(default_factory=list)
     reports: list[PassReport] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    #: Where Dynamo read each input, in order.
+    input_sources: list[str | None] = dataclasses.field(default_factory=list, repr=False)
+    #: The forward and backward graphs that the joint graph was cut into, where the cut is ours to see.
+    parts: tuple[fx.GraphModule, fx.GraphModule] | None = dataclasses.field(default=None, repr=False)
     _stages: dict[str, fx.GraphModule] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -47,6 +51,9 @@ class CapturedGraph:
 
     def keep_stage(self, name: str, gm: fx.GraphModule) -> None:
         self._stages[name] = copy_graph_module(gm)
+
+    def keep_parts(self, forward: fx.GraphModule, backward: fx.GraphModule) -> None:
+        self.parts = copy_graph_module(forward), copy_graph_module(backward)
 
     def graph_module(self, name: str) -> fx.GraphModule:
         """The graph after stage ``name``.

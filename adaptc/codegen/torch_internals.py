@@ -229,9 +229,9 @@ def lookup_backend(name: str) -> Callable[..., Any]:
     try:
         found = torch._dynamo.lookup_backend(name)
     except InvalidBackend as error:
-        known = ", ".join(torch.compiler.list_backends(exclude_tags=()))  # type: ignore[arg-type]
+        known = ", ".join(torch.compiler.list_backends(exclude_tags=()))
         raise UnsupportedError(f"no compile backend named {name!r}", found=known) from error
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
@@ -274,13 +274,13 @@ def watch_calls(on_call: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], N
     """A context that reports every ATen call: (op, args, kwargs, output). 2.11 to 2.15."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Watch(TorchDispatchMode):
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             output = func(*args, **(kwargs or {}))
             on_call(func, args, kwargs or {}, output)
             return output
 
-    return Watch()
+    return Watch()  # type: ignore[no-untyped-call]
 
 
 def without_size_memory() -> Any:
@@ -293,11 +293,11 @@ def replace_calls(run: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) ->
     """A context in which ``run(op, args, kwargs)`` is called instead of every ATen op. 2.11 to 2.15."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Replace(TorchDispatchMode):
+    class Replace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             return run(func, args, kwargs or {})
 
-    return Replace()
+    return Replace()  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager

@@ -33,9 +33,6 @@ def site_changes(sites: Any, name: str = "default") -> list[SiteChange]:
 @torch.no_grad()
 def _update(module: nn.Module, adapter: Any) -> torch.Tensor:
     """Norm of the update of the site's weight, in fp64."""
-    if adapter.replaces_forward:
-        update = adapter.copy.weight.double() - module.weight.double()
-    else:
-        update = adapter.delta()
+    update = adapter.copy.weight.double() - module.weight.double() if adapter.replaces_forward else adapter.delta()
     norm: torch.Tensor = torch.linalg.norm(update)
     return norm

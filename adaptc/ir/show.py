@@ -1,12 +1,13 @@
 """The one text form of a graph: for reading, errors and golden tests.
 
     model.layers.0.self_attn
-      %linear, _ = lora_linear(%h, %y, A:q_proj, B:q_proj, s:q_proj, scale_at="r")    bf16[2, 128, 4096], bf16[2, 128, 16]
-      %linear_1 = linear(%h, W:v_proj)                                                bf16[2, 128, 1024]   not adapted
+      %linear, _ = lora_linear(%h, %y, A:q_proj, B:q_proj, s:q_proj, scale_at="r")    bf16[2, 8, 64], bf16[2, 8, 4]
+      %linear_1 = linear(%h, W:v_proj)                                                bf16[2, 8, 16]   not adapted
 
 One section per module in the order of execution. The model's tensors are named by role and module, seen from
-the section (``W`` weight, ``b`` bias, ``A``, ``B`` factors, ``s`` scale, ``id`` site); ``@`` marks the call's inputs. Outputs of a node that
-returns several are named on its line; ``_`` is one that nobody reads. Nothing in the text depends on addresses
+the section (``W`` weight, ``b`` bias, ``A``, ``B`` factors, ``s`` scale, ``id`` site); ``@`` marks the
+call's inputs. Outputs of a node that returns several are named on its line; ``_`` is one that nobody reads.
+Nothing in the text depends on addresses
 or on a run: symbolic sizes are numbered in order of appearance. Bodies of higher-order ops are indented.
 """
 
@@ -98,6 +99,7 @@ class _Printer:
         self.unpacked = {node: items for node in gm.graph.nodes if (items := _unpacked(node))}
         self.folded = {item for items in self.unpacked.values() for item in items.values()}
         self.sections = _sections(gm)
+        self.results = _results(gm, self.unpacked)
         self.has_sites = any(_is_adapter(node) for node in gm.graph.nodes)
 
     def section(self, node: fx.Node) -> str:
@@ -161,6 +163,8 @@ class _Printer:
             return str(node.target)
         if tensor := names.model_tensor(node):
             return tensor.text(section)
+        if node in self.results:
+            return "%" + self.results[node].text(section)
         if node.op == "placeholder":
             if isinstance(value := node_value(node), torch.SymInt):
                 return self.symbols.text(value)
@@ -236,6 +240,26 @@ def _unpacked(node: fx.Node) -> dict[int, fx.Node]:
     return items
 
 
+def _results(gm: fx.GraphModule, unpacked: Mapping[fx.Node, dict[int, fx.Node]]) -> dict[fx.Node, names.Tensor]:
+    """The nodes that hold a site's corrected output, called ``y`` of the site.
+
+    Such a node is new after every pass that touches the site; what reads it should look the same.
+    """
+    found: dict[fx.Node, names.Tensor] = {}
+    seen: collections.Counter[str] = collections.Counter()
+    for node in gm.graph.nodes:
+        result = node if _is_anchor(node) else None
+        if dialect.of_target(node.target) is not None:
+            result = unpacked.get(node, {}).get(0)
+        module = names.module_of(node)
+        if result is None or module is None:
+            continue
+        path = module[0]
+        seen[path] += 1
+        found[result] = names.Tensor(path, "y", "" if seen[path] == 1 else f"#{seen[path]}")
+    return found
+
+
 def _sections(gm: fx.GraphModule) -> dict[fx.Node, str]:
     """The module whose section each node stands in."""
     found: dict[fx.Node, str] = {}
@@ -260,10 +284,12 @@ def _is_backward(node: fx.Node) -> bool:
     return node.meta.get("partitioner_tag") == "is_backward"
 
 
+def _is_anchor(node: fx.Node) -> bool:
+    return str(getattr(node.target, "__module__", "")).startswith("adaptc.methods")
+
+
 def _is_adapter(node: fx.Node) -> bool:
-    custom = node.meta.get("custom") or {}
-    module = str(getattr(node.target, "__module__", ""))
-    return "adaptc" in custom or module.startswith("adaptc.methods")
+    return "adaptc" in (node.meta.get("custom") or {}) or _is_anchor(node)
 
 
 def _short(node: fx.Node) -> str:

@@ -18,6 +18,7 @@ from adaptc.codegen.torch_internals import node_value, tree_leaves
 from adaptc.errors import VerifyError
 from adaptc.ir import show
 from adaptc.ir.edit import Result, Rewrite, infer_value, is_unread
+from adaptc.ir.names import dtype_text
 from adaptc.ir.sites import dialect_nodes, site_of
 
 if TYPE_CHECKING:
@@ -71,11 +72,12 @@ def check_structure(
     for path, body in now.items():
         rewrites = [r for r in result.applied if r.owner is body]
         _check_lint(one, body)
-        _check_interface(one, body, before[path])
-        _check_unread(one, body, before[path], rewrites)
-        _check_values(one, body, rewrites)
+        # Rewrites first: what they break shows at their site, not far down at an output.
         for rewrite in rewrites:
             _check_results(one, body, rewrite)
+        _check_values(one, body, rewrites)
+        _check_unread(one, body, before[path], rewrites)
+        _check_interface(one, body, before[path])
 
 
 def failure(one: Pass, gm: fx.GraphModule, node: fx.Node | None, site: str, **facts: object) -> VerifyError:
@@ -92,12 +94,12 @@ def place_of(node: fx.Node) -> str:
 
 
 def describe(value: Any, *, strides: bool = True) -> str:
-    """A value's type in the form of the graph text, ``float32[2, 8] stride (8, 1) on cpu``."""
+    """A value's type in the form of the graph text, ``f32[2, 8] stride (8, 1) on cpu``."""
     if not isinstance(value, torch.Tensor):
         return repr(value)
     layout = f" stride ({', '.join(map(str, value.stride()))})" if strides else ""
     shape = ", ".join(map(str, value.shape))
-    return f"{str(value.dtype).removeprefix('torch.')}[{shape}]{layout} on {value.device}"
+    return f"{dtype_text(value.dtype)}[{shape}]{layout} on {value.device}"
 
 
 def same_type(a: Any, b: Any, *, strides: bool = True) -> bool:

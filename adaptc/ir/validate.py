@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ from adaptc.ir import cutout
 from adaptc.ir.boundary import visit_rewrites
 from adaptc.ir.claims import check_claims
 from adaptc.ir.edit import Result, Rewrite
+from adaptc.ir.names import model_tensor
 from adaptc.ir.structure import describe, failure, same_type
 
 if TYPE_CHECKING:
@@ -104,9 +105,9 @@ class _Comparison:
             results, native.results, native_after.results, exact.results, exact_after.results
         )
         cotangents = _cotangents(native.results)
-        names = [f"the gradient of %{name}" for name in self._leaf_names(wanted)]
+        gradients = [f"the gradient of {name}" for name in self._leaf_names(wanted)]
         yield from self._compare(
-            names, *(r.gradients(cotangents) for r in (native, native_after, exact, exact_after))
+            gradients, *(r.gradients(cotangents) for r in (native, native_after, exact, exact_after))
         )
 
     def fail(self, expected: str, found: str) -> VerifyError:
@@ -125,8 +126,9 @@ class _Comparison:
         return flags
 
     def _leaf_names(self, wanted: Sequence[bool]) -> list[str]:
+        section = self.rewrite.site.rpartition(".")[0]
         owners = [
-            node.name
+            tensor.text(section) if (tensor := model_tensor(node)) else f"%{node.name}"
             for node, value in zip(self.rewrite.boundary, self.values, strict=True)
             for _ in tree_leaves(value)
         ]

@@ -74,6 +74,10 @@ class Adapter(nn.Module):
         self._site_id = site_id
         self.register_buffer("site_id", torch.tensor([site_id], dtype=torch.int64), persistent=False)
 
+    def replace(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output, computed in its place (only where ``replaces_forward``)."""
+        raise NotImplementedError(f"{type(self).__name__}.replace")
+
     def apply_to(self, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The site's corrected output, from the frozen ``module``, its input ``x`` and its output ``y``."""
         raise NotImplementedError(f"{type(self).__name__}.apply_to")

@@ -47,13 +47,13 @@ class BiasAdapter(Adapter):
         self.bias = nn.Parameter(frozen.detach().clone().to(dtype or frozen.dtype))
 
     def apply_to(self, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return bias_site(x, y, self.site_id, self.bias, module.bias)  # type: ignore[arg-type]
+        return bias_site(x, y, self.site_id, self.bias, module.bias)  # type: ignore[no-any-return]
 
     def peft_tensors(self) -> dict[str, nn.Parameter]:
         return {"bias": self.bias}
 
 
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def bias_site(
     x: torch.Tensor, y: torch.Tensor, site_id: torch.Tensor, bias: torch.Tensor, frozen: torch.Tensor
 ) -> torch.Tensor:

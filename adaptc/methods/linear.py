@@ -30,6 +30,6 @@ def refusal(path: str, module: nn.Module) -> str | None:
         return "nn.MultiheadAttention reads its out_proj weight without calling the module"
     if not is_linear(module):
         return f"{type(module).__name__} is not a linear layer (nn.Linear or transformers' Conv1D)"
-    if not module.weight.is_floating_point():  # type: ignore[union-attr, operator]
+    if not module.weight.is_floating_point():  # type: ignore[operator]
         return f"its weight is {module.weight.dtype}, not a floating-point tensor"
     return None

@@ -114,9 +114,9 @@ class LoRAAdapter(Adapter):
         assert isinstance(weight, torch.Tensor)
         if dtype is None:
             dtype = torch.float32 if weight.dtype.itemsize < 4 else weight.dtype
-        place = {"dtype": dtype, "device": weight.device}
-        self.lora_A = nn.Parameter(torch.empty(method.r, inputs, **place))  # type: ignore[arg-type]
-        self.lora_B = nn.Parameter(torch.zeros(outputs, method.r, **place))  # type: ignore[arg-type]
+        device = weight.device
+        self.lora_A = nn.Parameter(torch.empty(method.r, inputs, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(outputs, method.r, dtype=dtype, device=device))
         self.reset_parameters()
         base_bias = getattr(module, "bias", None)
         if method.bias != "none" and base_bias is not None:
@@ -148,7 +148,7 @@ class LoRAAdapter(Adapter):
             self.scale.fill_(self._scaling)
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRAAdapter:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # `.half()` and `.to(dtype)` cast buffers; the scale is a number, not a weight.
         self.scale = self._scale_tensor()
         return self
@@ -165,7 +165,7 @@ class LoRAAdapter(Adapter):
             method.dropout, self.training, method.compute_dtype,
         )  # fmt: skip
         if self.bias is not None:
-            y = bias_site(x, y, self.site_id, self.bias, module.bias)  # type: ignore[arg-type]
+            y = bias_site(x, y, self.site_id, self.bias, module.bias)
         return y
 
     def delta(self) -> torch.Tensor:
@@ -181,7 +181,7 @@ class LoRAAdapter(Adapter):
         return (*super().signature(), method.dropout, method.compute_dtype)
 
 
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def lora_site(
     x: torch.Tensor,
     y: torch.Tensor,

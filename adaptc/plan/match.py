@@ -178,9 +178,7 @@ class Match:
         if spans is None:
             return True
         layer = self.layer_of(path)
-        return layer is not None and any(
-            first <= layer and (last is None or layer <= last) for first, last in spans
-        )
+        return layer is not None and any(first <= layer and (last is None or layer <= last) for first, last in spans)
 
     def is_excluded(self, path: str) -> bool:
         return any(matcher(selector)(path) for selector in self.exclude)

@@ -86,9 +86,7 @@ def resolve(plan: Plan, model: nn.Module) -> Resolution:
 _Winners = dict[str, list[int]]
 
 
-def _first_matches(
-    rules: Iterable[Rule], selections: list[Selection]
-) -> tuple[_Winners, list[tuple[int, str, int]]]:
+def _first_matches(rules: Iterable[Rule], selections: list[Selection]) -> tuple[_Winners, list[tuple[int, str, int]]]:
     """Per path the rules that act on it: the first that matches, and those that stack."""
     winners: _Winners = defaultdict(list)
     first: dict[str, int] = {}
@@ -104,9 +102,7 @@ def _first_matches(
     return dict(winners), shadowed
 
 
-def _check_shared(
-    tree: ModuleTree, rules: tuple[Rule, ...], selections: list[Selection], winners: _Winners
-) -> None:
+def _check_shared(tree: ModuleTree, rules: tuple[Rule, ...], selections: list[Selection], winners: _Winners) -> None:
     """One module object at several paths is one site: every rule must mean all of it."""
     for path, acting in winners.items():
         for other in tree.paths_of(tree.modules[path]):

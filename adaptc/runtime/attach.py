@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -68,7 +68,7 @@ def run_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
 
     A module-level function that closes over nothing, so that models deep-copy and pickle.
     """
-    live = module.adapters.live
+    live = cast(SiteAdapters, module.adapters).live
     if len(live) == 0:
         return None
     x = args[0] if args else next(iter(kwargs.values()))
@@ -81,7 +81,7 @@ def run_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
 
 def run_standin(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Instance ``forward`` of a module that some adapter replaces: the live copy's forward, or its own."""
-    standin = module.adapters.standin
+    standin = cast(SiteAdapters, module.adapters).standin
     if standin is None:
         return type(module).forward(module, *args, **kwargs)
     if not torch.compiler.is_compiling() and CALL.eager is not None:
@@ -111,7 +111,7 @@ def attach(path: str, module: nn.Module, name: str, adapter: Adapter) -> None:
     found[name] = adapter
     if adapter.replaces_forward:
         if "forward" not in module.__dict__:
-            module.forward = functools.partial(run_standin, module)  # type: ignore[method-assign]
+            module.forward = functools.partial(run_standin, module)
     elif found.hook_handle is None:
         # Before hooks of the user: they see the corrected output, as they would with a wrapped layer.
         found.hook_handle = module.register_forward_hook(run_site, prepend=True, with_kwargs=True)
@@ -142,11 +142,11 @@ def remove(module: nn.Module, name: str) -> None:
     found.live = tuple(a for a in found.live if any(a is b for b in found.values()))
     if found.standin is not None and not any(found.standin is b for b in found.values()):
         found.standin = None
-    if not any(a.replaces_forward for a in found.values()):  # type: ignore[union-attr]
+    if not any(a.replaces_forward for a in found.values()):
         own = module.__dict__.get("forward")
         if getattr(own, "func", None) is run_standin:
             del module.__dict__["forward"]
-    if found.hook_handle is not None and all(a.replaces_forward for a in found.values()):  # type: ignore[union-attr]
+    if found.hook_handle is not None and all(a.replaces_forward for a in found.values()):
         found.hook_handle.remove()
         found.hook_handle = None
     if len(found) == 0:

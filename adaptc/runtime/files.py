@@ -1,4 +1,144 @@
-from typing import Any
-from adaptc.plan import Plan
-def is_adapter_directory(p): return False
-def plan_of(p): return Plan.coerce(p)
+"""Adapter folders and a compiled model: ``model.adaptc.save``, ``.load``, and adding from a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from adaptc.errors import AdaptcWarning, ConfigError
+from adaptc.methods.base import Adapter, Method
+from adaptc.methods.lora import LoRA, LoRAAdapter
+from adaptc.plan import Assignment, Plan
+from adaptc.runtime import checkpoint, peft_format
+from adaptc.runtime.adapters import with_all_biases
+
+if TYPE_CHECKING:
+    from adaptc.runtime.handle import Handle
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    path: str
+    module: torch.nn.Module
+    method: Method
+
+
+def is_adapter_directory(source: object) -> bool:
+    return isinstance(source, str | os.PathLike) and Path(source).is_dir()
+
+
+def plan_of(source: Any, model: torch.nn.Module | None = None) -> Plan:
+    """The plan that ``source`` means, as ``adaptc.compile`` takes it; a folder's own, when it has one."""
+    if is_adapter_directory(source):
+        return _plan_in(checkpoint.read_adapter(source), model)
+    return Plan.coerce(source)
+
+
+def _plan_in(files: checkpoint.AdapterFiles, model: torch.nn.Module | None) -> Plan:
+    if files.plan is not None:
+        return Plan.from_dict(files.plan)
+    return peft_format.config_to_plan(files.config, model=model, loading=True)
+
+
+def add(handle: Handle, directory: Any, name: str) -> None:
+    """Attach a folder as the new adapter ``name``, not live; nothing changes when it does not fit."""
+    files = checkpoint.read_adapter(directory)
+    plan = _plan_in(files, handle.model)
+    # Built once aside, to check the tensors before anything is attached.
+    with torch.random.fork_rng(devices=[]):
+        trial = {
+            site.path: site.method.build(
+                site.path, site.module, dtype=handle.options.adapter_dtype, site_id=0
+            )
+            for site in with_all_biases(plan.resolve(handle.model), handle.model)
+        }
+    decoded = peft_format.decode(files.tensors, trial, model=handle.model, source=str(files.path))
+    _warn_of_another_base(files, handle)
+    with torch.random.fork_rng(devices=[]):
+        handle.install(name, plan, config=files.config)
+    _copy(decoded, _adapters(handle, name))
+
+
+def load(handle: Handle, directory: Any, name: str) -> None:
+    """Replace the values of the adapter ``name`` by those of a folder, or add it."""
+    if name not in handle.records:
+        add(handle, directory, name)
+        return
+    files = checkpoint.read_adapter(directory)
+    theirs = with_all_biases(_plan_in(files, handle.model).resolve(handle.model), handle.model)
+    _check_same_sites(theirs, handle, name)
+    adapters = _adapters(handle, name)
+    decoded = peft_format.decode(files.tensors, adapters, model=handle.model, source=str(files.path))
+    _warn_of_another_base(files, handle)
+    _copy(decoded, adapters)
+    handle.records[name].config = files.config
+
+
+def save(handle: Handle, directory: Any, name: str) -> None:
+    record = handle.adapters.record(name)
+    checkpoint.check_adapter_name(name, [p for p, _ in handle.model.named_modules() if ".adapters" not in p])
+    sites = [_Saved(s.path, s.module, _method_now(a)) for s in handle.sites for a in s.of(name)]
+    config = peft_format.plan_to_config(
+        record.plan,
+        sites,
+        base_model_name=None if record.config else getattr(handle.model, "name_or_path", None) or None,
+        original=record.config,
+        model=handle.model,
+    )
+    checkpoint.write_adapter(
+        directory,
+        config=config,
+        tensors=peft_format.encode(_adapters(handle, name)),
+        plan=record.plan.to_dict(),
+        fingerprint=checkpoint.fingerprint(handle.model, [site.path for site in sites]),
+    )
+
+
+def _adapters(handle: Handle, name: str) -> dict[str, Adapter]:
+    return {site.path: adapter for site in handle.sites for adapter in site.of(name)}
+
+
+def _copy(decoded: dict[str, dict[str, torch.Tensor]], adapters: dict[str, Adapter]) -> None:
+    for path, values in decoded.items():
+        for suffix, tensor in peft_format.tensors_of(adapters[path]).items():
+            tensor.data.copy_(values[suffix])
+
+
+def _method_now(adapter: Adapter) -> Method:
+    """The method with the scale as it is: ``adapter.scaling`` can be set."""
+    method = adapter.method
+    if isinstance(adapter, LoRAAdapter) and isinstance(method, LoRA) and adapter.scaling != method.scaling:
+        alpha = adapter.scaling * (math.sqrt(method.r) if method.rslora else method.r)
+        return dataclasses.replace(method, alpha=alpha)
+    return method
+
+
+def _check_same_sites(theirs: list[Assignment], handle: Handle, name: str) -> None:
+    ours = {site.path: _comparable(a.method) for site in handle.sites for a in site.of(name)}
+    found = {site.path: _comparable(site.method) for site in theirs}
+    different = sorted(path for path in ours.keys() | found.keys() if ours.get(path) != found.get(path))
+    if different:
+        path = different[0]
+        raise ConfigError(
+            f"the folder's adapter has other sites than {name!r}: {len(different)} differ, first {path}",
+            expected=ours.get(path, "no adapter there"),
+            found=found.get(path, "no adapter there"),
+            do=f"model.adaptc.remove({name!r}) first, or load it under another name",
+        )
+
+
+def _comparable(method: Method) -> Method:
+    """What must agree: not how it was initialised, nor its dropout."""
+    return dataclasses.replace(method, init="default", dropout=0.0) if isinstance(method, LoRA) else method
+
+
+def _warn_of_another_base(files: checkpoint.AdapterFiles, handle: Handle) -> None:
+    if files.fingerprint is not None:
+        for difference in checkpoint.compare_fingerprint(files.fingerprint, handle.model):
+            warnings.warn(f"{files.path}: {difference}", AdaptcWarning, stacklevel=4)

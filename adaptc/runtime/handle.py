@@ -41,7 +41,7 @@ _LATER = {
 class CompileOptions:
     """The arguments of ``adaptc.compile`` that say how, not what."""
 
-    backend: BackendOptions = BackendOptions()
+    backend: BackendOptions
     fullgraph: bool = False
     dynamic: bool | None = None
     adapter_dtype: torch.dtype | None = None
@@ -299,7 +299,7 @@ class Handle:
         if id(self) in memo:
             return memo[id(self)]  # type: ignore[no-any-return]
         if id(self.model) not in memo:
-            return copy.deepcopy(self.model, memo).adaptc  # type: ignore[no-any-return]
+            return copy.deepcopy(self.model, memo).adaptc  # type: ignore[return-value]
         new = object.__new__(Handle)
         memo[id(self)] = new
         new.__setstate__(copy.deepcopy(self.__getstate__(), memo))

@@ -62,17 +62,17 @@ def plan_to_config(
         base_model_name: ``base_model_name_or_path``; None takes it from ``original``.
         task_type: PEFT's task. PEFT trains the classifier of a classification task always, so the task is
             left out (with ``auto_mapping`` in its place) when the plan does not train it.
-        original: the config the adapter was loaded with. While it still means ``plan``, it is returned as
-            it is; else the keys without influence are taken over.
+        original: the config the adapter was loaded with. While it still means ``plan`` and the sites, it is
+            returned as it is; else the keys without influence are taken over.
         model: the host. With it short names are used where they select the right modules and no others;
             without it every site is written with its full path.
 
     Raises:
         UnsupportedError: names what PEFT cannot express.
     """
-    if original is not None and means(original, plan, model):
-        return dict(original)
     sites = _sort_sites(assignments)
+    if original is not None and means(original, plan, model) and _same_values(original, sites):
+        return dict(original)
     carried = {key: original[key] for key in _CARRIED if original and key in original}
     config = {**{key: option.default for key, option in OPTIONS.items()}, **carried}
     config["peft_version"] = PEFT_VERSION
@@ -93,6 +93,17 @@ def plan_to_config(
         names = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
         config["auto_mapping"] = names
     return config
+
+
+def _same_values(config: Mapping[str, Any], sites: _Sites) -> bool:
+    """Whether the sites still have the ranks and scales of the config: a scale can be changed by hand."""
+    ranks, alphas = config.get("rank_pattern"), config.get("alpha_pattern")
+    return all(
+        peft.pattern_value(ranks, path, config.get("r", OPTIONS["r"].default)) == method.r
+        and peft.pattern_value(alphas, path, config.get("lora_alpha", OPTIONS["lora_alpha"].default))
+        == method.alpha
+        for path, method in sites.lora.items()
+    )
 
 
 def _sort_sites(assignments: Iterable[Assignment]) -> _Sites:

@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from adaptc.errors import AdaptcWarning, ConfigTypeError
-from adaptc.methods.bias import Bias
 from adaptc.methods.lora import LoRA
 from adaptc.plan.match import ALL_LINEAR, Match, matcher
 from adaptc.plan.rules import Plan, Rule
@@ -26,8 +25,7 @@ def config_to_plan(
 ) -> Plan:
     """The plan that a PEFT LoRA config means.
 
-    ``modules_to_save`` becomes a ``train: full`` rule, in front, so that LoRA leaves such a module alone;
-    ``bias: all`` adds a rule for the biases of all other modules.
+    ``modules_to_save`` becomes a ``train: full`` rule, in front, so that LoRA leaves such a module alone.
 
     Args:
         model: the host. PEFT accepts names that match nothing (it adds "score" and "classifier" to any
@@ -57,8 +55,6 @@ def config_to_plan(
         )
     rules = [Rule(Match(_saved_selectors(saved, model)), train="full")] if saved else []
     rules.append(Rule(match, _method(used)))
-    if used["bias"] == "all":
-        rules.append(Rule(Match(("re:.*",)), Bias()))  # the modules that the rules before leave over
     return Plan(rules)
 
 

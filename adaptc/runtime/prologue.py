@@ -78,7 +78,7 @@ class Prologue:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Inside another capture (the root's, or a torch.compile of the user) this is an ordinary module call.
         if torch.compiler.is_compiling() or CALL.depth > 0:
-            return self.owner._call_impl(*args, **kwargs)
+            return self.owner._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self.handle.captures.get(self.entry, self.owner._call_impl)(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prologue | None:

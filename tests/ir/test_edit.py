@@ -131,7 +131,7 @@ def test_recorded_cutouts_compute_what_was_there_and_what_is_there_now():
 
 def test_a_traced_body_is_copied_in():
     gm = make_fx(sin_cos, tracing_mode="fake")(X)
-    body = make_fx(lambda a, b: (a * b, a - b), tracing_mode="fake")(X, X)
+    body = make_fx(lambda a, b: (a * b, a - b), tracing_mode="fake")(X, X.clone())
     total = node(gm, "add")
     edit = Edit(gm, "s", [total], [total])
     product, difference = edit.copy_in(body.graph, [node(gm, "sin"), node(gm, "cos")])

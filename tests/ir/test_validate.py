@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import re
 
 import pytest
 import torch
-from torch._dynamo.exc import BackendCompilerFailed
 
 from adaptc.errors import AdaptcWarning, VerifyError
 from adaptc.ir.validate import validator
 from adaptc.passes.contract import Context
 from adaptc.passes.manager import Pipeline, get
-from tests.ir import wrong_passes
 from tests.ir.wrong_passes import WRONG, adapted, around, capture, wrong
-from tests.reference import check_against_reference
 
 
 def run_pipeline(model, x, pipeline, mode):
@@ -37,7 +33,7 @@ def test_wrong_pass_is_undone_and_reported(name):
     assert message in undone
     assert by_name["insert"].rolled_back is None and by_name["canonicalise"].rolled_back is None
     # What is left is what the right passes make without it.
-    (alone, _) = run_pipeline(model, torch.randn(4, 6, dtype=dtype), Pipeline([get("insert"), get("canonicalise")]), False)
+    (alone, _) = run_pipeline(model, torch.randn(4, 6, dtype=dtype), Pipeline([get("insert"), get("canonicalise")]), False)  # noqa: E501
     assert gm.code == alone.code
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import adaptc
+from adaptc.codegen.torch_internals import carry_capture_metadata
 from adaptc.ir import lora  # noqa: F401  (registers the dialect op)
 from adaptc.ir.edit import Edit, Result, Rewrite, copy_graph_module
 from adaptc.ir.sites import lora_nodes, site_of
@@ -41,12 +42,15 @@ def capture(model, *args, **kwargs):
     found = []
 
     def backend(gm, inputs):
-        found.append((copy_graph_module(gm), list(inputs)))
+        ours = copy_graph_module(gm)
+        carry_capture_metadata(gm, ours)
+        found.append((ours, list(inputs)))
         return gm
 
+    torch.compiler.reset()
     # Beside the model's own prologue, which would compile it.
     torch.compile(lambda *a, **k: model._call_impl(*a, **k), backend=backend)(*args, **kwargs)
-    (gm, inputs), = found
+    ((gm, inputs),) = found
     paths = {id(a.site_id): site.path for site in model.adaptc.sites for a in site.adapters.values()}
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     sites = {p: paths[id(v)] for p, v in zip(placeholders, inputs, strict=True) if id(v) in paths}
@@ -161,8 +165,8 @@ def replace_one(gm, context: Context, node) -> Result:
 WRONG = {
     "swap_factors": (replace_adapters(swap_factors), torch.float32, "as before the pass, in fp64"),
     "drop_scale": (replace_adapters(drop_scale), torch.float32, "as before the pass, in fp64"),
-    "compute_in_fp32": (replace_adapters(compute_in_fp32), torch.bfloat16, "found     float32[4, 6]"),
-    "stale_gradient": (replace_adapters(stale_gradient), torch.float32, "the gradient of %"),
+    "compute_in_fp32": (replace_adapters(compute_in_fp32), torch.bfloat16, "found     f32[4, 6] on cpu"),
+    "stale_gradient": (replace_adapters(stale_gradient), torch.float32, "the gradient of A:first as before the pass"),
     "make_strided": (replace_adapters(make_strided), torch.float32, "stride (1, 4)"),
     "lose_precision": (replace_adapters(lose_precision), torch.float32, "no further from fp64"),
     "claim_nothing_done": (claim_nothing_done, torch.float32, "the graph is the same as before"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from adaptc import Bias, LoRA, Plan
+from adaptc import Bias, LoRA, Match, Plan, Rule
 from adaptc.errors import PlanError
 from adaptc.plan import Resolution
 from tests.models import hosts
@@ -49,9 +49,7 @@ def chosen(resolution: Resolution) -> set[str]:
 @pytest.mark.parametrize("name", hosts.HOSTS)
 def test_selects_what_peft_selects_but_heads(name: str) -> None:
     resolution = resolve(hosts.build(name))
-    config = peft.LoraConfig(
-        target_modules="all-linear", task_type="SEQ_CLS" if name in ("bert", "albert") else None
-    )
+    config = peft.LoraConfig(target_modules="all-linear", task_type="SEQ_CLS" if name in ("bert", "albert") else None)
     config.modules_to_save = []
     wrapped = peft.LoraModel(hosts.build(name), {"default": config}, "default")
     assert chosen(resolution) == set(wrapped.targeted_module_names) - PEFT_ALSO.get(name, set())
@@ -80,9 +78,7 @@ class Mixed(nn.Module):
         self.embed = nn.Embedding(11, 8)
         self.blocks = nn.ModuleList([Block()])
         self.route = TopTwoRouter()
-        self.side = nn.ModuleDict(
-            {"router": nn.Linear(8, 2), "gate": nn.Linear(8, 8), "head": nn.Linear(8, 8)}
-        )
+        self.side = nn.ModuleDict({"router": nn.Linear(8, 2), "gate": nn.Linear(8, 8), "head": nn.Linear(8, 8)})
         self.out = nn.Linear(8, 11, bias=False)
         self.out.weight = self.embed.weight
         self.head = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
@@ -121,6 +117,20 @@ def test_a_head_inside_a_wrapper_is_a_head(name: str) -> None:
     assert "project" in chosen(resolution)
 
 
+def test_the_head_of_an_inner_tower_is_no_output_head() -> None:
+    class Model(nn.ModuleDict):
+        def get_output_embeddings(self) -> None:
+            return None
+
+    def tower() -> Model:
+        return Model({"head": nn.Linear(4, 4), "lm_head": nn.Linear(4, 4)})
+
+    resolution = resolve(Model({"tower": tower(), "head": nn.Linear(4, 4)}))
+    assert chosen(resolution) == {"tower.head"}
+    assert [path for path, _ in resolution.left_out] == ["tower.lm_head", "head"]
+    assert chosen(resolve(nn.ModuleDict({"first": tower(), "fc": nn.Linear(4, 4)}))) == {"fc"}
+
+
 def test_a_head_named_as_well_is_adapted() -> None:
     resolution = resolve(hosts.build("llama"), LoRA(targets=["all-linear", "lm_head"]))
     assert "lm_head" in chosen(resolution)
@@ -145,9 +155,7 @@ def test_what_the_method_cannot_adapt_is_left_out_with_its_reason() -> None:
     assert chosen(resolution) == {"layers.0.linear1", "layers.0.linear2"}
     reason = "nn.MultiheadAttention reads its out_proj weight without calling the module"
     assert resolution.left_out == [("layers.0.self_attn.out_proj", reason)]
-    half = resolve(
-        nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4, bias=False)}), Bias(targets="all-linear")
-    )
+    half = resolve(nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4, bias=False)}), Bias(targets="all-linear"))
     assert chosen(half) == {"a"}
     assert half.left_out == [("b", "this Linear has no bias")]
 
@@ -172,9 +180,10 @@ def test_adapters_are_never_candidates() -> None:
     adapter.inner = nn.Linear(2, 2)
     site.adapters = nn.ModuleDict({"default": adapter})
     assert [s.path for s in resolve(model).sites] == [s.path for s in before.sites]
-    assert not [
-        s.path for s in Plan(LoRA(targets="re:.*q_proj.*")).resolve(model).sites if "adapters" in s.path
-    ]
+    pattern = Plan([Rule(Match("layers.0.self_attn.q_proj*"), train="full")]).resolve(model)
+    assert [s.path for s in pattern.sites] == ["model.layers.0.self_attn.q_proj"]
+    with pytest.raises(PlanError, match="matches nothing"):
+        Plan([Rule(Match("q_proj.*"), train="full")]).resolve(model)
 
 
 def test_modules_named_adapters_by_the_model_are_candidates() -> None:

@@ -111,9 +111,7 @@ def test_canonical_json_is_minimal_and_sorted() -> None:
 text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(
     lambda s: s.strip() and s != "re:" and not s.startswith("re:") and s != "all-linear"
 )
-selectors = st.lists(
-    text | st.just(r"re:.*\.q_(a|b)") | st.just("1e5") | st.just("on"), min_size=1, max_size=3
-)
+selectors = st.lists(text | st.just(r"re:.*\.q_(a|b)") | st.just("1e5") | st.just("on"), min_size=1, max_size=3)
 layer_lists = st.lists(st.integers(0, 40), min_size=1, max_size=4)
 methods = st.builds(
     LoRA,

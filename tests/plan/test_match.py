@@ -52,9 +52,7 @@ def test_selector_selects(selector: str, selected: list[int]) -> None:
     assert [path for path in PATHS if matcher(selector)(path)] == [PATHS[i] for i in selected]
 
 
-@pytest.mark.parametrize(
-    ("selector", "pattern"), [("q", False), ("a.*", True), ("re:a", True), ("all-linear", True)]
-)
+@pytest.mark.parametrize(("selector", "pattern"), [("q", False), ("a.*", True), ("re:a", True), ("all-linear", True)])
 def test_names_and_patterns(selector: str, pattern: bool) -> None:
     assert is_pattern(selector) is pattern
 
@@ -70,9 +68,7 @@ class PeftConfig:
         self.target_parameters = None
 
 
-names = st.lists(
-    st.sampled_from(["q_proj", "w1", "mlp.gate_proj", PATHS[4], "q", "lm_head"]), min_size=1, unique=True
-)
+names = st.lists(st.sampled_from(["q_proj", "w1", "mlp.gate_proj", PATHS[4], "q", "lm_head"]), min_size=1, unique=True)
 
 
 @given(
@@ -89,9 +85,7 @@ def test_names_select_what_peft_selects(
     peft = PeftConfig(targets=targets, exclude=exclude, layers=layers, layers_pattern=pattern)
     match = Match(tuple(targets), tuple(exclude), layers, (pattern,) if pattern else ())
     for path in PATHS:
-        ours = (
-            any(matcher(t)(path) for t in targets) and match.in_layers(path) and not match.is_excluded(path)
-        )
+        ours = any(matcher(t)(path) for t in targets) and match.in_layers(path) and not match.is_excluded(path)
         # PEFT lets a target that is a module's whole path pass whatever the layers say.
         in_layers = match.in_layers(path) or path not in targets
         if in_layers:
@@ -106,9 +100,7 @@ def test_layer_list_means_its_numbers(layers: list[int], layer: int) -> None:
     assert Match("w", layers=match.layers) == match
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 20), st.integers(0, 5), st.booleans()), min_size=1), st.integers(0, 40)
-)
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 5), st.booleans()), min_size=1), st.integers(0, 40))
 @settings(max_examples=200, deadline=None)
 def test_layer_text_means_its_ranges(spans: list[tuple[int, int, bool]], layer: int) -> None:
     text = ", ".join(f"{first}-" if is_open else f"{first}-{first + more}" for first, more, is_open in spans)

@@ -55,9 +55,7 @@ def test_sites_come_in_model_order() -> None:
 
 def test_stacked_rules_add_to_the_winner() -> None:
     stack = Rule(Match("q_proj", layers="1"), LoRA(r=2), stack=True)
-    resolution = Plan([LoRA(r=4, targets="q_proj"), stack, LoRA(r=8, targets="q_proj")]).resolve(
-        hosts.build("llama")
-    )
+    resolution = Plan([LoRA(r=4, targets="q_proj"), stack, LoRA(r=8, targets="q_proj")]).resolve(hosts.build("llama"))
     assert [(s.path.split(".")[2], s.rule, s.method.r, s.stacked) for s in resolution.sites] == [
         ("0", 0, 4, False),
         ("1", 0, 4, False),
@@ -75,6 +73,18 @@ def test_selects_what_peft_selects() -> None:
     theirs = peft.LoraModel(hosts.build("llama", num_hidden_layers=4), {"default": config}, "default")
     assert [site.path for site in ours.sites] == theirs.targeted_module_names
     assert len(ours.sites) == 5
+
+
+def test_a_stacked_rule_in_front_shadows_nothing() -> None:
+    stack = Rule(Match("q_proj", layers="0"), LoRA(r=2), stack=True)
+    resolution = Plan([stack, LoRA(r=4, targets="q_proj", layers="0")]).resolve(hosts.build("llama"))
+    assert [(site.rule, site.stacked) for site in resolution.sites] == [(0, False), (1, True)]
+    assert resolution.shadowed == []
+
+
+def test_an_exclude_that_also_names_a_container_is_fine() -> None:
+    plan = Plan(LoRA(targets="dense", exclude="*classifier*"))
+    assert len(plan.resolve(hosts.build("roberta")).sites) == 6
 
 
 def test_an_entry_may_be_excluded_whole() -> None:
@@ -159,13 +169,9 @@ def test_full_takes_modules_of_any_kind_with_parameters() -> None:
 
 
 def test_full_on_a_module_without_parameters_raises() -> None:
-    with pytest.raises(
-        SiteError, match='rule 1: "rotary_emb" names 1 module that cannot be adapted'
-    ) as error:
+    with pytest.raises(SiteError, match='rule 1: "rotary_emb" names 1 module that cannot be adapted') as error:
         Plan([Rule(Match("rotary_emb"), train="full")]).resolve(hosts.build("llama"))
-    assert "model.rotary_emb (LlamaRotaryEmbedding): this LlamaRotaryEmbedding has no parameters" in str(
-        error.value
-    )
+    assert "model.rotary_emb (LlamaRotaryEmbedding): this LlamaRotaryEmbedding has no parameters" in str(error.value)
 
 
 @pytest.mark.parametrize("path", ["lm_head", "transformer.wte"])
@@ -215,9 +221,7 @@ def test_a_shared_module_is_one_site_with_all_its_paths() -> None:
 
 def test_albert_has_one_site_for_the_layer_that_runs_twice() -> None:
     sites = Plan(LoRA(targets="query")).resolve(hosts.build("albert", num_hidden_layers=4)).sites
-    assert [site.path for site in sites] == [
-        "albert.encoder.albert_layer_groups.0.albert_layers.0.attention.query"
-    ]
+    assert [site.path for site in sites] == ["albert.encoder.albert_layer_groups.0.albert_layers.0.attention.query"]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import nn
 from adaptc import Plan
 from adaptc.methods.base import Adapter
 from adaptc.runtime import checkpoint, peft_format
+from adaptc.runtime.adapters import with_all_biases
 from tests.models import hosts
 
 
@@ -61,9 +62,9 @@ class Adapted:
         if double:
             self.base.double()
         self.plan = plan
-        self.resolution = plan.resolve(self.base)
+        self.sites = with_all_biases(plan.resolve(self.base), self.base)
         self.adapters: dict[str, Adapter] = {}
-        for number, site in enumerate(self.resolution.sites):
+        for number, site in enumerate(self.sites):
             adapter = site.method.build(site.path, site.module, dtype=None, site_id=number)
             self.adapters[site.path] = adapter.eval()
             if adapter.replaces_forward:
@@ -82,7 +83,7 @@ class Adapted:
                 tensor.data.copy_(values[suffix])
 
     def config(self, **options: Any) -> dict[str, Any]:
-        return peft_format.plan_to_config(self.plan, self.resolution.sites, model=self.base, **options)
+        return peft_format.plan_to_config(self.plan, self.sites, model=self.base, **options)
 
     def save(self, directory: Path, **options: Any) -> Path:
         return checkpoint.write_adapter(

@@ -273,6 +273,16 @@ def test_files_that_are_links_out_of_the_directory_are_refused(tmp_path: Path, n
         checkpoint.read_adapter(tmp_path / "a")
 
 
+def test_links_out_of_an_interrupted_save_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    write(tmp_path / "b", seed=1)
+    (tmp_path / "a" / ".adaptc-commit").mkdir()
+    planted = tmp_path / "b" / "adapter_model.safetensors"
+    (tmp_path / "a" / ".adaptc-commit" / "adapter_model.safetensors").symlink_to(planted)
+    with pytest.raises(errors.UnsafePathError, match="is a link that leaves its directory"):
+        checkpoint.read_adapter(tmp_path / "a")
+
+
 def test_a_save_replaces_a_link_and_not_what_it_points_to(tmp_path: Path) -> None:
     write(tmp_path / "a")
     victim = tmp_path / "victim"

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from adaptc import errors
 from adaptc.runtime import checkpoint
@@ -183,11 +185,12 @@ def test_not_finite_at_every_position(tmp_path: Path, name: str, value: float) -
     assert f"1 of {bad[name].numel()} values are not finite" in str(error.value)
 
 
-def test_8_bit_floats_are_checked_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_8_bit_floats_are_checked_too(tmp_path: Path, dtype: torch.dtype) -> None:
     file = tmp_path / "x.safetensors"
-    safetensors.torch.save_file({"a": torch.tensor([1.0, 2.0]).to(torch.float8_e5m2)}, file)
+    safetensors.torch.save_file({"a": torch.tensor([1.0, 2.0]).to(dtype)}, file)
     assert read_tensor_file(file)[0]["a"].float().tolist() == [1.0, 2.0]
-    safetensors.torch.save_file({"a": torch.tensor([1.0, math.nan]).to(torch.float8_e5m2)}, file)
+    safetensors.torch.save_file({"a": torch.tensor([1.0, math.nan]).to(dtype)}, file)
     with pytest.raises(errors.NonFiniteError, match=r"tensor a in .* holds NaN"):
         read_tensor_file(file)
 
@@ -229,3 +232,21 @@ def test_a_plan_file_that_is_not_one(
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(kind, match=message):
         checkpoint.read_adapter(tmp_path)
+
+
+@given(changes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4))
+@example(changes=[(0.0, 255)])
+def test_any_damage_is_a_checkpoint_error_or_harmless(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[float, int]]
+) -> None:
+    """Bytes changed anywhere: values may differ, but nothing else than a CheckpointError is raised."""
+    data = bytearray(safetensors.torch.save(tensors(), metadata={"format": "pt"}))
+    for where, value in changes:
+        data[round(where * (len(data) - 1))] = value
+    file = tmp_path_factory.getbasetemp() / "damaged.safetensors"
+    file.write_bytes(data)
+    try:
+        found, _ = read_tensor_file(file)
+    except errors.CheckpointError:
+        return
+    assert len(found) == len(NAMES)

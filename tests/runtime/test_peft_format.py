@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from adaptc import Bias, LoRA, Match, Plan, Rule
 from adaptc.errors import UnsupportedError
-from adaptc.runtime import checkpoint, peft_format
+from adaptc.runtime import checkpoint, peft_format, peft_matching
 from tests.models import hosts
 from tests.runtime.peft_cases import Adapted, load, logits, peft_load, peft_model, peft_save
 
@@ -251,7 +252,7 @@ def test_adaptc_reads_what_adaptc_writes(saved: Any) -> None:
 
 def test_full_paths_are_written_without_the_host() -> None:
     adapted = Adapted("llama", Plan(LoRA(targets=["q_proj"])))
-    config = peft_format.plan_to_config(adapted.plan, adapted.resolution.sites)
+    config = peft_format.plan_to_config(adapted.plan, adapted.sites)
     assert config["target_modules"] == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
 
 
@@ -314,6 +315,29 @@ def test_a_changed_plan_keeps_what_does_not_matter_of_the_original(tmp_path: Pat
     assert written["peft_version"] == "0.21.2"
     same = Adapted("llama", Plan(LoRA(targets=["q_proj"]))).config(original=original)
     assert same == original
+
+
+def test_a_scale_that_was_changed_by_hand_is_written() -> None:
+    original = {"peft_type": "LORA", "target_modules": ["q_proj"], "lora_alpha": 4}
+    adapted = Adapted("llama", peft_format.config_to_plan(original))
+    assert adapted.config(original=original) == original
+    first = adapted.sites[0]
+    adapted.sites[0] = dataclasses.replace(first, method=dataclasses.replace(first.method, alpha=6.5))
+    config = adapted.config(original=original)
+    alphas = [
+        peft_matching.pattern_value(config["alpha_pattern"], s.path, config["lora_alpha"])
+        for s in adapted.sites
+    ]
+    assert alphas == [6.5, 4]
+
+
+def test_a_plan_that_was_read_without_the_host_means_its_config_too() -> None:
+    """Without the host "score" cannot be known to be nowhere, so the rule differs, not what it does."""
+    original = {"peft_type": "LORA", "target_modules": ["query"], "modules_to_save": ["classifier", "score"]}
+    bare = peft_format.config_to_plan(original, loading=True)
+    adapted = Adapted("bert", bare)
+    assert bare != peft_format.config_to_plan(original, loading=True, model=adapted.base)
+    assert adapted.config(original=original) == original
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,17 @@ def test_modules_are_matched_as_peft_matches_them(
     assert peft_matching.lora_paths(options, paths) == expected
 
 
+@pytest.mark.parametrize("pattern", [None, "layers", "h", ["experts", "layers"]])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_first_number_is_the_layer(layer: int, pattern: Any) -> None:
+    paths = [f"model.layers.{i}.experts.{j}.q" for i in (0, 1) for j in (0, 1)] + ["h.1.q", "x.h.1.q.h.0.q"]
+    options = {"target_modules": ["q"], "layers_to_transform": layer, "layers_pattern": pattern}
+    config = peft.LoraConfig(**options)
+    expected = [path for path in paths if check_target_module_exists(config, path)]
+    assert expected or pattern == "h"
+    assert peft_matching.lora_paths(options, paths) == expected
+
+
 @given(path=PATHS, patterns=st.dictionaries(st.one_of(PATHS, EXPRESSIONS), st.integers(1, 9), max_size=4))
 def test_patterns_are_matched_as_peft_matches_them(path: str, patterns: dict[str, int]) -> None:
     from peft.utils.other import get_pattern_key
