@@ -11,9 +11,7 @@ import typer
 
 from adaptc.errors import AdaptcError
 
-app = typer.Typer(
-    name="adaptc", help="The adapter compiler for PyTorch.", no_args_is_help=True, add_completion=False
-)
+app = typer.Typer(name="adaptc", help="The adapter compiler for PyTorch.", no_args_is_help=True, add_completion=False)
 
 
 #: Modules of the extra "demo" that the demo reaches only after a while; their absence is told at once.
@@ -36,9 +34,7 @@ def _root() -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the pictures, figures and the adapter.")] = Path(
-        "adaptc-demo"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder for the pictures, figures and the adapter.")] = Path("adaptc-demo"),
     seed: Annotated[int, typer.Option(help="Initial values, order of the batches and dropout.")] = 0,
     backend: Annotated[Backend, typer.Option(help="What runs the rewritten graphs.")] = Backend.inductor,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training texts.")] = 5,

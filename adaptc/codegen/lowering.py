@@ -7,7 +7,6 @@ op's body computes; tests compare the two.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import fx
@@ -47,7 +46,14 @@ def _rows(edit: Edit, node: fx.Node) -> fx.Node:
         return node
     if not _is_viewable(value):
         node = edit.call(aten.clone.default, node, memory_format=torch.contiguous_format)
-    return edit.call(aten.view.default, node, [-1, value.shape[-1]])
+    return edit.call(aten.view.default, node, [-1, _size(edit, node, -1)])
+
+
+def _size(edit: Edit, node: fx.Node, dim: int) -> int | fx.Node:
+    """A size as a graph may hold it: a number, or the node that reads a symbolic one."""
+    value = node_value(node)
+    size = value.shape[dim]
+    return size if isinstance(size, int) else edit.call(aten.sym_size.int, node, dim % value.dim())
 
 
 def _is_viewable(value: torch.Tensor) -> bool:
@@ -60,14 +66,11 @@ def _is_viewable(value: torch.Tensor) -> bool:
 
 def _like(edit: Edit, rows: fx.Node, model: fx.Node) -> fx.Node:
     """``rows`` (rows, n) with the leading dimensions of ``model`` (..., k)."""
-    value = node_value(model)
-    if value.dim() == 2:
+    dims = node_value(model).dim()
+    if dims == 2:
         return rows
-    sizes: list[Any] = [
-        size if isinstance(size, int) else edit.call(aten.sym_size.int, model, i)
-        for i, size in enumerate(value.shape[:-1])
-    ]
-    return edit.call(aten.view.default, rows, [*sizes, node_value(rows).shape[-1]])
+    sizes = [_size(edit, model, i) for i in range(dims - 1)]
+    return edit.call(aten.view.default, rows, [*sizes, _size(edit, rows, -1)])
 
 
 def _scaled(edit: Edit, node: fx.Node, scale: fx.Node) -> fx.Node:
@@ -89,6 +92,8 @@ def _linear(
     else:
         product = edit.call(aten.mm.default, h, expand)
         out = edit.call(aten.add.Tensor, _rows(edit, y), _scaled(edit, product, scale))
+        if not node_value(out).is_contiguous():  # the sum takes y's layout
+            out = edit.call(aten.clone.default, out, memory_format=torch.contiguous_format)
     return _like(edit, out, y), _like(edit, h, x)
 
 

@@ -156,9 +156,7 @@ def _train_with_bar(
         )
 
 
-def _logits_through_peft(
-    folder: Path, encoder: EncoderLoader, corpus: Corpus, texts: TokenizedTexts
-) -> torch.Tensor:
+def _logits_through_peft(folder: Path, encoder: EncoderLoader, corpus: Corpus, texts: TokenizedTexts) -> torch.Tensor:
     """The saved adapter on a fresh base, loaded and run by PEFT alone."""
     from peft import PeftModel
 

@@ -50,13 +50,15 @@ def check_claims(one: Pass, original: fx.GraphModule, gm: fx.GraphModule, result
 def replacements(rewrites: Sequence[Rewrite]) -> dict[str, str]:
     """Replaced node -> the node that stands for it in the end, by name; ``rewrites`` in the order they were made."""
     stands_for: dict[str, str] = {}
-    for rewrite in rewrites:
-        for old, new in rewrite.replaced:
-            for earlier, current in stands_for.items():
-                if current == old.name:
-                    stands_for[earlier] = new.name
-            stands_for[old.name] = new.name
+    for rewrite in reversed(rewrites):
+        _add_replacements(rewrite, stands_for)
     return stands_for
+
+
+def _add_replacements(rewrite: Rewrite, later: dict[str, str]) -> None:
+    """Extend what ``later`` rewrites replaced by what ``rewrite``, made before them, did."""
+    for old, new in rewrite.replaced:
+        later[old.name] = later.get(new.name, new.name)
 
 
 def _check_body(one: Pass, old: fx.GraphModule, new: fx.GraphModule, rewrites: Sequence[Rewrite]) -> bool:
@@ -67,7 +69,14 @@ def _check_body(one: Pass, old: fx.GraphModule, new: fx.GraphModule, rewrites: S
     stands_for = replacements(rewrites)
     for name, node in before.items():
         if name in after:
-            _check_survivor(one, old, new, node, after[name], stands_for)
+            _check_same(one, new, node, after[name], stands_for, "as before the pass")
+    later: dict[str, str] = {}
+    for rewrite in reversed(rewrites):
+        recorded = rewrite.after.graph.nodes if rewrite.after is not None else ()
+        for node in recorded:
+            if node.name in rewrite.added and node.name in after:
+                _check_same(one, new, node, after[node.name], later, "as its rewrite recorded it")
+        _add_replacements(rewrite, later)
     survivors = [n for n in before if n in after]
     order = [n for n in after if n in before]
     if survivors != order:
@@ -96,15 +105,15 @@ def _check_names(one: Pass, old: fx.GraphModule, new: fx.GraphModule, rewrites: 
             raise failure(one, new, node, place_of(node), expected="added nodes in a rewrite's record", found=found)
 
 
-def _check_survivor(
-    one: Pass, old_gm: fx.GraphModule, gm: fx.GraphModule, old: fx.Node, new: fx.Node, stands_for: dict[str, str]
+def _check_same(
+    one: Pass, gm: fx.GraphModule, old: fx.Node, new: fx.Node, stands_for: dict[str, str], when: str
 ) -> None:
     expected, found = _call(old, stands_for), _call(new, {})
     if expected != found:
+        was, is_ = _first_difference(expected, found)
         raise failure(
             one, gm, new, place_of(new),
-            expected=f"%{new.name} as before the pass, but for replaced values: {_text(expected)}",
-            found=_text(found),
+            expected=f"%{new.name} {when}, but for replaced values: {was}", found=is_,
         )  # fmt: skip
 
 
@@ -118,16 +127,23 @@ def _call(node: fx.Node, stands_for: dict[str, str]) -> tuple[Any, ...]:
     return (node.op, node.target, *arguments)
 
 
-def _text(call: tuple[Any, ...]) -> str:
-    _, target, args, kwargs = call
+def _first_difference(expected: tuple[Any, ...], found: tuple[Any, ...]) -> tuple[str, str]:
+    """The first thing in which two calls differ, as text for each."""
+    (op, target, args, kwargs), (new_op, new_target, new_args, new_kwargs) = expected, found
+    if (op, target) != (new_op, new_target):
+        return f"a call of {_text(target)}", f"a call of {_text(new_target)}"
+    named = {**dict(enumerate(args)), **kwargs}
+    new_named = {**dict(enumerate(new_args)), **new_kwargs}
+    for key in {**named, **new_named}:
+        was, is_ = (_text(d[key]) if key in d else "not given" for d in (named, new_named))
+        if was != is_:
+            return f"argument {key} is {was}", f"argument {key} is {is_}"
+    return _text(args), _text(new_args)
 
-    def one(argument: Any) -> str:
-        if isinstance(argument, _Reference):
-            return f"%{argument.name}"
-        if isinstance(argument, list | tuple):
-            return f"({', '.join(map(one, argument))})"
-        return repr(argument)
 
-    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-    return f"{name}({', '.join([*map(one, args), *(f'{k}={one(v)}' for k, v in kwargs.items())])})"
-
+def _text(argument: Any) -> str:
+    if isinstance(argument, _Reference):
+        return f"%{argument.name}"
+    if isinstance(argument, list | tuple):
+        return f"({', '.join(map(_text, argument))})"
+    return str(getattr(argument, "__name__", None) or repr(argument))

@@ -18,6 +18,13 @@ from torch import fx
 
 from adaptc.codegen.torch_internals import fake_mode_of, node_value, tree_leaves
 
+#: What a new node takes over from the node it stands before: where it comes from, and on a joint graph whether it
+#: belongs to the forward or the backward.
+_INHERITED = (
+    "nn_module_stack", "fwd_nn_module_stack", "stack_trace", "seq_nr", "source_fn_stack",
+    "partitioner_tag", "autograd_backward",
+)  # fmt: skip
+
 
 @dataclasses.dataclass
 class Rewrite:
@@ -82,7 +89,7 @@ class Edit:
                 node = self.gm.graph.call_method(target, args, kwargs)
             else:
                 node = self.gm.graph.call_function(target, args, kwargs)
-        for key in ("nn_module_stack", "stack_trace", "seq_nr", "source_fn_stack"):
+        for key in _INHERITED:
             if key in self.position.meta:
                 node.meta[key] = self.position.meta[key]
         node.meta["custom"] = {**self.position.meta.get("custom", {}), "adaptc": self.site}

@@ -76,8 +76,8 @@ def check_structure(
         for rewrite in rewrites:
             _check_results(one, body, rewrite)
         _check_values(one, body, rewrites)
-        _check_unread(one, body, before[path], rewrites)
         _check_interface(one, body, before[path])
+        _check_unread(one, body, before[path], rewrites)
 
 
 def failure(one: Pass, gm: fx.GraphModule, node: fx.Node | None, site: str, **facts: object) -> VerifyError:

@@ -180,8 +180,9 @@ class _Comparison:
             ]
             if not errors[1] <= 2 * errors[0] + rounding:
                 raise self.fail(
-                    f"{name} no further from fp64 than twice what it was, {errors[0]:.1e}, and {rounding:.1e}",
-                    f"an error of {errors[1]:.1e} of its largest value",
+                    f"{name} within {2 * errors[0] + rounding:.1e} of its value in fp64, relative to the largest"
+                    f" (twice the error before the pass, {errors[0]:.1e}, and {EXTRA_ROUNDINGS} roundings)",
+                    f"an error of {errors[1]:.1e}",
                 )
             if all(map(math.isfinite, errors)):
                 yield errors[0], errors[1]
@@ -203,7 +204,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     left, right = (t.detach().to(torch.float64) for t in (a, b))
     same = (left == right) | (left.isnan() & right.isnan())
     off = torch.where(same, 0.0, (left - right).abs())
-    return float(torch.nan_to_num(off, nan=math.inf).max())
+    return float(torch.nan_to_num(off, nan=math.inf, posinf=math.inf).max())
 
 
 def _size(t: torch.Tensor) -> float:

@@ -16,11 +16,14 @@ from typing import Protocol
 import torch
 from torch import fx
 
-from adaptc.codegen.torch_internals import OpOverload, carry_capture_metadata
+from adaptc.codegen.cost import level_cost
+from adaptc.codegen.torch_internals import carry_capture_metadata
 from adaptc.errors import AdaptcWarning, PipelineError, VerifyError
 from adaptc.ir import dialect, structure
 from adaptc.ir.code_hash import code_hash
+from adaptc.ir.dialect import Cost
 from adaptc.ir.edit import Result, copy_graph_module
+from adaptc.ir.names import op_name
 from adaptc.passes.contract import Context, Contract, Level, Pass
 
 #: Every pass of this version in its default order: name -> "module:function"; the contract is beside it.
@@ -59,6 +62,8 @@ class PassReport:
     ops_before: Mapping[str, int]
     ops_after: Mapping[str, int]
     seconds: float
+    cost_before: Cost
+    cost_after: Cost
     #: Why the pass was undone, when translation validation found it wrong.
     rolled_back: str | None = None
     #: Errors of the graphs before and after against fp64, when validated: (largest before, largest after).
@@ -166,6 +171,8 @@ class Pipeline:
         """
         reports = []
         overall = self.limits.get("*")
+        known: dict[fx.Node, Cost] = {}
+        cost = level_cost(gm, level, known)
         for one in self.at(level):
             own = self.limits.get(one.name)
             context.budget = own if overall is None else overall if own is None else min(own, overall)
@@ -174,7 +181,9 @@ class Pipeline:
             before = op_counts(gm)
             start = time.perf_counter()
             result = one.run(gm, context)
-            report = PassReport(one.name, level, result, before, op_counts(gm), time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            cost_before, cost = cost, level_cost(gm, level, known)
+            report = PassReport(one.name, level, result, before, op_counts(gm), seconds, cost_before, cost)
             try:
                 structure.check_structure(one, gm, signature, result)
                 if validate and original is not None:
@@ -183,7 +192,7 @@ class Pipeline:
                 if original is None or validate is None or validate.raises:
                     raise
                 report.rolled_back = str(error)
-                gm = original
+                gm, cost = original, cost_before
                 context.sites = _sites_in(gm, context.sites)
                 _warn_undone(one, error)
             else:
@@ -265,16 +274,6 @@ def op_counts(gm: fx.GraphModule) -> dict[str, int]:
                 if node.op in ("call_function", "call_method", "call_module"):
                     counts[op_name(node)] += 1
     return dict(counts)
-
-
-def op_name(node: fx.Node) -> str:
-    """A node's op in short: ``linear``, ``lora_linear``, ``view``."""
-    target = node.target
-    if isinstance(target, str):
-        return target
-    if isinstance(target, OpOverload):
-        return target._schema.name.partition("::")[2]
-    return str(getattr(target, "__name__", target))
 
 
 @functools.cache

@@ -73,9 +73,7 @@ def test_the_split_depends_on_its_seed_only(corpus: Corpus) -> None:
     assert {e.text for e in data.load_corpus(seed=1).test} != {e.text for e in corpus.test}
 
 
-@pytest.mark.parametrize(
-    "other", ["What is AI?", "what is ai", "  WHAT  is, AI!", "\uff57\uff48\uff41\uff54 is ai"]
-)
+@pytest.mark.parametrize("other", ["What is AI?", "what is ai", "  WHAT  is, AI!", "\uff57\uff48\uff41\uff54 is ai"])
 def test_case_punctuation_spacing_and_width_do_not_matter(other: str) -> None:
     assert normalise(other) == normalise("what is AI")
 

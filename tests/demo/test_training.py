@@ -99,9 +99,7 @@ def test_training_learns_what_is_learnable_and_reports_every_step() -> None:
 
 def test_steps_run_in_training_mode_and_dev_in_evaluation_mode() -> None:
     model = BagOfTokens(20, 3)
-    train_adapter(
-        model, list(model.parameters()), _separable(32), _separable(9), Settings(epochs=2), seed=0, classes=3
-    )
+    train_adapter(model, list(model.parameters()), _separable(32), _separable(9), Settings(epochs=2), seed=0, classes=3)
     assert model.modes == [True, True, False, True, True, False]
 
 
@@ -109,9 +107,7 @@ def test_the_first_loss_is_the_weighted_cross_entropy_of_the_first_batch() -> No
     train = TokenizedTexts(((5,),) * 12 + ((6,),) * 4, torch.tensor([0] * 12 + [1] * 4))
     model = BagOfTokens(20, 2)
     table = model.table.weight.detach().double().clone()
-    history = train_adapter(
-        model, list(model.parameters()), train, train, Settings(epochs=1), seed=0, classes=2
-    )
+    history = train_adapter(model, list(model.parameters()), train, train, Settings(epochs=1), seed=0, classes=2)
     log_probability = table.log_softmax(1)
     weights = torch.tensor([16 / (2 * 12), 16 / (2 * 4)], dtype=torch.float64)
     total = weights[0] * 12 * log_probability[5, 0] + weights[1] * 4 * log_probability[6, 1]
@@ -125,9 +121,7 @@ def test_the_same_seed_gives_the_same_losses() -> None:
         model = BagOfTokens(20, 3)
         texts = _separable(60)
         settings = Settings(epochs=2)
-        return train_adapter(
-            model, list(model.parameters()), texts, texts, settings, seed=seed, classes=3
-        ).losses
+        return train_adapter(model, list(model.parameters()), texts, texts, settings, seed=seed, classes=3).losses
 
     assert losses(3) == losses(3) != losses(4)
 

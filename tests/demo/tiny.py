@@ -11,8 +11,14 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 from adaptc.demo.data import Corpus, build_corpus, package_folder
 
-FOODS = ["apple", "bread", "carrot", "date", "egg", "fig", "grape", "honey", "ice", "jam", "kale", "lemon", "mango", "nut", "onion", "pear"]  # noqa: E501
-TOOLS = ["axe", "brush", "chisel", "drill", "file", "glue", "hammer", "iron", "jack", "knife", "lever", "mallet", "nail", "oiler", "rake"]  # noqa: E501
+FOODS = [
+    "apple", "bread", "carrot", "date", "egg", "fig", "grape", "honey", "ice", "jam", "kale",
+    "lemon", "mango", "nut", "onion", "pear",
+]  # fmt: skip
+TOOLS = [
+    "axe", "brush", "chisel", "drill", "file", "glue", "hammer", "iron", "jack", "knife", "lever",
+    "mallet", "nail", "oiler", "rake",
+]  # fmt: skip
 
 
 def tokenizer() -> Any:

@@ -151,6 +151,15 @@ def change_silently(gm, context: Context) -> Result:
     return Result()
 
 
+def change_after_recording(gm, context: Context) -> Result:
+    """An honest rewrite whose new node is changed once its cut-out is on record."""
+    result = replace_one(gm, context, lora_nodes(gm)[1])
+    second = lora_nodes(gm)[1]
+    second.args = (*second.args[:4], first_scale(gm), second.args[5])
+    gm.recompile()
+    return result
+
+
 def first_scale(gm):
     return lora_nodes(gm)[0].args[4]
 
@@ -168,8 +177,9 @@ WRONG = {
     "compute_in_fp32": (replace_adapters(compute_in_fp32), torch.bfloat16, "found     f32[4, 6] on cpu"),
     "stale_gradient": (replace_adapters(stale_gradient), torch.float32, "the gradient of A:first as before the pass"),
     "make_strided": (replace_adapters(make_strided), torch.float32, "stride (1, 4)"),
-    "lose_precision": (replace_adapters(lose_precision), torch.float32, "no further from fp64"),
+    "lose_precision": (replace_adapters(lose_precision), torch.float32, "twice the error before the pass"),
     "claim_nothing_done": (claim_nothing_done, torch.float32, "the graph is the same as before"),
     "change_more_than_claimed": (change_more_than_claimed, torch.float32, "but for replaced values"),
+    "change_after_recording": (change_after_recording, torch.float32, "as its rewrite recorded it"),
     "change_silently": (change_silently, torch.float32, "but for replaced values"),
 }
