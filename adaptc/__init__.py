@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from adaptc.api import compile as compile
+    from adaptc.codegen.rewrite import rewrite as rewrite
     from adaptc.methods.bias import Bias as Bias
     from adaptc.methods.lora import LoRA as LoRA
     from adaptc.plan import Match as Match
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _TABLE = {
     "compile": "adaptc.api",
+    "rewrite": "adaptc.codegen.rewrite",
     "Plan": "adaptc.plan",
     "Rule": "adaptc.plan",
     "Match": "adaptc.plan",
@@ -24,7 +26,7 @@ _TABLE = {
     "Bias": "adaptc.methods.bias",
 }
 
-__all__ = ["Bias", "LoRA", "Match", "Plan", "Rule", "compile"]
+__all__ = ["Bias", "LoRA", "Match", "Plan", "Rule", "compile", "rewrite"]
 
 
 def __getattr__(name: str) -> Any:

@@ -106,3 +106,30 @@ def check_against_reference(model, base, batch, *, name="default", rtol=1e-5, at
             assert got is not None and want.abs().max() > 0, site.path
             torch.testing.assert_close(got.double(), want, rtol=rtol, atol=max(atol, rtol * float(want.abs().max())))
     assert all(p.grad is None for n, p in model.named_parameters() if ".adapters." not in n)
+
+
+def step(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of one forward and backward, the gradients by parameter name, both in fp64."""
+    model.zero_grad()
+    loss = loss_of(model(**batch))
+    loss.backward()
+    found = {n: p.grad.double() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    return loss.detach().double(), found
+
+
+def relative_errors(got: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Name -> |got - want| / |want|; both have the same names, and no ``want`` is zero."""
+    assert got.keys() == want.keys() and all(w.any() for w in want.values())
+    return {name: float((got[name] - w).norm() / w.norm()) for name, w in want.items()}
+
+
+def check_all_rewritten(model, sites: int, calls: int | None = None) -> None:
+    """Every graph holds all ``sites``, whose ``calls`` anchors were all rewritten; nothing is left out."""
+    handle = model.adaptc
+    assert (len(handle.sites), handle.eager_sites(), handle.idle_sites()) == (sites, [], [])
+    assert handle.metrics()["recompile_limits_hit"] == 0
+    for graph in handle.graphs:
+        insert = graph.reports[0]
+        assert (insert.name, len(insert.result.applied), insert.result.refused) == ("insert", calls or sites, [])
+        assert {r.site for r in insert.result.applied} == set(graph.sites) == {s.path for s in handle.sites}
+        assert graph.break_reason is None

@@ -58,6 +58,7 @@ class AdapterBackend:
             training=torch.is_grad_enabled(),
             pipeline=str(self.pipeline),
         )
+        graph.is_recompile = any(_same_frame(graph, earlier) for earlier in self.graphs)
         self.graphs.append(graph)
         graph.keep_stage("captured", gm)
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -88,6 +89,13 @@ class AdapterBackend:
             return compile_aot_eager(gm, inputs, joint)
         graph.notes.append(f"backend {name!r} hides the joint graph: joint passes did not run")
         return torch_internals.lookup_backend(name)(gm, list(inputs))  # type: ignore[no-any-return]
+
+
+def _same_frame(graph: CapturedGraph, earlier: CapturedGraph) -> bool:
+    # Models of one class share frames, and so Dynamo's count of their compilations: only our own graphs count here.
+    if graph.compile_id is None or earlier.compile_id is None:
+        return False
+    return graph.compile_id[0] == earlier.compile_id[0] and graph.compile_id != earlier.compile_id
 
 
 def _note_sites(compiled: Callable[..., Any], positions: Sequence[int], ran: set[int]) -> Callable[..., Any]:

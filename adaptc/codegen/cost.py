@@ -111,8 +111,8 @@ def is_backward(node: fx.Node) -> bool:
 class Share:
     """A cost, split into the frozen base's part and what the adapters add."""
 
-    base: Cost = Cost()
-    adapters: Cost = Cost()
+    base: Cost = dataclasses.field(default_factory=Cost)
+    adapters: Cost = dataclasses.field(default_factory=Cost)
 
 
 def shares(gm: fx.GraphModule) -> dict[str, Share]:

@@ -1,15 +1,20 @@
-"""The report of a compiled model: what was adapted, how the graphs were rewritten, and what was not."""
+"""The report of a compiled model: what was adapted, how the graphs were rewritten, what that costs, what was not."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from adaptc.codegen import cost
 from adaptc.codegen.backend import JOINT_BACKENDS
+from adaptc.codegen.fold import fold, ranges
+from adaptc.codegen.graphs import CapturedGraph
+from adaptc.ir.dialect import Cost
 
 if TYPE_CHECKING:
+    from adaptc.passes.manager import PassReport
     from adaptc.runtime.handle import Handle
 
 
@@ -30,102 +35,161 @@ class Explanation:
 
 
 def explain(handle: Handle) -> Explanation:
-    """The report as of now: before the first call it knows sites and parameters only, and says so."""
-    sections = [
-        (f"{type(handle.model).__name__}: {len(handle.sites)} adapted modules", tuple(_sites(handle))),
-        ("trained parameters", tuple(_parameters(handle))),
-        (f"backend {handle.options.backend.name}", tuple(_backend(handle))),
-        ("graphs", tuple(_graphs(handle))),
-        ("passes", tuple(_passes(handle))),
-        ("attention", tuple(_attention(handle))),
+    """The report as of now. Before the first call it has graphs only when example inputs were given."""
+    graphs, previewed = handle.graphs, False
+    if not graphs:
+        graphs = handle.preview()
+        previewed = bool(graphs)
+    sections: list[tuple[str, Iterable[str]]] = [
+        (f"{type(handle.model).__name__}: {_count(len(handle.sites), 'adapted module')}", _sites(handle)),
+        ("trained parameters", _parameters(handle)),
+        (f"backend {handle.options.backend.name}", _backend(handle)),
+        ("graphs of example inputs (no call yet)" if previewed else "graphs", _graphs(graphs)),
     ]
-    return Explanation(tuple((title, lines) for title, lines in sections if lines))
+    for members, passes, costs in _alike(graphs):
+        which = f"graph{'s' if len(members) > 1 else ''} {ranges(members)}"
+        sections.append((f"{which}: passes", passes))
+        sections.append((f"{which}: cost over the frozen base (estimated)", costs))
+    sections.append(("attention", _attention(handle)))
+    complete = ((title, tuple(lines)) for title, lines in sections)
+    return Explanation(tuple((title, lines) for title, lines in complete if lines))
 
 
-def folded(paths: Iterable[str]) -> list[str]:
-    """Paths with runs of layer numbers folded: ``layers.{0..3}.q_proj``. Exact: unfolding gives the paths back."""
-    groups: dict[str, list[int]] = {}
-    plain = []
-    for path in paths:
-        if match := re.search(r"(?<![^.])(\d+)(?![^.])", path):
-            template = f"{path[: match.start()]}{{}}{path[match.end() :]}"
-            groups.setdefault(template, []).append(int(match[1]))
-        else:
-            plain.append(path)
-    for template, numbers in groups.items():
-        plain.extend(template.replace("{}", _span(run)) for run in _runs(sorted(set(numbers))))
-    return plain
+def number_text(value: float, unit: str) -> str:
+    """``1.25 MB``: three significant digits, decimal prefixes."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if abs(value) < 999.5 or prefix == "P":
+            break
+        value /= 1000
+    digits = f"{value:.0f}" if value == int(value) and not prefix else f"{value:.3g}"
+    return f"{digits} {prefix}{unit}"
 
 
-def _runs(numbers: list[int]) -> Iterator[list[int]]:
-    run = numbers[:1]
-    for number in numbers[1:]:
-        if number != run[-1] + 1:
-            yield run
-            run = []
-        run.append(number)
-    yield run
-
-
-def _span(run: list[int]) -> str:
-    return str(run[0]) if len(run) == 1 else f"{{{run[0]}..{run[-1]}}}"
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _sites(handle: Handle) -> Iterator[str]:
     for name, record in handle.records.items():
         yield f"adapter {name!r} ({'live' if name in handle.live else 'not live'})"
+        resolution = record.plan.resolve(handle.model)
         for number, rule in enumerate(record.plan.rules):
             paths = [path for path, _, index, _ in record.sites if index == number]
-            yield f"  rule {number + 1}: {rule}: {len(paths)} modules"
-            yield from (f"    {path}" for path in folded(paths))
-        left_out = record.plan.resolve(handle.model).left_out
-        yield from (f"  left out: {path}: {reason}" for path, reason in left_out)
+            yield f"  rule {number + 1}: {rule}: {_count(len(paths), 'module')}"
+            yield from (f"    {path}" for path in fold(paths))
+            shadowed: dict[int, list[str]] = {}
+            for index, path, winner in resolution.shadowed:
+                if index == number:
+                    shadowed.setdefault(winner, []).append(path)
+            for winner, hidden in shadowed.items():
+                yield from (f"    {path}: taken by rule {winner + 1}" for path in fold(hidden))
+        yield from (f"  left out: {line}" for line in _by_reason(resolution.left_out))
+
+
+def _by_reason(pairs: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """``path: reason`` with equal reasons' paths folded."""
+    reasons: dict[str, list[str]] = {}
+    for path, reason in pairs:
+        reasons.setdefault(reason, []).append(path)
+    for reason, paths in reasons.items():
+        yield from (f"{path}: {reason}" for path in fold(paths))
 
 
 def _parameters(handle: Handle) -> Iterator[str]:
     ours = list(handle.parameters())
     trained = sum(p.numel() for p in ours)
-    everything = sum(p.numel() for p in handle.model.parameters())
+    base = sum(p.numel() for p in handle.model.parameters()) - trained
     dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in ours}))
-    yield f"{trained:,} of {everything:,} ({trained / max(everything, 1):.3%}), {dtypes}"
+    yield f"{trained:,} beside {base:,} frozen ({trained / max(base, 1):.3%}), {dtypes}"
 
 
 def _backend(handle: Handle) -> Iterator[str]:
-    yield f"pipeline {handle.pipeline()}"
+    yield f"passes {handle.pipeline()}"
     if handle.options.backend.name not in JOINT_BACKENDS:
-        yield "joint passes do not run: this backend does not show its joint graph"
+        yield "passes on the joint graph do not run: this backend does not show it"
     if handle.entries:
         yield f"captured beside the model's forward: {', '.join(handle.entries)}"
 
 
-def _graphs(handle: Handle) -> Iterator[str]:
-    if not handle.graphs:
-        yield "none yet: the model has not been called"
-    for graph in handle.graphs:
+def _graphs(graphs: Sequence[CapturedGraph]) -> Iterator[str]:
+    if not graphs:
+        yield "none yet: the model has not been called (example_inputs= gives a report before)"
+    for graph in graphs:
         kind = "recompiled" if graph.is_recompile else "captured"
         nodes = len(graph.graph_module("captured").graph.nodes)
-        yield f"{graph.index}: {kind}, {nodes} nodes, {len(graph.sites)} sites"
+        mode = "training" if graph.training else "inference"
+        yield f"{graph.index}: {kind} for {mode}, {_count(nodes, 'node')}, {_count(len(graph.sites), 'site')}"
         if graph.break_reason:
             yield f"   ends at a graph break: {graph.break_reason}"
         yield from (f"   {note}" for note in graph.notes)
 
 
-def _passes(handle: Handle) -> Iterator[str]:
-    for graph in handle.graphs:
-        for report in graph.reports:
-            yield f"graph {graph.index}  {report.name}: {len(report.result.applied)} rewrites"
-            if report.rolled_back:
-                yield f"   undone: {report.rolled_back}"
-            reasons: dict[str, list[str]] = {}
-            for site, reason in report.result.refused:
-                reasons.setdefault(reason, []).append(site)
-            for reason, sites in reasons.items():
-                yield from (f"   refused {path}: {reason}" for path in folded(sites))
+def _alike(graphs: Sequence[CapturedGraph]) -> Iterator[tuple[list[int], tuple[str, ...], tuple[str, ...]]]:
+    """(graphs, what passes did, costs) of graphs with sites; those of equal layers are told once."""
+    members: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
+    for graph in graphs:
+        if graph.sites:
+            members.setdefault((tuple(_passes(graph)), tuple(_costs(graph))), []).append(graph.index)
+    for (passes, costs), indices in members.items():
+        yield indices, passes, costs
+
+
+def _passes(graph: CapturedGraph) -> Iterator[str]:
+    for report in graph.reports:
+        applied, refused = len(report.result.applied), len(report.result.refused)
+        done = f"applied {applied}" + (f" of {applied + refused}" if refused else "")
+        changes = [done, *_op_changes(report), *_cost_changes(report)]
+        yield f"{report.name:<13} {'    '.join(changes)}"
+        if report.rolled_back:
+            yield f"  undone: {report.rolled_back.splitlines()[0]}"
+        if report.errors:
+            yield f"  validated: error against fp64 {report.errors[0]:.1e} before, {report.errors[1]:.1e} after"
+        yield from (f"  refused {line}" for line in _by_reason(report.result.refused))
+
+
+def _op_changes(report: PassReport) -> Iterator[str]:
+    before, after = Counter(report.ops_before), Counter(report.ops_after)
+    interesting = [op for op in {**before, **after} if before[op] != after[op] and op != "getitem"]
+    shown = sorted(interesting, key=lambda op: -abs(after[op] - before[op]))[:4]
+    if shown:
+        more = f" (+{len(interesting) - 4})" if len(interesting) > 4 else ""
+        yield ", ".join(f"{op} {before[op]} -> {after[op]}" for op in shown) + more
+
+
+def _cost_changes(report: PassReport) -> Iterator[str]:
+    before, after = report.cost_before, report.cost_after
+    for name, unit, was, now in (
+        ("", "FLOP", before.flops, after.flops),
+        ("moved ", "B", before.read + before.written, after.read + after.written),
+        ("saved ", "B", before.saved, after.saved),
+    ):
+        if was != now:
+            yield f"{name}{number_text(was, unit)} -> {number_text(now, unit)}"
+
+
+def _costs(graph: CapturedGraph) -> Iterator[str]:
+    stages = graph.stages
+    last = graph.graph_module(stages[-1])
+    for phase, share in cost.shares(last).items():
+        flops = _over(share.base.flops, share.adapters.flops, "FLOP")
+        moved = _over(_moved(share.base), _moved(share.adapters), "B")
+        yield f"{phase:<9} {flops}    moved {moved}"
+    if graph.parts is not None:
+        yield f"saved     {_over(*cost.saved_bytes(*graph.parts), 'B')}"
+
+
+def _moved(one: Cost) -> int:
+    return one.read + one.written
+
+
+def _over(base: int, extra: int, unit: str) -> str:
+    percent = f" (+{extra / base:.1%})" if base else ""
+    return f"{number_text(base, unit)} + {number_text(extra, unit)}{percent}"
 
 
 def _attention(handle: Handle) -> Iterator[str]:
     if handle.graphs or handle.captures.eager:
-        yield from (f"did not run in any forward: {path}" for path in folded(handle.idle_sites()))
-    yield from (f"ran outside a captured graph: {path}" for path in folded(handle.eager_sites()))
+        yield from (f"did not run in any forward: {path}" for path in fold(handle.idle_sites()))
+    yield from (f"ran outside a captured graph: {path}" for path in fold(handle.eager_sites()))
     if hit := handle.captures.counts["recompile_limits_hit"]:
         yield f"recompile limit hit {hit} times: those frames run eagerly"

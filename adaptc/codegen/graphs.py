@@ -25,7 +25,7 @@ class CapturedGraph:
     """
 
     index: int
-    #: (frame, how many times that frame had been compiled before).
+    #: (frame, how many times that frame had been compiled before, for any model).
     compile_id: tuple[int, int] | None
     #: Why the graph ends where it does, when that is a graph break.
     break_reason: str | None
@@ -38,12 +38,9 @@ class CapturedGraph:
     input_sources: list[str | None] = dataclasses.field(default_factory=list, repr=False)
     #: The forward and backward graphs that the joint graph was cut into, where the cut is ours to see.
     parts: tuple[fx.GraphModule, fx.GraphModule] | None = dataclasses.field(default=None, repr=False)
+    #: Whether the same frame had been compiled before, for the same model.
+    is_recompile: bool = False
     _stages: dict[str, fx.GraphModule] = dataclasses.field(default_factory=dict, repr=False)
-
-    @property
-    def is_recompile(self) -> bool:
-        """Whether the same frame had been compiled before."""
-        return self.compile_id is not None and self.compile_id[1] > 0
 
     @property
     def stages(self) -> list[str]:

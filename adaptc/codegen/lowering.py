@@ -59,7 +59,7 @@ def _size(edit: Edit, node: fx.Node, dim: int) -> int | fx.Node:
 def _is_viewable(value: torch.Tensor) -> bool:
     try:
         value.view(-1, value.shape[-1])
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # a fake tensor's own view raises the second
         return False
     return True
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -39,15 +40,16 @@ def compile_isolated(
     """``torch.compile`` with cache entries of its own: equal code elsewhere does not use up the limit.
 
     2.13 has arguments for it. Before, a fresh code object isolates the outermost frame, and the limit for the
-    frames behind graph breaks is raised around each call. Read on 2.11 to 2.15, run on 2.13.
+    frames behind graph breaks is raised around each call. On any version a fresh code object is a frame of its
+    own in Dynamo's counts. Read on 2.11 to 2.15, run on 2.13.
     """
-    if Version("2.13") <= TORCH:
-        isolated: dict[str, Any] = {"recompile_limit": recompile_limit, "isolate_recompiles": True, **options}
-        return torch.compile(fn, backend=backend, **isolated)
     assert isinstance(fn, types.FunctionType)
     fresh = types.FunctionType(
         fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__
     )
+    if Version("2.13") <= TORCH:
+        isolated: dict[str, Any] = {"recompile_limit": recompile_limit, "isolate_recompiles": True, **options}
+        return torch.compile(fresh, backend=backend, **isolated)
     compiled = torch.compile(fresh, backend=backend, **options)
 
     @functools.wraps(fn)
@@ -133,6 +135,26 @@ def source_name(placeholder: fx.Node) -> str | None:
     if source is None:
         return placeholder.meta.get(_SOURCE)
     return str(getattr(source, "name", None) or source)
+
+
+def keep_source_name(placeholder: fx.Node, source: str) -> None:
+    """Note on a copied graph input where Dynamo read it."""
+    placeholder.meta[_SOURCE] = source
+
+
+def trace_with_leaves(root: torch.nn.Module, functions: Sequence[Callable[..., Any]]) -> fx.Graph:
+    """The graph of ``root``'s forward, in which calls of ``functions`` are single nodes.
+
+    fx looks for them in the modules of one list only; theirs are added to it. 2.11 to 2.15.
+    """
+    tracer = fx.Tracer(autowrap_functions=tuple(functions))
+    tracer._autowrap_search.extend(sys.modules[name] for name in {f.__module__ for f in functions})
+    return tracer.trace(root)
+
+
+def as_fake(mode: Any, value: Any) -> Any:
+    """A tensor as a fake one of ``mode``, anything else as it is. 2.11 to 2.15."""
+    return mode.from_tensor(value) if isinstance(value, torch.Tensor) and not is_fake(value) else value
 
 
 def name_joint_inputs(joint: fx.GraphModule, sources: Sequence[str | None]) -> None:

@@ -68,6 +68,8 @@ def model_tensor(node: fx.Node) -> Tensor | None:
     """The model's tensor that an input or attribute node stands for; None for anything else."""
     if node.op == "get_attr":
         owner, _, name = str(node.target).rpartition(".")
+        if found := re.fullmatch(r"(?:(.*)\.)?adapters\.([^.]+)", owner):
+            return Tensor(found[1] or "", name, "" if found[2] == "default" else f"[{found[2]}]")
         return Tensor(owner, name)
     source = source_name(node) if node.op == "placeholder" else None
     if source is None or not re.search(r"\._(parameters|buffers)\['[^']+'\]$", source):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from adaptc.errors import UnsupportedError
 
@@ -34,7 +35,7 @@ def get(kind: str) -> type[Method]:
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 
-def anchors() -> dict[object, Anchor]:
+def anchors() -> dict[Callable[..., Any], Anchor]:
     """Anchor function -> how its calls are rewritten, for every kind that has an anchor."""
     modules = [importlib.import_module(entry.partition(":")[0]) for entry in _TABLE.values()]
     return {m.ANCHOR.function: m.ANCHOR for m in modules if hasattr(m, "ANCHOR")}

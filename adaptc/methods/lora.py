@@ -123,6 +123,9 @@ class LoRAAdapter(Adapter):
             self.bias: nn.Parameter | None = nn.Parameter(base_bias.detach().clone().to(dtype))
         else:
             self.register_parameter("bias", None)
+        # As text: of a float that differs between adapters Dynamo makes a graph input, finds that its value is
+        # needed after all, and compiles a second time.
+        self._dropout = repr(method.dropout)
         self._scaling = method.scaling
         self.register_buffer("scale", self._scale_tensor(), persistent=False)
 
@@ -162,7 +165,7 @@ class LoRAAdapter(Adapter):
         method = self.method
         y = lora_site(
             x, y, self.site_id, self.lora_A, self.lora_B, self.scale,
-            method.dropout, self.training, method.compute_dtype,
+            float(self._dropout), self.training, method.compute_dtype,
         )  # fmt: skip
         if self.bias is not None:
             y = bias_site(x, y, self.site_id, self.bias, module.bias)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from adaptc.codegen.backend import AdapterBackend
+from adaptc.codegen.backend import JOINT_BACKENDS, AdapterBackend, BackendOptions
+from adaptc.codegen.graphs import CapturedGraph
+from adaptc.codegen.torch_internals import without_size_memory
+from adaptc.runtime import warmup
 from adaptc.runtime.prologue import Capture, EntryMethod, Prologue
 
 if TYPE_CHECKING:
@@ -22,8 +26,9 @@ class Captures:
     fresh backend and fresh callables.
     """
 
-    def __init__(self, handle: Handle) -> None:
+    def __init__(self, handle: Handle, options: BackendOptions | None = None) -> None:
         self.handle = handle
+        self.options = options or handle.options.backend
         self.backend: AdapterBackend | None = None
         self._callables: dict[str, Capture] = {}
         self._signatures: set[tuple[object, ...]] = set()
@@ -37,7 +42,7 @@ class Captures:
         paths = self.handle.site_paths()
         if self.backend is None:
             self.note_signature()
-            self.backend = AdapterBackend(self.handle.pipeline(), self.handle.options.backend, paths)
+            self.backend = AdapterBackend(self.handle.pipeline(), self.options, paths)
             self.counts["epochs"] += 1
         # `.to()` and friends replace buffers: the backend must know the site ids as they are now.
         self.backend.site_paths = paths
@@ -66,6 +71,20 @@ class Captures:
         self.backend, self._callables = None, {}
         self._signatures.clear()
         self.eager.clear()
+
+
+def preview(handle: Handle, inputs: Any) -> list[CapturedGraph]:
+    """Capture and rewrite the graphs of ``inputs`` as a call would, op by op where kernels would be compiled."""
+    options = handle.options.backend
+    if options.name in JOINT_BACKENDS:
+        options = dataclasses.replace(options, name="aot_eager", mode=None, options={})
+    own, handle.captures = handle.captures, Captures(handle, options)
+    try:
+        with without_size_memory():
+            warmup.run_once(handle.model, inputs)
+        return [] if handle.captures.backend is None else handle.captures.backend.graphs
+    finally:
+        handle.captures = own
 
 
 def arm(handle: Handle) -> list[str]:

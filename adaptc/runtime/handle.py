@@ -88,6 +88,16 @@ class Handle:
 
         return explain(self)
 
+    def preview(self) -> list[CapturedGraph]:
+        """The graphs of the example inputs, captured without compiling kernels; none when there are no inputs.
+
+        Runs the model once, forward and backward, and leaves no trace.
+        """
+        inputs = self.options.example_inputs
+        if inputs is None:
+            return []
+        return captures.preview(self, inputs)
+
     def metrics(self) -> dict[str, int]:
         """Counters. ``graphs`` and ``recompiles`` are those of this epoch (since the set of sites changed):
         a recompile is a graph of a frame that had been compiled before."""

@@ -148,7 +148,8 @@ def test_a_contiguous_activation_is_not_copied():
 
 
 def test_an_op_without_a_lowering_is_named():
-    with pytest.raises(UnsupportedError, match="dialect op conv_adapter has no ATen lowering\n  found  lora_bottleneck_grad"):
+    message = "dialect op conv_adapter has no ATen lowering\n  found  lora_bottleneck_grad"
+    with pytest.raises(UnsupportedError, match=message):
         aten_lowering("conv_adapter")
 
 

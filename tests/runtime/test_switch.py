@@ -149,7 +149,8 @@ def test_warmup_needs_inputs():
 
 
 def test_full_copies_switch_with_their_adapter():
-    base = hosts.build("bert", train=False)
+    # transformers sets the problem type in the first call, and a changed config recompiles any model.
+    base = hosts.build("bert", problem_type="single_label_classification")
     plan = [{"match": {"targets": ["classifier"]}, "train": "full"}, lora()]
     model = adaptc.compile(copy.deepcopy(base), plan, name="a", backend="aot_eager")
     model.adaptc.add("b", plan)

@@ -63,8 +63,8 @@ def _why_not(first: fx.Node, between: fx.Node, second: fx.Node) -> str | None:
     if any(u.target is not operator.getitem or u.args[1] != 0 for u in second.users):
         return "a bottleneck is read by another node"
     dtypes = [[node_value(f).dtype for f in (n.args[2], n.args[3])] for n in (first, second)]  # type: ignore[arg-type]
-    if dtypes[0] != dtypes[1]:
-        return f"the adapters' factors have different dtypes ({dtypes[0][0]}, {dtypes[1][0]})"
+    if differing := next((pair for pair in zip(*dtypes, strict=True) if pair[0] != pair[1]), None):
+        return f"the adapters' factors have different dtypes ({differing[0]}, {differing[1]})"
     trained = [[node_value(f).requires_grad for f in (n.args[2], n.args[3])] for n in (first, second)]  # type: ignore[arg-type]
     if trained[0] != trained[1]:
         return "one adapter is trained and the other is not"

@@ -1,0 +1,249 @@
+"""``adaptc.rewrite``: the passes alone, on a plain graph module.
+
+before:  %y = fc(%x)                            a call of a module, or linear(%x, W:fc, b:fc)
+after:   %y = fc(%x);  %t = lora_linear(%x, %y, A:fc, B:fc, s:fc, "r");  %y2 = %t[0]
+
+Sites are found in the graph: calls of a module, and linear products whose weight is an attribute of the graph
+module or an input that Dynamo read from a module. Joint passes need a backward and do not run here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from adaptc import methods
+from adaptc.codegen import torch_internals
+from adaptc.codegen.torch_internals import node_value
+from adaptc.errors import SiteError
+from adaptc.ir import names, validate
+from adaptc.methods.base import Adapter
+from adaptc.methods.linear import is_linear
+from adaptc.passes.contract import Context
+from adaptc.passes.manager import Pipeline
+from adaptc.plan import Assignment, Plan
+from adaptc.runtime.adapters import with_all_biases
+from adaptc.runtime.attach import SiteAdapters
+
+aten = torch.ops.aten
+#: Products with a weight: function -> positions of the input and of the weight.
+_PRODUCTS: dict[Any, tuple[int, int]] = {
+    F.linear: (0, 1), aten.linear.default: (0, 1), torch.addmm: (1, 2), aten.addmm.default: (1, 2),
+    torch.mm: (0, 1), aten.mm.default: (0, 1),
+}  # fmt: skip
+_TRANSPOSES = (aten.t.default, aten.permute.default, aten.transpose.int, torch.t)
+#: The name of the adapter on the graph module: ``<site>.adapters.default``.
+NAME = "default"
+
+
+def rewrite(
+    gm: fx.GraphModule, plan: Any, example_inputs: Sequence[Any], *, verify: bool | str = False
+) -> fx.GraphModule:
+    """Adapt a copy of ``gm`` by ``plan`` and run the passes on it.
+
+    Args:
+        gm: a graph of torch functions, module calls or ATen ops, as ``torch.fx.symbolic_trace``, a Dynamo backend
+            or ``torch.export`` give it. It is not changed; the copy shares its tensors' memory, frozen.
+        plan: as for ``adaptc.compile``; ``passes`` of a plan are honoured.
+        example_inputs: one value per placeholder: sizes and dtypes of the graph are read off them.
+        verify: as for ``adaptc.compile``.
+
+    Returns:
+        A graph module with ``gm``'s inputs and outputs, whose adapters are submodules
+        ``<site>.adapters.default``; ``meta["adaptc_reports"]`` holds one report per pass.
+
+    Raises:
+        PlanError, SiteError: the plan does not fit.
+    """
+    wanted = Plan.coerce(plan)
+    inputs = list(example_inputs)
+    copied = _frozen_copy(gm)
+    calls = _calls(copied, inputs)
+    assignments = with_all_biases(wanted.resolve(copied), copied)
+    _check_called(assignments, calls)
+    sites: dict[fx.Node, str] = {}
+    for number, assignment in enumerate(assignments):
+        adapter = assignment.method.build(assignment.path, assignment.module, dtype=None, site_id=number)
+        _install(copied, assignment, adapter, calls, sites)
+    _drop_stand_ins(copied)
+    copied.recompile()
+    _propagate(copied, inputs)
+    options = wanted.passes
+    pipeline = (
+        Pipeline.from_options()
+        if options is None
+        else Pipeline.from_options(skip=options.skip, order=options.order, limit=options.limit)
+    )
+    context = Context(sites=sites, record=bool(verify))
+    result, reports = pipeline.run(copied, "dynamo", context, validate=validate.validator(verify, inputs))
+    result.meta["adaptc_reports"] = reports
+    result.recompile()
+    return result
+
+
+class _StandIn(nn.Linear):
+    """What a plan sees of a linear layer of which the graph has the weight alone."""
+
+    is_input = False
+
+
+def _frozen_copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy with parameter objects of its own, frozen, over the same memory."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in gm.parameters()}
+    memo.update((id(b), b) for b in gm.buffers())
+    copied = copy.deepcopy(gm, memo)
+    for old, new in zip(gm.graph.nodes, copied.graph.nodes, strict=True):
+        if old.op == "placeholder" and (source := torch_internals.source_name(old)) is not None:
+            torch_internals.keep_source_name(new, source)
+    return copied
+
+
+def _calls(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, list[tuple[fx.Node, fx.Node]]]:
+    """Module path -> (input, output) of every call that the graph makes of it."""
+    values = dict(zip((n for n in gm.graph.nodes if n.op == "placeholder"), inputs, strict=True))
+    found: dict[str, list[tuple[fx.Node, fx.Node]]] = {}
+    for node in list(gm.graph.nodes):
+        if node.op == "call_module" and node.args and isinstance(node.args[0], fx.Node):
+            found.setdefault(str(node.target), []).append((node.args[0], node))
+        elif node.op == "call_function" and node.target in _PRODUCTS and not node.kwargs:
+            x, weight = (node.args[i] for i in _PRODUCTS[node.target])
+            while isinstance(weight, fx.Node) and weight.target in _TRANSPOSES:
+                weight = weight.args[0]
+            tensor = names.model_tensor(weight) if isinstance(weight, fx.Node) else None
+            if tensor is None or tensor.name != "weight" or not isinstance(x, fx.Node):
+                continue
+            assert isinstance(weight, fx.Node)
+            value = values[weight] if weight.op == "placeholder" else _attribute(gm, str(weight.target))
+            _ensure_linear(gm, tensor.owner, value)
+            found.setdefault(tensor.owner, []).append((x, node))
+    return found
+
+
+def _attribute(gm: fx.GraphModule, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return getattr(gm.get_submodule(owner), name)
+
+
+def _ensure_linear(gm: fx.GraphModule, path: str, weight: torch.Tensor) -> None:
+    """Let the plan see a linear layer at ``path`` where the graph has only the weight of one."""
+    module = gm.get_submodule(path) if path in dict(gm.named_modules()) else nn.Module()
+    if is_linear(module):
+        return
+    outputs, inputs = weight.shape
+    stand_in = _StandIn(inputs, outputs, bias=False, device="meta")
+    stand_in.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        setattr(stand_in, name, tensor)
+    stand_in.is_input = "weight" not in module._parameters
+    gm.add_submodule(path, stand_in)
+
+
+def _drop_stand_ins(gm: fx.GraphModule) -> None:
+    """Leave only the adapters where the weights are inputs of the graph."""
+    for path, module in list(gm.named_modules()):
+        if isinstance(module, _StandIn) and module.is_input:
+            kept = nn.Module()
+            if "adapters" in module._modules:
+                kept.adapters = module.adapters
+            gm.add_submodule(path, kept)
+
+
+def _check_called(assignments: Sequence[Assignment], calls: dict[str, list[tuple[fx.Node, fx.Node]]]) -> None:
+    for assignment in assignments:
+        if not any(path in calls for path in assignment.paths):
+            raise SiteError(
+                f"{assignment.path} is not called in this graph",
+                found=f"calls of {', '.join(list(calls)[:8]) or 'nothing'}",
+                do="leave it out of the plan",
+            )
+
+
+def _install(
+    gm: fx.GraphModule,
+    assignment: Assignment,
+    adapter: Adapter,
+    calls: dict[str, list[tuple[fx.Node, fx.Node]]],
+    sites: dict[fx.Node, str],
+) -> None:
+    """Put the adapter on the site's module and its anchor behind every call."""
+    module = assignment.module
+    if "adapters" not in module._modules:
+        module.adapters = SiteAdapters()
+    entries = module.adapters
+    assert isinstance(entries, SiteAdapters)
+    entry = NAME if NAME not in entries else f"{NAME}~{len(entries)}"
+    entries[entry] = adapter
+    for path in assignment.paths:
+        for i, (x, y) in enumerate(calls.get(path, [])):
+            if adapter.replaces_forward:
+                if y.op != "call_module":
+                    raise SiteError(f"{path} cannot be trained in full: the graph computes it without its module")
+                y.target = f"{path}.adapters.{entry}.copy"
+                continue
+            calls[path][i] = (x, _insert_anchor(gm, path, entry, module, x, y, sites))
+
+
+def _insert_anchor(
+    gm: fx.GraphModule, path: str, entry: str, module: nn.Module, x: fx.Node, y: fx.Node, sites: dict[fx.Node, str]
+) -> fx.Node:
+    traced = _trace_adapter(module, entry)
+    env: dict[fx.Node, Any] = {}
+    at = y
+    for node in traced.nodes:
+        if node.op == "placeholder":
+            env[node] = x if node.name == "x" else y
+            continue
+        if node.op == "output":
+            new = env[node.args[0]]
+            break
+        with gm.graph.inserting_after(at):
+            at = env[node] = gm.graph.node_copy(node, lambda n: env[n])
+        if at.op == "get_attr":
+            at.target = f"{path}.{str(node.target).removeprefix('module.')}"
+            if str(at.target).endswith(".site_id"):
+                sites[at] = path
+    assert isinstance(new, fx.Node)
+    inserted = set(env.values())
+    y.replace_all_uses_with(new, delete_user_cb=lambda user: user not in inserted)
+    return new
+
+
+class _Site(nn.Module):
+    """``x, y -> y'`` of one adapter, to be traced."""
+
+    def __init__(self, module: nn.Module, entry: str) -> None:
+        super().__init__()
+        self.module, self.entry = module, entry
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        entries: Any = self.module.adapters
+        return entries[self.entry].apply_to(self.module, x, y)  # type: ignore[no-any-return]
+
+
+def _trace_adapter(module: nn.Module, entry: str) -> fx.Graph:
+    """The adapter's anchor calls as a graph: anchors are leaves."""
+    return torch_internals.trace_with_leaves(_Site(module, entry), list(methods.anchors()))
+
+
+def _propagate(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Give every node its fake value."""
+    mode = torch_internals.fake_mode_of(inputs)
+
+    class Propagate(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            n.meta.pop("val", None)
+            n.meta["example_value"] = value
+            return value
+
+    fakes = [torch_internals.as_fake(mode, value) for value in inputs]
+    with mode:
+        Propagate(gm).run(*fakes)
+    for node in gm.graph.nodes:
+        if node.op == "get_attr" and isinstance(value := node_value(node), torch.Tensor):
+            node.meta["example_value"] = torch_internals.as_fake(mode, value)

@@ -1,0 +1,33 @@
+"""The text of a small bf16 model's graph after every pass, against ``golden/<stage>.txt``.
+
+To write the files anew, and then read their diff like code: ADAPTC_REFRESH_GOLDEN=1 pytest tests/passes/test_golden.py
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import pytest
+import torch
+
+from adaptc.codegen.torch_internals import TORCH
+from tests.passes.models import adapted, trained_graph
+
+FOLDER = pathlib.Path(__file__).parent / "golden"
+STAGES = ("captured", "insert", "canonicalise", "joint", "lower")
+#: The order of AOTAutograd's nodes and Dynamo's names differ between versions; the files are of this one.
+VERSION = (2, 13)
+
+
+@pytest.mark.skipif(TORCH.release[:2] != VERSION, reason="the files are of torch 2.13")
+@pytest.mark.parametrize("stage", STAGES)
+def test_graph_text(stage):
+    _, model = adapted(dtype=torch.bfloat16)
+    graph = trained_graph(model, dtype=torch.bfloat16)
+    assert tuple(graph.stages) == STAGES
+    text = graph.stage(stage).rstrip() + "\n"
+    path = FOLDER / f"{stage}.txt"
+    if os.environ.get("ADAPTC_REFRESH_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text()
