@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from adaptc import methods as methods
     from adaptc.api import compile as compile
     from adaptc.codegen.rewrite import rewrite as rewrite
     from adaptc.methods.bias import Bias as Bias
+    from adaptc.methods.ia3 import IA3 as IA3
     from adaptc.methods.lora import LoRA as LoRA
     from adaptc.plan import Match as Match
     from adaptc.plan import Plan as Plan
@@ -22,20 +24,31 @@ _TABLE = {
     "Plan": "adaptc.plan",
     "Rule": "adaptc.plan",
     "Match": "adaptc.plan",
-    "LoRA": "adaptc.methods.lora",
-    "Bias": "adaptc.methods.bias",
 }
 
-__all__ = ["Bias", "LoRA", "Match", "Plan", "Rule", "compile", "rewrite"]
+__all__ = ["IA3", "Bias", "LoRA", "Match", "Plan", "Rule", "compile", "methods", "rewrite"]
+
+
+def _where(name: str) -> str | None:
+    """The module that defines a public name."""
+    if name in _TABLE:
+        return _TABLE[name]
+    from adaptc.methods import TABLE
+
+    rows = (row.partition(":") for row in TABLE.values())
+    return next((module for module, _, cls in rows if cls == name), None)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _TABLE:
+    if name == "methods":
+        return importlib.import_module("adaptc.methods")
+    where = _where(name)
+    if where is None:
         raise AttributeError(f"module 'adaptc' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_TABLE[name]), name)
+    value = getattr(importlib.import_module(where), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_TABLE])
+    return sorted({*globals(), *__all__})

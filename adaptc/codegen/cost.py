@@ -78,8 +78,10 @@ def node_cost(node: fx.Node) -> Cost:
     if node.target is operator.getitem and not isinstance(args[0], torch.Tensor):
         return Cost()
     op = dialect.of_target(node.target)
-    if op is not None:
+    if op is not None and op.cost is not None:
         return op.cost(*_stand_ins(args), **_stand_ins(kwargs))
+    if op is not None:
+        return _traced_cost(op.body, args, kwargs)
     if is_anchor(node) or op_name(node) in _TRACED:
         return _traced_cost(node.target, args, kwargs)
     if isinstance(node.target, HigherOrderOperator) or (_is_view(args, kwargs, value) and not may_write(node)):

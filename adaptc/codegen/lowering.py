@@ -13,6 +13,7 @@ from torch import fx
 
 from adaptc.codegen.torch_internals import node_value
 from adaptc.errors import UnsupportedError
+from adaptc.ir import dialect
 from adaptc.ir.edit import Edit
 
 aten = torch.ops.aten
@@ -24,6 +25,9 @@ def aten_lowering(name: str) -> Callable[..., tuple[fx.Node, ...]]:
     Raises:
         UnsupportedError: the op has none.
     """
+    own = dialect.get(name).lowering if name in dialect.names() else None
+    if own is not None:
+        return own
     if name not in _ATEN:
         raise UnsupportedError(f"dialect op {name} has no ATen lowering", found=", ".join(sorted(_ATEN)))
     return _ATEN[name]

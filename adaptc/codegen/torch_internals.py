@@ -152,6 +152,31 @@ def trace_with_leaves(root: torch.nn.Module, functions: Sequence[Callable[..., A
     return tracer.trace(root)
 
 
+@contextlib.contextmanager
+def autograd_again() -> Iterator[None]:
+    """A context in which operations are recorded for differentiation, also inside an op's kernel that a dispatch
+    mode called: there autograd is switched off for the thread. 2.11 to 2.15."""
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
+
+
+def trace_body(run: Callable[..., Any], values: Sequence[Any]) -> fx.Graph:
+    """The ATen calls that ``run`` makes on fake ``values``, in Inductor's decompositions. 2.11 to 2.15."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with fake_mode_of(tree_leaves(list(values))), torch.no_grad():
+        traced = make_fx(run, decomposition_table=inductor_decompositions())(*values)
+    for node in list(traced.graph.nodes):
+        if node.target in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+    traced.graph.eliminate_dead_code()
+    return traced.graph
+
+
 def as_fake(mode: Any, value: Any) -> Any:
     """A tensor as a fake one of ``mode``, anything else as it is. 2.11 to 2.15."""
     return mode.from_tensor(value) if isinstance(value, torch.Tensor) and not is_fake(value) else value

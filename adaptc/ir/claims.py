@@ -63,8 +63,7 @@ def _add_replacements(rewrite: Rewrite, later: dict[str, str]) -> None:
 
 def _check_body(one: Pass, old: fx.GraphModule, new: fx.GraphModule, rewrites: Sequence[Rewrite]) -> bool:
     """Check one graph; returns whether it changed at all."""
-    before = {n.name: n for n in old.graph.nodes}
-    after = {n.name: n for n in new.graph.nodes}
+    before, after = _by_name(old), _by_name(new)
     _check_names(one, old, new, rewrites)
     stands_for = replacements(rewrites)
     for name, node in before.items():
@@ -90,9 +89,13 @@ def _check_body(one: Pass, old: fx.GraphModule, new: fx.GraphModule, rewrites: S
     )
 
 
+def _by_name(gm: fx.GraphModule) -> dict[str, fx.Node]:
+    # A copy may number its output node anew; there is one in every graph.
+    return {"(output)" if n.op == "output" else n.name: n for n in gm.graph.nodes}
+
+
 def _check_names(one: Pass, old: fx.GraphModule, new: fx.GraphModule, rewrites: Sequence[Rewrite]) -> None:
-    before = {n.name: n for n in old.graph.nodes}
-    after = {n.name: n for n in new.graph.nodes}
+    before, after = _by_name(old), _by_name(new)
     removed = {name for r in rewrites for name in r.removed}
     added = {name for r in rewrites for name in r.added}
     for name, node in before.items():

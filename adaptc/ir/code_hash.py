@@ -23,19 +23,20 @@ def code_hash(fn: Callable[..., Any]) -> bytes:
     nor plain data count by their type only. The hash is the same in every process.
     """
     digest = hashlib.sha256()
-    _add(fn, digest, set())
+    _add(fn, digest, {})
     return digest.digest()
 
 
-def _add(value: Any, digest: Any, seen: set[int]) -> None:
-    """Feed one value to ``digest``. ``seen``: ids of the containers and functions that were fed already."""
+def _add(value: Any, digest: Any, seen: dict[int, tuple[int, Any]]) -> None:
+    """Feed one value to ``digest``. ``seen``: id of a container or function that was fed already -> (how many were
+    before it, itself: an id is another object's as soon as its own is gone)."""
     digest.update(type(value).__name__.encode() + b"(")
     if isinstance(value, _SCALARS):
         digest.update(repr(value).encode())
     elif id(value) in seen:
-        digest.update(b"again")
+        digest.update(b"again%d" % seen[id(value)][0])
     else:
-        seen.add(id(value))
+        seen[id(value)] = len(seen), value
         for part in _parts(value):
             _add(part, digest, seen)
         if isinstance(value, set | frozenset):
@@ -46,7 +47,7 @@ def _add(value: Any, digest: Any, seen: set[int]) -> None:
 
 def _alone(item: Any) -> bytes:
     digest = hashlib.sha256()
-    _add(item, digest, set())
+    _add(item, digest, {})
     return digest.digest()
 
 

@@ -18,7 +18,7 @@ import torch
 from adaptc.codegen.torch_internals import OpOverload
 from adaptc.ir.code_hash import code_hash
 
-#: op name -> module that defines it; importing the module registers the op.
+#: op name -> module that defines it; importing the module registers the op. Methods define their own beside these.
 _TABLE = {
     "lora_linear": "adaptc.ir.lora",
     "lora_bottleneck_grad": "adaptc.ir.lora",
@@ -53,20 +53,22 @@ class DialectOp:
         body: the meaning, in pure torch.
         fake: shapes and dtypes of the outputs.
         save / gradient: ``setup_context`` and ``backward`` of ``torch.library.register_autograd``.
-        cost: (arguments with fake values) -> Cost of one execution.
+        cost: (arguments with fake values) -> Cost of one execution; None: the sum over what the body calls.
         sample: (draw) -> positional arguments, for tests and benchmarks; ``draw``: hypothesis' ``data.draw``.
         tolerances: factor on the error of the body at the same compute dtype that a lowering may have.
+        lowering: emits the op in ATen ops, as the functions of ``codegen.lowering`` do, for an op without one there.
     """
 
     name: str
     schema: str
     body: Callable[..., Any]
     fake: Callable[..., Any]
-    cost: Callable[..., Cost]
+    cost: Callable[..., Cost] | None
     sample: Callable[..., Any]
     save: Callable[..., None] | None = None
     gradient: Callable[..., Any] | None = None
     tolerances: float = 1.1
+    lowering: Callable[..., Any] | None = None
 
     @property
     def overload(self) -> OpOverload:
@@ -104,7 +106,10 @@ def get(name: str) -> DialectOp:
 
 
 def names() -> list[str]:
-    """Every dialect op: those of this version, and those that others defined."""
+    """Every dialect op: those of this version, of all methods, and those that others defined."""
+    from adaptc import methods
+
+    methods.load_all()
     return list(dict.fromkeys([*_TABLE, *_OPS]))
 
 
@@ -125,6 +130,6 @@ def fingerprint() -> str:
     for name in names():
         op = get(name)
         digest.update(f"{name}{op.schema}".encode())
-        for part in (op.body, op.fake, op.save, op.gradient, op.cost):
+        for part in (op.body, op.fake, op.save, op.gradient, op.cost, op.lowering):
             digest.update(b"none" if part is None else code_hash(part))
     return digest.hexdigest()

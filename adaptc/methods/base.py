@@ -10,6 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
+from adaptc.ir.dialect import DialectOp
+from adaptc.ir.edit import Edit
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
@@ -22,6 +25,11 @@ class Method:
     kind: ClassVar[str]
     #: PEFT's name of the method in ``adapter_config.json``, or None when PEFT has no such method.
     peft_kind: ClassVar[str | None] = None
+    #: What the method can do; see ``adaptc.methods.Capabilities``.
+    mergeable: ClassVar[bool] = False
+    batchable: ClassVar[bool] = False
+    sparse: ClassVar[bool] = False
+    quantised: ClassVar[bool] = False
 
     targets: tuple[str, ...] | str | None = None
     exclude: tuple[str, ...] | str | None = None
@@ -67,6 +75,8 @@ class Adapter(nn.Module):
     site_id: torch.Tensor
     #: True when the adapter replaces the module's forward instead of correcting its output.
     replaces_forward: ClassVar[bool] = False
+    #: True when the adapter changes the module's input.
+    acts_before: ClassVar[bool] = False
 
     def __init__(self, method: Method, site_id: int) -> None:
         super().__init__()
@@ -81,6 +91,10 @@ class Adapter(nn.Module):
     def apply_to(self, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The site's corrected output, from the frozen ``module``, its input ``x`` and its output ``y``."""
         raise NotImplementedError(f"{type(self).__name__}.apply_to")
+
+    def apply_before(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """The input that the frozen ``module`` gets in the place of ``x`` (only where ``acts_before``)."""
+        raise NotImplementedError(f"{type(self).__name__}.apply_before")
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Called after each optimizer step where the user asked for it (``model.adaptc.on_step``)."""
@@ -100,7 +114,7 @@ class Anchor:
     """How a method's anchor call is rewritten.
 
     ``function``: the module-level ``allow_in_graph`` function that hooks call; its body is the reference.
-    ``expand``: ``(edit, **arguments of the call by name) -> node of the corrected output``.
+    ``expand``: ``(edit, **arguments of the call by name) -> node of the value that the call returns``.
     """
 
     function: Callable[..., torch.Tensor]
@@ -108,4 +122,25 @@ class Anchor:
 
     def bind(self, node: fx.Node) -> dict[str, Any]:
         """The arguments of an anchor node by the names of the function's parameters."""
-        return dict(inspect.signature(self.function).bind(*node.args, **node.kwargs).arguments)
+        bound = inspect.signature(self.function).bind(*node.args, **node.kwargs)
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+
+def anchor_of(op: DialectOp) -> Anchor:
+    """The anchor of a method whose mathematics is one dialect op: ``function(site_id, *operands of the op)``.
+
+    In a graph the call becomes the op; outside one the op's body runs, in the dtypes that it is given.
+    """
+
+    @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+    def site(site_id: torch.Tensor, *operands: Any) -> torch.Tensor:
+        with torch.autocast(site_id.device.type, enabled=False):
+            return op.body(*operands)  # type: ignore[no-any-return]
+
+    site.__name__ = site.__qualname__ = f"{op.name}_site"
+
+    def expand(edit: Edit, site_id: fx.Node, operands: tuple[Any, ...]) -> fx.Node:
+        return edit.call(op.overload, *operands)
+
+    return Anchor(site, expand)

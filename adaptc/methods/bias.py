@@ -23,6 +23,9 @@ class Bias(Method):
     """Train the bias of linear and layer-normalisation modules."""
 
     kind: ClassVar[str] = "bias"
+    mergeable: ClassVar[bool] = True
+    batchable: ClassVar[bool] = True
+    quantised: ClassVar[bool] = True
 
     def refusal(self, path: str, module: nn.Module) -> str | None:
         if getattr(module, "bias", None) is None:
@@ -72,4 +75,4 @@ def expand_site(
     return edit.call(operator.add, y, difference)
 
 
-ANCHOR = Anchor(bias_site, expand_site)
+ANCHORS = (Anchor(bias_site, expand_site),)

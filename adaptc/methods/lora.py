@@ -47,6 +47,9 @@ class LoRA(Method):
 
     kind: ClassVar[str] = "lora"
     peft_kind: ClassVar[str | None] = "LORA"
+    mergeable: ClassVar[bool] = True
+    batchable: ClassVar[bool] = True
+    quantised: ClassVar[bool] = True
 
     r: int = 8
     alpha: float = 8
@@ -230,4 +233,4 @@ def expand_site(
     return cast(corrected, out_dtype)
 
 
-ANCHOR = Anchor(lora_site, expand_site)
+ANCHORS = (Anchor(lora_site, expand_site),)

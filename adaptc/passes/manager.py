@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib
 import pathlib
+import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -135,10 +136,12 @@ class Pipeline:
         body, _, overall = text.partition(";limit=")
         limits, passes = ({"*": _limit(overall, text)} if overall else {}), []
         for entry in filter(None, body.split(",")):
-            name, _, option = entry.strip().partition("{limit=")
-            passes.append(get(name))
-            if option:
-                limits[name] = _limit(option.removesuffix("}"), text)
+            found = re.fullmatch(r"([^{]*)(?:\{limit=(.*)\})?", entry.strip())
+            if found is None:
+                raise PipelineError(f"this is no pass: {entry}", expected="name or name{limit=3}", found=text)
+            passes.append(get(found[1]))
+            if found[2] is not None:
+                limits[found[1]] = _limit(found[2], text)
         return cls(passes, limits)
 
     def at(self, level: Level) -> tuple[Pass, ...]:

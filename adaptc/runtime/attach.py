@@ -27,6 +27,7 @@ class SiteAdapters(nn.ModuleDict):
         #: The live adapter that stands in for the module itself, or None.
         self.standin: Adapter | None = None
         self.hook_handle: Any = None
+        self.pre_hook_handle: Any = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         # `standin` is an alias of an entry: registering it again would double its state_dict keys.
@@ -79,6 +80,20 @@ def run_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     return output
 
 
+def run_before_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of modules with adapters that act on the input: change it by those that are live."""
+    live = [a for a in cast(SiteAdapters, module.adapters).live if a.acts_before]
+    if len(live) == 0:
+        return None
+    name = None if args else next(iter(kwargs))
+    x = args[0] if name is None else kwargs[name]
+    for adapter in live:
+        if not torch.compiler.is_compiling() and CALL.eager is not None:
+            CALL.eager.add(id(adapter.site_id))
+        x = adapter.apply_before(module, x)
+    return ((x, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: x})
+
+
 def run_standin(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Instance ``forward`` of a module that some adapter replaces: the live copy's forward, or its own."""
     standin = cast(SiteAdapters, module.adapters).standin
@@ -112,9 +127,13 @@ def attach(path: str, module: nn.Module, name: str, adapter: Adapter) -> None:
     if adapter.replaces_forward:
         if "forward" not in module.__dict__:
             module.forward = functools.partial(run_standin, module)
-    elif found.hook_handle is None:
-        # Before hooks of the user: they see the corrected output, as they would with a wrapped layer.
+        return
+    # Before hooks of the user on the output, and after theirs on the input: they see what they would see of a
+    # wrapped layer.
+    if found.hook_handle is None:
         found.hook_handle = module.register_forward_hook(run_site, prepend=True, with_kwargs=True)
+    if adapter.acts_before and found.pre_hook_handle is None:
+        found.pre_hook_handle = module.register_forward_pre_hook(run_before_site, with_kwargs=True)
 
 
 def check_attachable(path: str, module: nn.Module, *, standin: bool = False) -> None:
@@ -149,6 +168,9 @@ def remove(module: nn.Module, name: str) -> None:
     if found.hook_handle is not None and all(a.replaces_forward for a in found.values()):
         found.hook_handle.remove()
         found.hook_handle = None
+    if found.pre_hook_handle is not None and not any(a.acts_before for a in found.values()):
+        found.pre_hook_handle.remove()
+        found.pre_hook_handle = None
     if len(found) == 0:
         del module._modules["adapters"]
 

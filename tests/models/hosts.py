@@ -160,6 +160,17 @@ HOSTS: dict[str, Builder] = {
     "albert": albert,
     "clip": clip,
 }
+#: Host -> modules that "all-linear" adapts, and how often they are called in one forward.
+ALL_LINEAR = {
+    "llama": (14, 14),
+    "gpt2": (8, 8),
+    "bert": (13, 13),
+    "roberta": (12, 12),
+    "t5": (36, 36),
+    "mixtral": (8, 8),  # the attention; the experts are fused weights, not linear layers
+    "albert": (8, 14),  # its one layer has six linear modules and runs twice
+    "clip": (26, 26),
+}
 _CLASSIFIERS = {"bert", "roberta", "albert"}
 
 

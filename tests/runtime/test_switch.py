@@ -63,6 +63,17 @@ def test_a_new_signature_compiles_once_and_is_announced(pair):
     assert (metrics["graphs"], metrics["recompiles"], metrics["signatures"]) == (2, 1, 2)
 
 
+def test_recompiles_are_those_of_this_model():
+    for _ in range(3):
+        model = adaptc.compile(nn.Sequential(nn.Linear(4, 3)), lora(), backend="eager")
+        model(torch.randn(2, 4))
+        metrics = model.adaptc.metrics()
+        assert (metrics["graphs"], metrics["recompiles"]) == (1, 0)
+    model.eval()(torch.randn(2, 4))
+    metrics = model.adaptc.metrics()
+    assert (metrics["graphs"], metrics["recompiles"]) == (2, 1)
+
+
 def test_none_gives_the_base_and_its_own_graph(pair):
     base, model, batch = pair
     model(**batch)

@@ -1,0 +1,182 @@
+"""Inductor's and AOTAutograd's caches: used again where nothing changed, and never where something did.
+
+Their keys see a dialect op as a name in the graph's code. What it means reaches them only through the pipeline's
+uuid.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache
+from torch._inductor.codecache import FxGraphCache
+from torch._inductor.utils import fresh_cache
+
+import adaptc
+from adaptc.codegen import lowering
+from adaptc.ir import dialect, lora
+from adaptc.passes.manager import Pipeline
+
+pytestmark = pytest.mark.inductor
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_folder():
+    with fresh_cache():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _no_graphs(_own_folder):
+    """Compiled C++ is kept from test to test: its key is its source."""
+    FxGraphCache.clear()
+    AOTAutogradCache.clear()
+
+
+class Site(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x):
+        return torch.tanh(self.fc(x))
+
+
+def step(training=True, passes=None):
+    """One compilation in a fresh state: (output, gradient of A, gradient of B, misses, hits)."""
+    torch.compiler.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    plan = adaptc.Plan([adaptc.LoRA(r=3, alpha=6, init="random", targets="fc")], passes=passes)
+    model = adaptc.compile(Site(), plan, backend="inductor")
+    x = torch.randn(4, 6)
+    with torch.set_grad_enabled(training):
+        out = model(x)
+    if training:
+        out.sum().backward()
+    adapter = model.fc.adapters.default
+    grads = [None if p.grad is None else p.grad.clone() for p in (adapter.lora_A, adapter.lora_B)]
+    misses, hits = (
+        (counters["aot_autograd"][f"autograd_cache_{what}"], counters["inductor"][f"fxgraph_cache_{what}"])
+        for what in ("miss", "hit")
+    )
+    return out.detach(), *grads, misses, hits
+
+
+def written_out():
+    """The output and the gradients by the formula in fp64, for the values of ``step``."""
+    torch.manual_seed(0)
+    model = adaptc.compile(Site(), adaptc.LoRA(r=3, alpha=6, init="random", targets="fc"), backend="eager")
+    x = torch.randn(4, 6).double()
+    W, b = model.fc.weight.double(), model.fc.bias.double()
+    A, B = (p.detach().double() for p in (model.fc.adapters.default.lora_A, model.fc.adapters.default.lora_B))
+    out = torch.tanh(x @ W.T + b + 2.0 * (x @ A.T @ B.T))
+    g = 1 - out**2
+    return out.detach(), (2.0 * (g @ B).T @ x).detach(), (2.0 * g.T @ (x @ A.T)).detach()
+
+
+def assert_close(found, wanted):
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+
+
+def assert_compiled_anew(found):
+    *_, (aot_misses, fx_misses), hits = found
+    assert aot_misses == 1 and fx_misses >= 1 and hits == (0, 0)
+
+
+def assert_from_the_cache(found):
+    *_, misses, (aot_hits, fx_hits) = found
+    assert aot_hits == 1 and fx_hits >= 1 and misses == (0, 0)
+
+
+@pytest.mark.parametrize("passes", [None, {"skip": ["lower"]}], ids=["lowered", "dialect"])
+def test_an_unedited_graph_comes_from_the_cache(passes):
+    first = step(passes=passes)
+    assert_compiled_anew(first)
+    again = step(passes=passes)
+    assert_from_the_cache(again)
+    for got in (first, again):
+        assert_close(got[:3], written_out())
+
+
+def test_another_pipeline_does_not_find_it():
+    step()
+    assert_compiled_anew(step(passes={"skip": ["canonicalise"]}))
+    assert_from_the_cache(step())
+
+
+def tenfold_gradient(ctx, *grads):
+    return tuple(None if g is None else 10 * g for g in lora.linear_gradient(ctx, *grads))
+
+
+def edit_gradient(monkeypatch):
+    monkeypatch.setattr(dialect.get("lora_linear"), "gradient", tenfold_gradient)
+
+
+def test_an_edited_gradient_formula_gives_the_new_gradient(monkeypatch):
+    out, dA, dB = written_out()
+    assert_close(step()[:3], (out, dA, dB))
+    edit_gradient(monkeypatch)
+    edited = step()
+    assert_compiled_anew(edited)
+    assert_close(edited[:3], (out, 10 * dA, 10 * dB))
+    monkeypatch.undo()
+    back = step()
+    assert_from_the_cache(back)
+    assert_close(back[:3], (out, dA, dB))
+
+
+def edit_lowering(monkeypatch):
+    """Factor gradients that are 10 times too large."""
+    original = lowering.aten_lowering("lora_factor_grad")
+
+    def tenfold(edit, *args):
+        (node,) = original(edit, *args)
+        return (edit.call(torch.ops.aten.mul.Tensor, node, 10.0),)
+
+    monkeypatch.setitem(lowering._ATEN, "lora_factor_grad", tenfold)
+
+
+def test_an_edited_lowering_gives_the_new_number(monkeypatch):
+    out, dA, dB = written_out()
+    assert_close(step()[:3], (out, dA, dB))
+    edit_lowering(monkeypatch)
+    edited = step()
+    assert_compiled_anew(edited)
+    assert_close(edited[:3], (out, 10 * dA, 10 * dB))
+
+
+def doubled_body(x, y, A, B, scale, scale_at):
+    out, h = lora.linear_body(x, y, A, B, scale, scale_at)
+    return 2 * out, h
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_edited_body_gives_the_new_number(monkeypatch, training):
+    """Where the op stays one call in the compiled code, and with it in the key."""
+    passes = {"skip": ["lower"]}
+    out, *_ = written_out()
+    assert_close(step(training, passes)[:1], (out,))
+    monkeypatch.setattr(dialect.get("lora_linear"), "body", doubled_body)
+    edited = step(training, passes)
+    assert_compiled_anew(edited)
+    assert_close(edited[:1], (torch.tanh(2 * torch.atanh(out)),))
+
+
+@pytest.mark.parametrize("edit", [edit_gradient, edit_lowering])
+def test_with_a_uuid_that_does_not_change_the_old_gradient_comes_back(monkeypatch, edit):
+    """What the uuid is for; if this fails, torch has begun to see the edit itself."""
+    wanted = written_out()
+    with monkeypatch.context() as frozen:
+        frozen.setattr(Pipeline, "uuid", lambda self: "frozen")
+        assert_close(step()[:3], wanted)
+        edit(frozen)
+        stale = step()
+        assert_from_the_cache(stale)
+        assert_close(stale[:3], wanted)
+    with monkeypatch.context() as thawed:
+        edit(thawed)
+        assert_close(step()[:3], (wanted[0], 10 * wanted[1], 10 * wanted[2]))

@@ -1,0 +1,82 @@
+"""The compiled model computes the formula in fp64, on real classes, however its frames are cut."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import adaptc
+from tests.models import hosts
+from tests.reference import check_all_rewritten, check_against_reference, reference_step, relative_errors, step
+
+LORA = adaptc.LoRA(r=3, alpha=6, init="random", targets="all-linear")
+
+
+@pytest.mark.parametrize("host", hosts.HOSTS)
+def test_every_class_computes_the_formula(host):
+    """With the graph as it is after the passes; that AOTAutograd keeps it is tested beside PEFT."""
+    base = hosts.build(host)
+    model = adaptc.compile(copy.deepcopy(base), LORA, backend="eager")
+    for train in (True, False):
+        model.train(train)
+        for rows, length in ((2, 10), (3, 7)):
+            batch = hosts.batch(host, rows=rows, length=length)
+            (loss, got), (want_loss, want) = step(model, batch), reference_step(model, base, batch)
+            assert len(want) == 2 * len(model.adaptc.sites)
+            assert abs(loss / want_loss - 1) < 1e-6
+            errors = relative_errors(got, want)
+            assert max(errors.values()) < 5e-6, max(errors, key=errors.get)
+    check_all_rewritten(model, *hosts.ALL_LINEAR[host])
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    return model.model.layers if hasattr(model, "model") else model.bert.encoder.layer
+
+
+def break_before_every_block(model: nn.Module) -> None:
+    def stop(module, args):
+        torch._dynamo.graph_break()
+
+    for block in blocks_of(model):
+        block.register_forward_pre_hook(stop)
+
+
+def compile_every_block(model: nn.Module) -> None:
+    for block in blocks_of(model):
+        block.compile(backend="aot_eager")
+
+
+def checkpoint_every_block(model: nn.Module) -> None:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+@pytest.mark.parametrize("cut", [break_before_every_block, compile_every_block, checkpoint_every_block])
+@pytest.mark.parametrize("host", ["llama", "bert"])
+def test_frames_that_layers_share_give_every_layer_its_own_adapter(
+    host: str, cut: Callable[[nn.Module], None]
+):
+    # transformers sets BERT's problem type in the first call, and a changed config recompiles any model.
+    options = {"problem_type": "single_label_classification"} if host == "bert" else {}
+    base = hosts.build(host, train=True, num_hidden_layers=3, use_cache=False, **options)
+    batch = hosts.batch(host)
+    whole = adaptc.compile(copy.deepcopy(base), LORA, backend="aot_eager")
+    model = copy.deepcopy(base)
+    cut(model)
+    model = adaptc.compile(model, LORA, backend="aot_eager")
+    model.load_state_dict(whole.state_dict())
+    check_against_reference(model, base, batch)
+    (want_loss, want), (loss, got) = step(whole, batch), step(model, batch)
+    assert loss == want_loss
+    for name, gradient in want.items():
+        assert torch.equal(got[name], gradient), name
+    metrics = model.adaptc.metrics()
+    assert (metrics["eager_sites"], metrics["recompile_limits_hit"], model.adaptc.idle_sites()) == (0, 0, [])
+    if cut is break_before_every_block:
+        seen = sum(len(graph.sites) for graph in model.adaptc.graphs)
+        assert seen < len(model.adaptc.sites), "layers share graphs"
+    else:
+        assert metrics["graphs"] == whole.adaptc.metrics()["graphs"] == 1

@@ -1,0 +1,327 @@
+"""The pass manager: contracts, the text of a pipeline, options of a plan, reports, cache keys."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import adaptc
+from adaptc.codegen import lowering
+from adaptc.errors import PipelineError, PlanError
+from adaptc.ir import dialect
+from adaptc.ir.code_hash import code_hash
+from adaptc.ir.dialect import Cost
+from adaptc.ir.edit import Result
+from adaptc.passes import canonicalise, lower, manager
+from adaptc.passes.contract import Context, Contract, Pass
+from adaptc.passes.manager import Pipeline, get
+from tests.passes.graphs import Graph, ops, tensors
+from tests.passes.models import adapted, trained_graph
+
+
+def a_pass(name, level="dynamo", run=lambda gm, context: Result(), **contract):
+    contract = {key: frozenset(value) for key, value in contract.items()}
+    return Pass(name, run, Contract(level=level, numerics="exact", **contract))
+
+
+# -- contracts -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("passes, error", [
+    (["canonicalise"], "pass canonicalise needs inserted\n  found  before it: nothing"),
+    (["canonicalise", "insert"], "pass canonicalise needs inserted"),
+    (["insert", "insert"], "pass insert is in the pipeline twice\n  found  before it: insert"),
+    (["insert", "lower", "canonicalise"],
+     "works on captured graphs and cannot follow a pass on joint graphs\n  found  before it: insert, lower"),
+])  # fmt: skip
+def test_a_list_that_cannot_run_is_refused(passes, error):
+    with pytest.raises(PipelineError, match=re.escape(error)):
+        Pipeline([get(name) for name in passes])
+
+
+def test_a_conflict_is_refused():
+    with pytest.raises(PipelineError, match="late cannot run on a graph that is folded, inserted"):
+        Pipeline([get("insert"), a_pass("fold", provides={"folded"}), a_pass("late", conflicts={"folded", "inserted"})])
+
+
+def test_a_pass_may_conflict_with_what_comes_later():
+    Pipeline([a_pass("early", conflicts={"inserted"}), get("insert")])
+
+
+def test_a_missing_pass_says_what_to_do():
+    with pytest.raises(PipelineError, match="put the pass that provides it earlier, or leave this one out as well"):
+        Pipeline.from_options(skip=["insert"])
+
+
+def test_what_a_pass_needs_may_come_from_any_pass_before_it():
+    needy = a_pass("needy", "joint", requires={"inserted", "canonical"})
+    assert Pipeline([get("insert"), get("canonicalise"), needy]).at("joint") == (needy,)
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(PipelineError, match="no pass named 'cannonicalise'\n  found  insert, canonicalise, lower"):
+        get("cannonicalise")
+
+
+def test_a_limit_for_a_pass_that_does_not_run_is_refused():
+    with pytest.raises(PipelineError, match="a limit for lower, which is not in the pipeline\n  found  insert"):
+        Pipeline([get("insert")], {"lower": 2})
+
+
+# -- text ----------------------------------------------------------------------------------------------
+
+
+@given(data=st.data())
+def test_a_pipeline_is_its_text(data):
+    draw = data.draw
+    order = manager.default_order()
+    names = draw(st.sampled_from([order, ("insert",), ("insert", "lower"), ("lower",), ()]))
+    limits = draw(st.dictionaries(st.sampled_from([*names, "*"]), st.integers(0, 99)))
+    pipeline = Pipeline([get(name) for name in names], limits)
+    again = Pipeline.parse(str(pipeline))
+    assert (again.passes, again.limits, str(again)) == (pipeline.passes, pipeline.limits, str(pipeline))
+    assert again.uuid() == pipeline.uuid()
+
+
+def test_the_text():
+    text = "insert,canonicalise{limit=3},lower;limit=9"
+    pipeline = Pipeline.parse(text)
+    assert str(pipeline) == text
+    assert pipeline.limits == {"canonicalise": 3, "*": 9}
+    assert str(Pipeline.from_options()) == ",".join(manager.default_order()) == "insert,canonicalise,lower"
+
+
+@pytest.mark.parametrize("text, error", [
+    ("insert,sink", "no pass named 'sink'"),
+    ("insert{limit=many}", "a limit is not a number\n  expected  name{limit=3}, or ;limit=3 at the end"),
+    ("insert;limit=-1", "a limit is not a number"),
+    ("insert{limit=3", "this is no pass: insert{limit=3\n  expected  name or name{limit=3}"),
+    ("insert{limit=3}s", "this is no pass: insert{limit=3}s"),
+    ("insert{skip=3}", "this is no pass"),
+    ("insert{limit=}", "a limit is not a number"),
+    ("insert,insert", "in the pipeline twice"),
+    ("canonicalise", "needs inserted"),
+])  # fmt: skip
+def test_text_that_is_not_a_pipeline_is_refused(text, error):
+    with pytest.raises(PipelineError, match=re.escape(error)):
+        Pipeline.parse(text)
+
+
+# -- options of a plan ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("passes, text", [
+    (None, "insert,canonicalise,lower"),
+    ({"skip": ["canonicalise"]}, "insert,lower"),
+    ({"order": ["insert", "lower"]}, "insert,lower"),
+    ({"order": ["insert", "canonicalise", "lower"], "skip": ["lower"]}, "insert,canonicalise"),
+    ({"limit": 3}, "insert,canonicalise,lower;limit=3"),
+    ({"limit": {"canonicalise": 0}}, "insert,canonicalise{limit=0},lower"),
+    ({"limit": {"lower": 1, "insert": 2}, "skip": ["lower"]}, "insert{limit=2},canonicalise"),
+])  # fmt: skip
+def test_passes_of_a_plan(passes, text):
+    _, model = adapted(passes=passes)
+    graph = trained_graph(model)
+    assert graph.pipeline == str(model.adaptc.pipeline()) == text
+    assert [r.name for r in graph.reports] == [p.name for p in Pipeline.parse(text).passes]
+
+
+@pytest.mark.parametrize("passes, error", [
+    ({"skip": ["canonical"]}, "no pass named 'canonical'"),
+    ({"skip": ["insert"]}, "pass canonicalise needs inserted"),
+    ({"order": ["lower", "insert"]}, "cannot follow a pass on joint graphs"),
+    ({"limit": {"fuse": 1}}, "a limit for fuse, which is not in the pipeline"),
+])  # fmt: skip
+def test_passes_of_a_plan_that_cannot_run_are_refused(passes, error):
+    with pytest.raises(PipelineError, match=re.escape(error)):
+        trained_graph(adapted(passes=passes)[1])
+
+
+@pytest.mark.parametrize("limit", [-1, True, "3", {"lower": -1}])
+def test_a_limit_that_is_no_count_is_refused(limit):
+    with pytest.raises(PlanError, match=r"passes\.limit is not a count"):
+        adaptc.Plan([adaptc.LoRA(targets="up")], passes={"limit": limit})
+
+
+def test_a_limit_stops_one_pass():
+    _, model = adapted(passes={"limit": {"canonicalise": 1}})
+    insert_, canonical, lowered = trained_graph(model).reports
+    assert [len(r.result.applied) for r in (insert_, canonical)] == [2, 1]
+    assert [reason for _, reason in canonical.result.refused].count("limit reached") == 3
+    assert lowered.ops_after.get("lora_linear", 0) == 0
+
+
+def test_a_limit_for_all_is_shared_by_the_passes_of_a_level():
+    _, model = adapted(passes={"limit": 3})
+    applied = {r.name: len(r.result.applied) for r in trained_graph(model).reports}
+    assert applied == {"insert": 2, "canonicalise": 1, "lower": 3}
+
+
+def test_the_smaller_of_two_limits_holds():
+    pipeline = Pipeline([get("insert"), get("canonicalise")], {"*": 5, "canonicalise": 9})
+    seen = []
+
+    def note(gm, context):
+        seen.append(context.budget)
+        return Result()
+
+    pipeline.passes = (a_pass("free", run=note), a_pass("canonicalise", run=note))
+    pipeline.run(one_adapter(), "dynamo", Context())
+    assert seen == [5, 5]
+    pipeline.limits = {"*": 9, "canonicalise": 5}
+    pipeline.run(one_adapter(), "dynamo", Context())
+    assert seen == [5, 5, 9, 5]
+
+
+# -- running -------------------------------------------------------------------------------------------
+
+
+def one_adapter(scale_at="n"):
+    build = Graph()
+    values = tensors()
+    return build.module(build.lora(*(build.input(name, tensor) for name, tensor in values.items()), scale_at))
+
+
+def test_only_the_passes_of_a_level_run():
+    order = []
+    passes = [a_pass(name, level, run=lambda gm, context, name=name: order.append(name) or Result())
+              for name, level in (("a", "dynamo"), ("b", "dynamo"), ("c", "joint"))]  # fmt: skip
+    stages = []
+    pipeline = Pipeline(passes)
+    pipeline.run(one_adapter(), "dynamo", Context(), on_stage=lambda name, gm: stages.append(name))
+    assert order == stages == ["a", "b"]
+    pipeline.run(one_adapter(), "joint", Context())
+    assert order == ["a", "b", "c"]
+
+
+def test_a_report_has_ops_and_costs_of_both_sides():
+    """fp32: the scale moves from M x N to M x r."""
+    _, model = adapted()
+    graph = trained_graph(model)
+    inserted, canonical, lowered = graph.reports
+    assert [(r.name, r.level) for r in graph.reports] == [
+        ("insert", "dynamo"), ("canonicalise", "dynamo"), ("lower", "joint"),
+    ]  # fmt: skip
+    assert inserted.ops_before["lora_site"] == 2 and "lora_site" not in inserted.ops_after
+    assert inserted.ops_after["lora_linear"] == 2
+    assert inserted.ops_after == canonical.ops_before == {**canonical.ops_after, "dropout": 2}
+    assert inserted.cost_after == canonical.cost_before
+    M, r = 14, 4
+    sites = ((6, 10), (10, 6))  # K, N
+    n_form = sum(2 * M * r * (K + N) + 2 * M * N for K, N in sites)
+    r_form = sum(2 * M * r * (K + N) + M * r + M * N for K, N in sites)
+    assert canonical.cost_before.flops - canonical.cost_after.flops == n_form - r_form
+    # The product is no longer written and read again. A dropout that does nothing costs nothing: it is its input.
+    assert canonical.cost_before.read - canonical.cost_after.read == sum(2 * M * N * 4 for _, N in sites)
+    assert canonical.cost_after.saved == 0 and lowered.cost_before.saved > 0
+    assert lowered.ops_before["lora_linear"] == 2 and "lora_linear" not in lowered.ops_after
+    assert lowered.ops_after["mm"] > lowered.ops_before["mm"]
+    assert all(r.seconds > 0 and r.rolled_back is None and r.errors is None for r in graph.reports)
+
+
+def test_a_validated_report_has_errors():
+    _, model = adapted(verify=True)
+    for report in trained_graph(model).reports:
+        before, after = report.errors
+        assert 0 < before < 1e-4 and 0 < after < 1e-4
+
+
+def test_refusals_are_in_the_report():
+    build = Graph()
+    values = tensors()
+    values["s1"].requires_grad_()
+    gm = build.module(build.lora(*(build.input(name, tensor) for name, tensor in values.items())))
+    pipeline = Pipeline([a_pass("insert", provides={"inserted"}), get("canonicalise")])
+    _, reports = pipeline.run(gm, "dynamo", Context())
+    assert reports[1].result.refused == [("fc", "scale is trained: its gradient needs the unscaled bottleneck")]
+    assert reports[1].ops_before == reports[1].ops_after
+    assert reports[1].cost_before == reports[1].cost_after != Cost()
+    assert ops(gm) == {"lora_linear": 1}
+
+
+# -- cache keys ----------------------------------------------------------------------------------------
+
+
+def edited(function):
+    """The same function with other code."""
+    def changed(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return changed
+
+
+OP_PARTS = [
+    (name, part) for name in dialect.names() for part in ("body", "fake", "save", "gradient", "cost", "lowering")
+    if getattr(dialect.get(name), part) is not None
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, part", OP_PARTS)
+def test_the_key_changes_with_every_part_of_an_op(monkeypatch, name, part):
+    pipeline = Pipeline.from_options()
+    before = pipeline.uuid()
+    assert pipeline.uuid() == before
+    op = dialect.get(name)
+    monkeypatch.setattr(op, part, edited(getattr(op, part)))
+    assert pipeline.uuid() != before
+    monkeypatch.undo()
+    assert pipeline.uuid() == before
+
+
+@pytest.mark.parametrize("name", list(lowering._ATEN))
+def test_the_key_changes_with_a_lowering(monkeypatch, name):
+    before = Pipeline.from_options().uuid()
+    monkeypatch.setitem(lowering._ATEN, name, edited(lowering._ATEN[name]))
+    assert Pipeline.from_options().uuid() != before
+
+
+def test_every_entry_of_a_table_counts():
+    """Also one that another entry has as well, and whatever became of objects that were hashed before."""
+    def hashed(*entries):
+        table = dict(enumerate(entries))
+        return code_hash(lambda: table)
+
+    one, other, third = edited(lower.lower), edited(canonicalise.canonicalise), edited(get)
+    tables = [(one, other, one), (one, other, other), (one, other, third), (other, other, third), (third, other, one)]
+    assert len({hashed(*table) for table in tables}) == len(tables)
+    assert len({hashed(*tables[2]) for _ in range(20)}) == 1
+
+
+def test_the_key_changes_with_what_a_lowering_calls(monkeypatch):
+    before = Pipeline.from_options().uuid()
+    monkeypatch.setattr(lowering, "_scaled", edited(lowering._scaled))
+    assert Pipeline.from_options().uuid() != before
+
+
+@pytest.mark.parametrize("module, function", [
+    ("adaptc.passes.insert", "_insert"), ("adaptc.passes.lower", "_lower"),
+    ("adaptc.passes.canonicalise", "sink_scale"), ("adaptc.passes.canonicalise.join_adapters", "_why_not"),
+])  # fmt: skip
+def test_the_key_changes_with_a_pass(monkeypatch, module, function):
+    import importlib
+
+    before = Pipeline.from_options().uuid()
+    owner = importlib.import_module(module)
+    monkeypatch.setattr(owner, function, edited(getattr(owner, function)))
+    if function == "sink_scale":
+        rewrites = tuple(owner.sink_scale if r.__name__ == function else r for r in canonicalise.REWRITES)
+        monkeypatch.setattr(canonicalise, "REWRITES", rewrites)
+    assert Pipeline.from_options().uuid() != before
+
+
+def test_keys_of_different_pipelines_differ():
+    options = [{}, {"skip": ["canonicalise"]}, {"skip": ["lower"]}, {"limit": 1}, {"limit": 2}, {"limit": {"lower": 1}}]
+    keys = {Pipeline.from_options(**one).uuid() for one in options}
+    passes = [get("insert"), a_pass("mine", run=edited(lower.lower))]
+    keys |= {Pipeline(passes).uuid(), Pipeline([passes[0], a_pass("mine", run=edited(passes[0].run))]).uuid()}
+    assert len(keys) == len(options) + 2
+
+
+def test_the_key_changes_with_the_version_of_torch(monkeypatch):
+    before = Pipeline.from_options().uuid()
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    assert Pipeline.from_options().uuid() != before
