@@ -12,8 +12,12 @@ if TYPE_CHECKING:
     from adaptc.api import compile as compile
     from adaptc.codegen.rewrite import rewrite as rewrite
     from adaptc.methods.bias import Bias as Bias
+    from adaptc.methods.bottleneck import Bottleneck as Bottleneck
+    from adaptc.methods.hydra import Hydra as Hydra
     from adaptc.methods.ia3 import IA3 as IA3
     from adaptc.methods.lora import LoRA as LoRA
+    from adaptc.methods.ssf import SSF as SSF
+    from adaptc.methods.vera import VeRA as VeRA
     from adaptc.plan import Match as Match
     from adaptc.plan import Plan as Plan
     from adaptc.plan import Rule as Rule
@@ -26,7 +30,21 @@ _TABLE = {
     "Match": "adaptc.plan",
 }
 
-__all__ = ["IA3", "Bias", "LoRA", "Match", "Plan", "Rule", "compile", "methods", "rewrite"]
+__all__ = [
+    "IA3",
+    "SSF",
+    "Bias",
+    "Bottleneck",
+    "Hydra",
+    "LoRA",
+    "Match",
+    "Plan",
+    "Rule",
+    "VeRA",
+    "compile",
+    "methods",
+    "rewrite",
+]
 
 
 def _where(name: str) -> str | None:

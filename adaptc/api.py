@@ -9,6 +9,7 @@ from torch import nn
 
 from adaptc.codegen.backend import BackendOptions
 from adaptc.errors import AdapterNameError, UnsupportedError
+from adaptc.integrations import peft_model
 from adaptc.runtime.handle import CompileOptions, Handle
 
 M = TypeVar("M", bound=nn.Module)
@@ -36,10 +37,13 @@ def compile(
     Args:
         model: any ``nn.Module``; its parameters are frozen, its class and state_dict keys do not change.
         plan: a Plan, a method, a list of either, a dict, a PEFT config, or a path to a plan file or an adapter
-            folder (whose values are loaded).
+            folder (whose values are loaded). None for a PEFT model: its adapters are taken over with their
+            values, and its base is returned without the wrapper.
         name: the adapter's name. The same plan under a name that is there does nothing; another plan raises.
         example_inputs: keyword dict or argument tuple of one call; used by ``explain()`` before the first
             forward, and by ``warmup()``. Default: the model's ``dummy_inputs``.
+        calibration: an iterable of batches (keyword dict, argument tuple or one argument), for methods whose initial
+            values depend on their inputs (``LoRA(init="corda")``); run once through the base model in eval mode.
         adapter_dtype: storage of adapter parameters; default fp32 on a 16-bit base, else the base's dtype.
         backend: "inductor", "aot_eager", "eager" (runs the rewritten graph op by op) or a Dynamo backend.
         verify: check every rewrite numerically in fp64; a pass that fails is undone and reported
@@ -51,7 +55,7 @@ def compile(
         AdapterNameError: ``name`` is taken by another plan.
         UnsupportedError: an argument that this version does not have.
     """
-    _refuse_unsupported(calibration=calibration, bank=bank, regional=regional)
+    _refuse_unsupported(bank=bank, regional=regional)
     if mode is not None and options is not None:
         raise ValueError("adaptc.compile: give mode or options, not both")
     wanted = CompileOptions(
@@ -63,25 +67,28 @@ def compile(
     )
     handle = getattr(model, "adaptc", None)
     if isinstance(handle, Handle):
-        _compile_again(handle, plan, name)
+        _compile_again(handle, plan, name, calibration)
         return model
     if handle is not None:
         raise AdapterNameError(f"{type(model).__name__} has an attribute 'adaptc' of its own", expected="a free name")
+    if plan is None and peft_model.is_peft_model(model):
+        peft_model.check_name(model, name)
+        return peft_model.adopt(model, wanted)  # type: ignore[return-value]  # the base, as documented
     if plan is None:
         raise UnsupportedError("adaptc.compile needs a plan", found=f"None for a {type(model).__name__}")
     handle = Handle(model, wanted)
-    handle.add(name, plan)
+    handle.add(name, plan, calibration=calibration)
     handle.attach_to_model()
     handle.switch(name)
     return model
 
 
-def _compile_again(handle: Handle, plan: Any, name: str) -> None:
+def _compile_again(handle: Handle, plan: Any, name: str, calibration: Any) -> None:
     from adaptc.runtime import files
 
     wanted = files.plan_of(plan, handle.model)
     if name not in handle.records:
-        handle.add(name, plan)
+        handle.add(name, plan, calibration=calibration)
         return
     if wanted != handle.records[name].plan:
         raise AdapterNameError(
@@ -91,9 +98,7 @@ def _compile_again(handle: Handle, plan: Any, name: str) -> None:
         )
 
 
-def _refuse_unsupported(*, calibration: Any, bank: Any, regional: bool | str) -> None:
-    if calibration is not None:
-        raise UnsupportedError("adaptc.compile: calibration is not in this version", found="a calibration iterable")
+def _refuse_unsupported(*, bank: Any, regional: bool | str) -> None:
     if bank is not None:
         raise UnsupportedError("adaptc.compile: bank is not in this version", found=repr(bank))
     if regional is True:

@@ -144,3 +144,7 @@ class InterruptedSaveError(CheckpointError):
 
 class NewSignatureWarning(AdaptcWarning):
     """A switch to adapters of kinds, shapes or dtypes not seen before: the next call compiles once."""
+
+
+class ResumeError(CheckpointError):
+    """A trainer that does not know of adapters was told to take up training from a checkpoint of adapters."""

@@ -106,8 +106,11 @@ def fill_adapter(adapter: Mapping[str, nn.Parameter], seed: int) -> None:
             values = (torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound
         elif name.endswith("lora_B"):
             values = torch.randn(parameter.shape, generator=generator) * B_STD
+        elif name.endswith("lora_magnitude"):  # started as the weight's row norms, which all contenders share
+            stretch = 1 + 0.2 * torch.rand(parameter.shape, generator=generator)
+            values = parameter.detach() * stretch.to(parameter.device)
         else:
-            raise BenchError(f"unknown adapter parameter {name!r}: neither lora_A nor lora_B")
+            raise BenchError(f"unknown adapter parameter {name!r}: neither lora_A nor lora_B nor lora_magnitude")
         with torch.no_grad():
             parameter.copy_(values)
 
@@ -123,12 +126,12 @@ def peft_model(base: Base, settings: Settings, case: Case) -> tuple[nn.Module, d
     import peft
 
     options: dict[str, Any] = {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": case.dropout}
-    config = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    config = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", use_dora=settings.dora, **options)
     inner: Any = base.fresh_model()
     model: nn.Module = peft.get_peft_model(inner, config).train()
     prefix, suffix = "base_model.model.", ".default.weight"
     adapter = {
-        name.removeprefix(prefix).removesuffix(suffix): parameter
+        name.removeprefix(prefix).removesuffix(suffix).replace("lora_magnitude_vector", "lora_magnitude"): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
@@ -153,7 +156,9 @@ def build_adaptc(base: Base, settings: Settings, case: Case) -> Contender:
     """``adaptc.compile`` with the same LoRA on the same layers."""
     import adaptc
 
-    lora = adaptc.LoRA(r=settings.rank, alpha=settings.alpha, dropout=case.dropout, targets="all-linear")
+    lora = adaptc.LoRA(
+        r=settings.rank, alpha=settings.alpha, dropout=case.dropout, dora=settings.dora, targets="all-linear"
+    )
     model: Any = adaptc.compile(base.fresh_model(), adaptc.Plan([lora]), backend=settings.backend)
     adapter = {
         name.replace(".adapters.default.", "."): parameter

@@ -25,6 +25,8 @@ class Settings:
     tokens: int = 512
     rank: int = 16
     alpha: float = 32.0
+    #: DoRA instead of LoRA, in every contender that has an adapter.
+    dora: bool = False
     device: str = "cpu"
     backend: str = "inductor"
     threads: int = 0

@@ -28,7 +28,8 @@ from bench.torch_internals import GraphCounts, graph_counts
 DIVISORS = {"floor": "over_floor", "peft-compile": "over_peft_compile"}
 STEP_METHOD = (
     "one step drops the gradients, computes the loss from inputs_embeds and labels, and runs backward to "
-    "inputs_embeds and the adapter; no optimizer; LoRA on every linear layer but the head, lora_B non-zero, "
+    "inputs_embeds and the adapter; no optimizer; LoRA (DoRA with --dora, magnitudes away from the row norms) on "
+    "every linear layer but the head, lora_B non-zero, "
     "equal adapter values; all contenders interleaved in one process, in Williams-balanced order"
 )
 
@@ -37,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``python -m bench train``."""
     for field in dataclasses.fields(Settings):
         flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, type=type(field.default), default=field.default, help=HELP[field.name])
+        if isinstance(field.default, bool):
+            parser.add_argument(flag, action="store_true", help=HELP[field.name])
+        else:
+            parser.add_argument(flag, type=type(field.default), default=field.default, help=HELP[field.name])
     parser.add_argument("--dtypes", type=_names, default=["fp32", "bf16"], help="of " + ",".join(DTYPES))
     parser.add_argument("--dropouts", type=_numbers, default=[0.0, 0.05], help="LoRA dropout probabilities")
     parser.add_argument(
@@ -58,6 +62,7 @@ HELP = {
     "tokens": "tokens of a sequence",
     "rank": "LoRA rank",
     "alpha": "LoRA alpha",
+    "dora": "train DoRA instead of LoRA",
     "device": "cpu or cuda",
     "backend": "backend of torch.compile and adaptc",
     "threads": "CPU threads; 0: torch's choice",

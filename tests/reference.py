@@ -141,6 +141,14 @@ def relative_errors(got: Mapping[str, torch.Tensor], want: Mapping[str, torch.Te
     return {name: float((got[name] - w).norm() / w.norm()) for name, w in want.items()}
 
 
+def check_steps_agree(got, want, *, loss: float = 2e-6, gradient: float = 2e-5) -> None:
+    """Two results of :func:`step` agree to the relative errors; the defaults are fp32's through two layers."""
+    assert abs(got[0] / want[0] - 1) < loss
+    errors = relative_errors(got[1], want[1])
+    worst = max(errors, key=errors.get)
+    assert errors[worst] < gradient, worst
+
+
 def check_all_rewritten(model, sites: int, calls: int | None = None) -> None:
     """Every graph with sites holds all ``sites``, whose ``calls`` anchors were all rewritten: nothing is left out."""
     handle = model.adaptc

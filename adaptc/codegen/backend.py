@@ -36,10 +36,13 @@ class AdapterBackend:
     """One per capture epoch. Keeps the graphs it saw and which sites ran through them.
 
     Args:
-        site_paths: ``id`` of a site's ``site_id`` tensor -> module path.
+        site_paths: gives ``id`` of a site's ``site_id`` tensor -> module path, as it is when a graph is captured
+            (``.to()`` and friends replace buffers).
     """
 
-    def __init__(self, pipeline: Pipeline, options: BackendOptions, site_paths: Mapping[int, str]) -> None:
+    def __init__(
+        self, pipeline: Pipeline, options: BackendOptions, site_paths: Callable[[], Mapping[int, str]]
+    ) -> None:
         self.pipeline = pipeline
         self.options = options
         self.site_paths = site_paths
@@ -62,8 +65,9 @@ class AdapterBackend:
         self.graphs.append(graph)
         graph.keep_stage("captured", gm)
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        positions = [i for i, value in enumerate(inputs) if id(value) in self.site_paths]
-        sites = {placeholders[i]: self.site_paths[id(inputs[i])] for i in positions}
+        paths = self.site_paths()
+        positions = [i for i, value in enumerate(inputs) if id(value) in paths]
+        sites = {placeholders[i]: paths[id(inputs[i])] for i in positions}
         graph.sites = sorted(sites.values())
         graph.input_sources = [torch_internals.source_name(n) for n in placeholders]
         gm, reports = self.pipeline.run(
@@ -84,7 +88,10 @@ class AdapterBackend:
         joint = JointStage(self.pipeline, self.options, graph)
         if name == "inductor":
             patches = {**torch_internals.inductor_mode_options(self.options.mode), **self.options.options}
-            return torch_internals.compile_with_inductor(gm, inputs, patches, joint)
+            compiled = torch_internals.compile_with_inductor(gm, inputs, patches, joint)
+            if "joint" not in graph.stages:
+                graph.notes.append("compiled code from the cache: the joint passes ran when it was made")
+            return compiled
         if name == "aot_eager":
             return compile_aot_eager(gm, inputs, joint)
         graph.notes.append(f"backend {name!r} hides the joint graph: joint passes did not run")

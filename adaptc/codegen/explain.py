@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -28,6 +29,14 @@ class Explanation:
         return "\n".join(line for title, lines in self.sections for line in (title, *(f"  {one}" for one in lines)))
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a section that opens and closes for each title."""
+        parts = []
+        for title, lines in self.sections:
+            text = html.escape("\n".join(lines))
+            parts.append(f"<details open><summary>{html.escape(title)}</summary><pre>{text}</pre></details>")
+        return "".join(parts)
 
     def to_dict(self) -> dict[str, list[str]]:
         """Title -> lines."""
@@ -73,10 +82,13 @@ def _sites(handle: Handle) -> Iterator[str]:
     for name, record in handle.records.items():
         yield f"adapter {name!r} ({'live' if name in handle.live else 'not live'})"
         resolution = record.plan.resolve(handle.model)
+        tied = {site.path: site.tied_to for site in resolution.sites if site.tied_to and site.train is None}
         for number, rule in enumerate(record.plan.rules):
             paths = [path for path, _, index, _ in record.sites if index == number]
             yield f"  rule {number + 1}: {rule}: {_count(len(paths), 'module')}"
             yield from (f"    {path}" for path in fold(paths))
+            for path in (p for p in paths if p in tied):
+                yield f"    {path}: shares {', '.join(tied[path])}, which stays as it is"
             shadowed: dict[int, list[str]] = {}
             for index, path, winner in resolution.shadowed:
                 if index == number:

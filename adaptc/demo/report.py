@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import Tensor
 
 from adaptc.demo.data import Corpus
-from adaptc.demo.training import Scores
+from adaptc.demo.training import PROBE_STRENGTHS, History, Scores, Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +77,53 @@ def verdict(result: Comparison) -> str:
 def paired_sentence(result: Comparison) -> str:
     """What stands behind the verdict: the texts on which the two differ."""
     return (
-        f"Right with LoRA only: {result.only_lora} texts; right with the frozen encoder only: "
-        f"{result.only_frozen} (McNemar's exact test, p = {result.p_value:.2g})."
+        f"Right with LoRA only: {result.only_lora} texts; with the frozen encoder only: {result.only_frozen}\n"
+        f"(McNemar's exact test: p = {result.p_value:.2g})."
     )
+
+
+def probe_sentence(strength: float, dev: Scores) -> str:
+    """How the baseline was fitted."""
+    return (
+        f"Logistic regression on the encoder's sentence vectors. Of {len(PROBE_STRENGTHS)} strengths of\n"
+        f"regularisation the best on dev is C = {strength:g}: {_both(dev)}."
+    )
+
+
+def plan_sentence(settings: Settings, backend: str) -> str:
+    """What is trained, and through which backend."""
+    return (
+        f"Rank {settings.rank} on every linear layer of the encoder's blocks; the head goes on from the one\n"
+        f"above. Backend {backend}."
+    )
+
+
+def training_sentence(history: History) -> str:
+    """How long compiling and training took, and which epoch dev chose."""
+    epochs = [step for step, _ in history.dev if step > 0]
+    return (
+        f"The first step took {history.first_step_s:.0f} s, most of it compiling; the other "
+        f"{len(history.losses) - 1} took {history.total_s - history.first_step_s:.0f} s.\n"
+        f"Of {len(epochs)} epochs the best on dev is number {epochs.index(history.kept) + 1}: "
+        f"{_both(dict(history.dev)[history.kept])}."
+    )
+
+
+def agreement_sentence(agreed: Agreement) -> str:
+    """What PEFT makes of the saved adapter."""
+    return (
+        f"{agreed.equal_predictions} of {agreed.texts} predictions are equal; logits differ by at most "
+        f"{agreed.max_difference:.1e}."
+    )
+
+
+def _both(scores: Scores) -> str:
+    return f"accuracy {scores.accuracy:.3f}, macro-F1 {scores.macro_f1:.3f}"
 
 
 def corpus_table(corpus: Corpus) -> Table:
     """Texts per topic and split."""
-    table = Table(title="Texts (chatterbot-corpus, English; conversations are never split)")
+    table = Table(caption="texts of chatterbot-corpus, English", caption_justify="left")
     table.add_column("topic")
     for name in corpus.splits():
         table.add_column(name, justify="right")
@@ -98,7 +137,7 @@ def corpus_table(corpus: Corpus) -> Table:
 
 def score_table(result: Comparison, texts: int) -> Table:
     """Both contenders' scores on the test split."""
-    table = Table(title=f"Test split, {texts} texts")
+    table = Table(caption=f"{texts} texts", caption_justify="left")
     table.add_column("")
     table.add_column("accuracy", justify="right")
     table.add_column("macro-F1", justify="right")

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
+import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +18,7 @@ from rich.console import Console
 from torch import nn
 
 import adaptc
+from adaptc.codegen import torch_internals
 from adaptc.demo.data import Corpus, load_corpus
 from adaptc.demo.model import SentenceClassifier, TokenizedTexts, load_encoder, tokenize
 from adaptc.demo.pictures import draw_loss, draw_sites
@@ -21,17 +26,39 @@ from adaptc.demo.report import (
     Agreement,
     Comparison,
     agreement,
+    agreement_sentence,
     compare,
     corpus_table,
     paired_sentence,
+    plan_sentence,
+    probe_sentence,
     score_table,
+    training_sentence,
     verdict,
 )
 from adaptc.demo.sites import SiteChange, site_changes
 from adaptc.demo.training import History, Scores, Settings, fit_probe, logits_of, score, train_adapter
+from adaptc.errors import AdaptcError
 
 #: The linear layers of BERT's blocks: attention's three inputs, and every output and feed-forward layer.
 TARGETS = ("query", "key", "value", "dense")
+
+#: What the demo writes, and what each is.
+OUTPUTS = {
+    "loss.png": "training loss, accuracy and macro-F1 on dev",
+    "sites.png": "how far training moved each weight",
+    "metrics.json": "every figure above, and the time of each part",
+    "adapter": "the trained adapter in PEFT's format",
+}
+
+INTRODUCTION = """\
+The pretrained sentence encoder all-MiniLM-L6-v2 learns to tell the topics of
+short texts: first with a head on the frozen encoder, then with LoRA.
+Texts and weights come from installed packages; nothing is downloaded.
+Models are fitted on train, choices made on dev, and test is only scored."""
+FALLBACK = """\
+Inductor cannot run here: {reason}.
+The backend is aot_eager instead: the same rewritten graphs, run op by op."""
 
 EncoderLoader = Callable[[], tuple[nn.Module, Any]]
 
@@ -41,6 +68,10 @@ class DemoResult:
     comparison: Comparison
     agreement: Agreement
     seconds: dict[str, float]
+
+
+class DemoFolderError(AdaptcError, ValueError):
+    """The output folder cannot be made, or holds something that is not the demo's."""
 
 
 class _Stopwatch:
@@ -66,37 +97,53 @@ def run_demo(
     encoder: EncoderLoader = load_encoder,
     console: Console | None = None,
 ) -> DemoResult:
-    """Run the demo and write ``loss.png``, ``sites.png``, ``metrics.json`` and ``adapter/`` into ``out``.
+    """Run the demo and write ``OUTPUTS`` into ``out`` when all is done, in place of those of an earlier run.
 
     ``seed`` decides initial adapter values, order of the batches and dropout. The split of the texts is
-    fixed: the settings were chosen without the test texts, and no seed may train on them.
+    fixed: the settings were chosen without the test texts, and no seed may train on them. Where Inductor
+    cannot generate code, "aot_eager" takes its place, and the reader is told.
     """
+    watch = _Stopwatch()
     console = console or Console()
     settings = settings or Settings()
+    prepare_folder(out)
     corpus = corpus or load_corpus()
-    watch = _Stopwatch()
-    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
+    size = settings.batch_size
 
+    console.print(INTRODUCTION, highlight=False)
+    if backend == "inductor" and (reason := inductor_missing()):
+        backend = "aot_eager"
+        console.print(FALLBACK.format(reason=reason), highlight=False, markup=False)
+
+    console.rule("1. Labelled text", align="left")
     loaded, tokenizer = encoder()
     texts = {name: tokenize(tokenizer, split) for name, split in corpus.splits().items()}
     model = SentenceClassifier(loaded, len(corpus.topics))
     console.print(corpus_table(corpus))
     watch.lap("load")
 
-    strength, probe = fit_probe(model, texts["train"], texts["dev"])
-    frozen_logits = logits_of(model, texts["test"])
-    console.print(f"Frozen encoder: head fitted (C = {strength:g}), dev accuracy {probe.accuracy:.3f}.")
+    console.rule("2. The frozen encoder with a trained head", align="left")
+    strength, probe = fit_probe(model, texts["train"], texts["dev"], size)
+    frozen_logits = logits_of(model, texts["test"], size)
+    console.print(probe_sentence(strength, probe), highlight=False)
     watch.lap("frozen_encoder")
 
+    console.rule("3. LoRA through adaptc.compile", align="left")
+    console.print(plan_sentence(settings, backend), highlight=False)
     model = adaptc.compile(model, _plan(settings), backend=backend)
     handle: Any = model.adaptc
     history = _train_with_bar(model, texts, settings, seed=seed, classes=len(corpus.topics))
+    console.print(training_sentence(history), highlight=False)
     watch.lap("train_lora")
-    lora_logits = logits_of(model, texts["test"])
+    lora_logits = logits_of(model, texts["test"], size)
     watch.lap("test_lora")
-    console.print(str(handle.explain()), markup=False, highlight=False, soft_wrap=True)
 
+    console.rule("4. What the compiler did: model.adaptc.explain()", align="left")
+    console.print(str(handle.explain()), markup=False, highlight=False, soft_wrap=True)
+    watch.lap("explain")
+
+    console.rule("5. Frozen encoder against LoRA, on the test texts", align="left")
     labels = texts["test"].labels
     comparison = compare(
         score(frozen_logits.argmax(1), labels),
@@ -105,23 +152,57 @@ def run_demo(
         lora_logits.argmax(1) == labels,
     )
     console.print(score_table(comparison, len(labels)))
-    console.print(verdict(comparison), highlight=False)
+    console.print(verdict(comparison), highlight=False, style="bold")
     console.print(paired_sentence(comparison), highlight=False)
 
+    console.rule("6. The saved adapter, loaded and run by PEFT", align="left")
     changes = site_changes(handle.sites)
     draw_loss(history, probe, out / "loss.png")
     draw_sites(changes, out / "sites.png")
     handle.save(out / "adapter")
     watch.lap("pictures_and_save")
-    agreed = agreement(lora_logits, _logits_through_peft(out / "adapter", encoder, corpus, texts["test"]))
+    agreed = agreement(lora_logits, _logits_through_peft(out / "adapter", encoder, corpus, texts["test"], size))
     watch.lap("peft")
-    console.print(_agreement_sentence(agreed), highlight=False)
+    console.print(agreement_sentence(agreed), highlight=False)
 
     result = DemoResult(comparison, agreed, watch.seconds)
     _write_metrics(out / "metrics.json", result, settings, seed, backend, corpus, probe, history, changes)
-    total = sum(watch.seconds.values())
-    console.print(f"Wrote loss.png, sites.png, metrics.json and adapter/ to {out} ({total:.0f} s in all).")
+    console.rule(f"Done in {sum(watch.seconds.values()):.0f} s", align="left")
+    console.print(f"Written to {out}:", highlight=False, markup=False, soft_wrap=True)
+    for name, meaning in OUTPUTS.items():
+        console.print(f"  {name:<12}  {meaning}", highlight=False)
     return result
+
+
+def prepare_folder(out: Path) -> None:
+    """Make ``out``; it may hold results of an earlier run, and nothing else.
+
+    Raises:
+        DemoFolderError: it cannot be made or written, or there are other files.
+    """
+    do = "choose another folder with --out"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        others = sorted(entry.name for entry in out.iterdir() if entry.name not in OUTPUTS)
+    except OSError as error:
+        raise DemoFolderError(f"{out} cannot be the output folder", found=error.strerror or error, do=do) from error
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise DemoFolderError(f"{out} cannot be the output folder", found="no permission to write", do=do)
+    if others:
+        raise DemoFolderError(
+            f"{out} holds other files than the demo's",
+            expected=f"a new or empty folder, or one with {', '.join(OUTPUTS)}",
+            found=", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else ""),
+            do=do,
+        )
+
+
+def inductor_missing() -> str | None:
+    """Why Inductor cannot compile here, or None."""
+    if reason := torch_internals.inductor_missing():
+        return f"it needs a C++ compiler, and found none ({reason})"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return None if header.is_file() else f"its C++ code needs Python's headers, and there is no {header}"
 
 
 def _plan(settings: Settings) -> adaptc.Plan:
@@ -136,13 +217,18 @@ def _train_with_bar(
     from tqdm import tqdm
 
     handle: Any = model.adaptc
-    with tqdm(desc="LoRA (the first steps compile)", unit="step", mininterval=0.5) as bar:
+    # Without a terminal every update is a line of its own.
+    interval = 0.5 if sys.stderr.isatty() else 15
+    steps = math.ceil(len(texts["train"]) / settings.batch_size) * settings.epochs
+    with tqdm(total=steps, desc="compiling, about a minute", unit="step", mininterval=interval) as bar:
 
-        def on_step(loss: float, dev: Scores | None, steps: int) -> None:
-            bar.total = steps
-            bar.update()
+        def on_step(loss: float, dev: Scores | None) -> None:
+            if bar.n == 0:
+                bar.unpause()  # the time of the compiler says nothing about the time left
+                bar.set_description("training", refresh=False)
             if dev is not None:
-                bar.set_postfix(loss=f"{loss:.3f}", dev_accuracy=f"{dev.accuracy:.3f}")
+                bar.set_postfix(loss=f"{loss:.3f}", dev_accuracy=f"{dev.accuracy:.3f}", refresh=False)
+            bar.update()
 
         return train_adapter(
             model,
@@ -156,19 +242,14 @@ def _train_with_bar(
         )
 
 
-def _logits_through_peft(folder: Path, encoder: EncoderLoader, corpus: Corpus, texts: TokenizedTexts) -> torch.Tensor:
+def _logits_through_peft(
+    folder: Path, encoder: EncoderLoader, corpus: Corpus, texts: TokenizedTexts, size: int
+) -> torch.Tensor:
     """The saved adapter on a fresh base, loaded and run by PEFT alone."""
     from peft import PeftModel
 
     fresh = SentenceClassifier(encoder()[0], len(corpus.topics))
-    return logits_of(PeftModel.from_pretrained(fresh, str(folder)), texts)
-
-
-def _agreement_sentence(agreed: Agreement) -> str:
-    return (
-        f"Loaded through PEFT: {agreed.equal_predictions} of {agreed.texts} predictions equal, "
-        f"largest difference of logits {agreed.max_difference:.1e}."
-    )
+    return logits_of(PeftModel.from_pretrained(fresh, str(folder)), texts, size)
 
 
 def _write_metrics(
@@ -192,7 +273,8 @@ def _write_metrics(
         "test": dataclasses.asdict(result.comparison) | {"lora_wins": result.comparison.lora_wins},
         "dev": {
             "frozen": dataclasses.asdict(probe),
-            "lora_by_epoch": [{"step": step, **dataclasses.asdict(s)} for step, s in history.dev],
+            "lora": [{"step": step, **dataclasses.asdict(s)} for step, s in history.dev],
+            "kept_step": history.kept,
         },
         "peft": dataclasses.asdict(result.agreement),
         "losses": history.losses,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -15,12 +16,11 @@ from adaptc.demo.model import SentenceClassifier, TokenizedTexts, batches
 
 #: Inverse L2 strengths tried for the frozen encoder's head; the dev split decides.
 PROBE_STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0)
-EVALUATION_BATCH = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the LoRA training uses; chosen by cross-validation over the train and dev splits."""
+    """What the LoRA training uses; its batch size serves evaluation too, so that there is one shape to compile."""
 
     rank: int = 8
     alpha: float = 16
@@ -41,10 +41,15 @@ class Scores:
 
 @dataclasses.dataclass
 class History:
-    """One loss per step; the dev scores with the step after which they were taken."""
+    """One loss per step; the dev scores with the step after which they were taken, 0 for before the first.
+
+    ``kept`` is the step whose weights the model has in the end; ``first_step_s`` runs until the first step is
+    done, what it compiles included, ``total_s`` to the end.
+    """
 
     losses: list[float] = dataclasses.field(default_factory=list)
     dev: list[tuple[int, Scores]] = dataclasses.field(default_factory=list)
+    kept: int = 0
     first_step_s: float = 0.0
     total_s: float = 0.0
 
@@ -58,11 +63,11 @@ def score(predicted: Tensor, labels: Tensor) -> Scores:
     return Scores(float(accuracy_score(truth, guess)), float(macro))
 
 
-def run_over(function: Callable[[Tensor, Tensor], Tensor], texts: TokenizedTexts) -> Tensor:
-    """``function``'s rows for all texts, in their order, without gradients."""
+def run_over(function: Callable[[Tensor, Tensor], Tensor], texts: TokenizedTexts, size: int) -> Tensor:
+    """``function``'s rows for all texts, in their order, in batches of ``size``, without gradients."""
     result: Tensor | None = None
     with torch.no_grad():
-        for batch in batches(texts, EVALUATION_BATCH):
+        for batch in batches(texts, size):
             rows = function(batch.input_ids, batch.attention_mask)[: batch.count]
             if result is None:
                 result = rows.new_empty(len(texts), rows.shape[1])
@@ -77,14 +82,14 @@ def class_weights(labels: Tensor, classes: int) -> Tensor:
     return len(labels) / (classes * torch.bincount(labels, minlength=classes).float())
 
 
-def fit_probe(model: SentenceClassifier, train: TokenizedTexts, dev: TokenizedTexts) -> tuple[float, Scores]:
+def fit_probe(model: SentenceClassifier, train: TokenizedTexts, dev: TokenizedTexts, size: int) -> tuple[float, Scores]:
     """Fit the head on the frozen encoder's embeddings; returns the strength chosen and its dev scores.
 
     Logistic regression with balanced classes: convex, so this baseline is as good as its L2 strength,
     and that is chosen by macro-F1 on dev. The encoder runs once.
     """
     model.eval()
-    inputs, dev_inputs = run_over(model.embed, train), run_over(model.embed, dev)
+    inputs, dev_inputs = run_over(model.embed, train, size), run_over(model.embed, dev, size)
     best: tuple[float, Scores] | None = None
     for strength in PROBE_STRENGTHS:
         weight, bias = _logistic_regression(inputs, train.labels, strength)
@@ -120,27 +125,27 @@ def train_adapter(
     *,
     seed: int,
     classes: int,
-    on_step: Callable[[float, Scores | None, int], None] = lambda loss, dev, steps: None,
+    on_step: Callable[[float, Scores | None], None] = lambda loss, dev: None,
 ) -> History:
     """Train ``parameters`` of ``model`` with AdamW, a linear warm-up and decay, and balanced cross-entropy.
 
-    The dev split is only scored after each epoch, for the picture: no step, and no choice of the final
-    weights, depends on it.  ``on_step`` is told the loss, the dev scores where an epoch ends, and the number
-    of all steps.
+    In the end they have the values of the epoch of the best macro-F1 on dev, as the frozen encoder's head has
+    the strength that dev prefers.  ``on_step`` is told the loss, and the dev scores where an epoch ends.
     """
     order = random.Random(seed)
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    steps_per_epoch = sum(1 for _ in batches(train, settings.batch_size))
+    steps_per_epoch = math.ceil(len(train) / settings.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, _warmup_and_decay(steps_per_epoch * settings.epochs, settings.warmup_share)
     )
     weights = class_weights(train.labels, classes)
     history = History()
+    best: tuple[float, list[Tensor]] | None = None
     started = time.perf_counter()
+    history.dev.append((0, predict_scores(model, dev, settings.batch_size)))
     for _ in range(settings.epochs):
         model.train()
-        epoch = list(batches(train, settings.batch_size, order))
-        for position, batch in enumerate(epoch):
+        for position, batch in enumerate(batches(train, settings.batch_size, order)):
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
             loss = F.cross_entropy(logits, train.labels[batch.indices], weight=weights)
             optimizer.zero_grad()
@@ -152,22 +157,29 @@ def train_adapter(
             if len(history.losses) == 1:
                 history.first_step_s = time.perf_counter() - started
             scores = None
-            if position == len(epoch) - 1:
-                scores = predict_scores(model, dev)
+            if position == steps_per_epoch - 1:
+                scores = predict_scores(model, dev, settings.batch_size)
                 history.dev.append((len(history.losses), scores))
-            on_step(history.losses[-1], scores, steps_per_epoch * settings.epochs)
+                if best is None or scores.macro_f1 > best[0]:
+                    best = (scores.macro_f1, [p.detach().clone() for p in parameters])
+                    history.kept = len(history.losses)
+            on_step(history.losses[-1], scores)
+    if best is not None:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, best[1], strict=True):
+                parameter.copy_(value)
     history.total_s = time.perf_counter() - started
     return history
 
 
-def logits_of(model: nn.Module, texts: TokenizedTexts) -> Tensor:
-    """(texts, classes), in evaluation mode."""
+def logits_of(model: nn.Module, texts: TokenizedTexts, size: int) -> Tensor:
+    """(texts, classes), in evaluation mode, in batches of ``size``."""
     model.eval()
-    return run_over(lambda ids, mask: model(input_ids=ids, attention_mask=mask), texts)
+    return run_over(lambda ids, mask: model(input_ids=ids, attention_mask=mask), texts, size)
 
 
-def predict_scores(model: nn.Module, texts: TokenizedTexts) -> Scores:
-    return score(logits_of(model, texts).argmax(1), texts.labels)
+def predict_scores(model: nn.Module, texts: TokenizedTexts, size: int) -> Scores:
+    return score(logits_of(model, texts, size).argmax(1), texts.labels)
 
 
 def _warmup_and_decay(steps: int, warmup_share: float) -> Callable[[int], float]:

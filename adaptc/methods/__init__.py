@@ -18,9 +18,19 @@ if TYPE_CHECKING:
 TABLE = {
     "lora": "adaptc.methods.lora:LoRA",
     "ia3": "adaptc.methods.ia3:IA3",
+    "hydra": "adaptc.methods.hydra:Hydra",
+    "vera": "adaptc.methods.vera:VeRA",
+    "ssf": "adaptc.methods.ssf:SSF",
+    "bottleneck": "adaptc.methods.bottleneck:Bottleneck",
     "bias": "adaptc.methods.bias:Bias",
     "full": "adaptc.methods.full:Full",
 }
+#: Modules of methods at other kinds of sites; they define ops and anchors.
+SITES = (
+    "adaptc.methods.lora_sites.conv",
+    "adaptc.methods.lora_sites.embedding",
+    "adaptc.methods.lora_sites.weights",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +73,7 @@ def get(kind: str) -> type[Method]:
 
 def load_all() -> list[types.ModuleType]:
     """The modules of all methods; importing one defines its ops."""
-    return [importlib.import_module(entry.partition(":")[0]) for entry in TABLE.values()]
+    return [importlib.import_module(entry.partition(":")[0]) for entry in (*TABLE.values(), *SITES)]
 
 
 def anchors() -> dict[Callable[..., Any], Anchor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -64,6 +64,16 @@ class Method:
         """A freshly initialised adapter for ``module``, on its device; ``dtype`` None means the default."""
         raise NotImplementedError(f"{type(self).__name__}.build")
 
+    @property
+    def needs_covariance(self) -> bool:
+        """Whether fresh adapters are given the covariance of their module's inputs (``Adapter.set_covariance``)."""
+        return False
+
+    @classmethod
+    def link(cls, adapters: Sequence[Adapter]) -> None:
+        """Called once with all sites' fresh adapters of this class, in model order, before they are attached: where
+        sites share tensors, here they get them."""
+
 
 class Adapter(nn.Module):
     """The tensors of one method at one site; lives at ``<site>.adapters.<name>``.
@@ -77,6 +87,8 @@ class Adapter(nn.Module):
     replaces_forward: ClassVar[bool] = False
     #: True when the adapter changes the module's input.
     acts_before: ClassVar[bool] = False
+    #: True when the adapter acts on what the module's forward reads or computes on the way.
+    acts_inside: ClassVar[bool] = False
 
     def __init__(self, method: Method, site_id: int) -> None:
         super().__init__()
@@ -96,12 +108,36 @@ class Adapter(nn.Module):
         """The input that the frozen ``module`` gets in the place of ``x`` (only where ``acts_before``)."""
         raise NotImplementedError(f"{type(self).__name__}.apply_before")
 
+    def run_inside(self, module: nn.Module, adapters: Sequence[Adapter], *args: Any, **kwargs: Any) -> Any:
+        """The module's output with ``adapters`` (all of this class, this one the first) at work in its forward.
+
+        Only where ``acts_inside``.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.run_inside")
+
+    def set_covariance(self, path: str, weight: torch.Tensor, covariance: torch.Tensor) -> None:
+        """Take initial values from the covariance (K, K) of the module's inputs (only where ``needs_covariance``)."""
+        raise NotImplementedError(f"{type(self).__name__}.set_covariance")
+
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Called after each optimizer step where the user asked for it (``model.adaptc.on_step``)."""
 
-    def peft_tensors(self) -> dict[str, nn.Parameter]:
-        """PEFT's key suffix (after the module path) -> the parameter it stores."""
-        raise NotImplementedError(f"{type(self).__name__}.peft_tensors")
+    def peft_tensors(self) -> Mapping[str, torch.Tensor]:
+        """Key suffix in adapter files (after the module path) -> the tensor stored there, in the file's shape.
+
+        A tensor is a parameter or buffer, or a view of one: loading writes into it. PEFT's suffixes where PEFT has
+        the method; else every parameter and persistent buffer by its own name.
+        """
+        return dict(self.state_dict(keep_vars=True))
+
+    def set_peft_tensors(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Take over the values of a file, which have the suffixes and shapes of ``peft_tensors``."""
+        for suffix, tensor in self.peft_tensors().items():
+            tensor.data.copy_(values[suffix])
+
+    def method_now(self) -> Method:
+        """The method as it acts now: a scale can be changed by hand."""
+        return self.method
 
     def signature(self) -> tuple[object, ...]:
         """What a captured graph depends on: adapters of equal signatures share a graph."""

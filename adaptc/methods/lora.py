@@ -2,13 +2,15 @@
 
     y' = y + s * drop(x) A^T B^T        x (..., K), y (..., N), A (r, K), B (N, r), s = alpha / r
 
-rsLoRA (Kalajdzievski 2023) is the same with s = alpha / sqrt(r). Dropout acts on the adapter's copy of x.
+rsLoRA (Kalajdzievski 2023) is the same with s = alpha / sqrt(r). Dropout acts on the adapter's copy of x. DoRA rescales
+the rows of the corrected weight (``methods.dora``); initial values read off the weight are in ``methods.lora_init``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -19,13 +21,13 @@ from torch import fx, nn
 
 from adaptc.codegen.torch_internals import node_value
 from adaptc.errors import PlanError
+from adaptc.ir.dora import row_norm_body
 from adaptc.ir.edit import Edit
 from adaptc.ir.sites import LORA_LINEAR
-from adaptc.methods import linear
+from adaptc.methods import dora, linear, lora_init, lora_sites
 from adaptc.methods.base import Adapter, Anchor, Method
 from adaptc.methods.bias import bias_site
-
-INITS = ("default", "gaussian", "random")
+from adaptc.methods.scaled import ScaledAdapter, draw_factors, storage_dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,11 @@ class LoRA(Method):
         rslora: scale alpha / sqrt(r) instead of alpha / r.
         init: "default" (A kaiming-uniform with a = sqrt(5), that is U(-1/sqrt(K), 1/sqrt(K)), B zero),
             "gaussian" (A normal with std 1/r, B zero), or "random" (as default, but B drawn like A, so that
-            the adapter is not the identity: PEFT's ``init_lora_weights=False``).
+            the adapter is not the identity: PEFT's ``init_lora_weights=False``). "orthogonal" (even r), "pissa",
+            "pissa_niter_<k>", "olora" and "corda" as in PEFT, on an unchanged base; see ``methods.lora_init``.
+        corda_method: with init "corda", "ipm" (adapt what the calibration inputs use most) or "kpm" (least).
+        dora: also train the length of every row of the corrected weight (Liu et al. 2024).
+        lora_bias: also train a bias (N,) of the second factor.
         bias: "none", "lora_only" (also train the biases of the adapted layers) or "all" (every bias).
         rank_pattern, alpha_pattern: regular expression on the module path -> r or alpha at those sites, as
             in PEFT: a key matches the whole path or a dotted suffix of it; the first match counts.
@@ -56,6 +62,9 @@ class LoRA(Method):
     dropout: float = 0.0
     rslora: bool = False
     init: str = "default"
+    corda_method: str = "ipm"
+    dora: bool = False
+    lora_bias: bool = False
     bias: str = "none"
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
@@ -66,13 +75,34 @@ class LoRA(Method):
         ranks = [self.r, *self.rank_pattern.values()]
         _require("r", self.r, all(isinstance(r, int) and r > 0 for r in ranks), "a positive integer")
         _require("dropout", self.dropout, 0.0 <= self.dropout < 1.0, "a number in [0, 1)")
-        _require("init", self.init, self.init in INITS, f"one of {', '.join(INITS)}")
+        known_init = lora_init.is_init(self.init)
+        _require("init", self.init, known_init, f"one of {', '.join(lora_init.INITS)}, pissa_niter_<k>")
+        _require("corda_method", self.corda_method, self.corda_method in ("ipm", "kpm"), "ipm or kpm")
+        self._check_combinations(ranks)
         biases = ("none", "lora_only", "all")
         _require("bias", self.bias, self.bias in biases, f"one of {', '.join(biases)}")
         finite = all(math.isfinite(a) for a in [self.alpha, *self.alpha_pattern.values()])
         _require("alpha", self.alpha, finite, "a finite number")
         known = self.compute_dtype is None or isinstance(getattr(torch, self.compute_dtype, None), torch.dtype)
         _require("compute_dtype", self.compute_dtype, known, 'a torch dtype name such as "float32"')
+
+    def _check_combinations(self, ranks: list[int]) -> None:
+        """What PEFT refuses as well, and what would not mean what it means there."""
+        if self.init == "orthogonal":
+            _require("r", self.r, all(r % 2 == 0 for r in ranks), 'an even number with init "orthogonal"')
+        if lora_init.reads_weight(self.init):
+            alphas = [self.alpha, *self.alpha_pattern.values()]
+            _require("alpha", self.alpha, min(alphas) > 0, f'a positive number with init "{self.init}"')
+            # PEFT drops inputs of the trained part of W only, so the frozen part would no longer cancel it.
+            _require("dropout", self.dropout, self.dropout == 0, f'0 with init "{self.init}"')
+        if self.lora_bias:
+            _require("lora_bias", True, not self.dora, "no lora_bias with dora")
+            plain = ("default", "gaussian", "random")
+            _require("lora_bias", True, self.init in plain, f"init one of {', '.join(plain)} with lora_bias")
+
+    @property
+    def needs_covariance(self) -> bool:
+        return self.init == "corda"
 
     @property
     def scaling(self) -> float:
@@ -84,10 +114,19 @@ class LoRA(Method):
         return dataclasses.replace(self, r=r, alpha=alpha, rank_pattern={}, alpha_pattern={})
 
     def refusal(self, path: str, module: nn.Module) -> str | None:
-        return linear.refusal(path, module)
+        if (kind := lora_sites.kind_of(module)) is not None:
+            return kind.refusal(self.at(path), module)
+        if reason := linear.refusal(path, module):
+            return reason
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        if reason := lora_init.refusal(self.init, self.at(path).r, weight):
+            return reason
+        return dora.refusal(module) if self.dora else None
 
-    def build(self, path: str, module: nn.Module, *, dtype: torch.dtype | None, site_id: int) -> LoRAAdapter:
-        return LoRAAdapter(self, module, dtype=dtype, site_id=site_id)
+    def build(self, path: str, module: nn.Module, *, dtype: torch.dtype | None, site_id: int) -> Adapter:
+        kind = lora_sites.kind_of(module) or LoRAAdapter
+        return kind(self, module, dtype=dtype, site_id=site_id)
 
 
 def _require(name: str, value: object, ok: bool, expected: str) -> None:
@@ -102,89 +141,150 @@ def _first_match(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
     return default
 
 
-class LoRAAdapter(Adapter):
-    """``lora_A`` (r, K) and ``lora_B`` (N, r) of one site; fp32 on a 16-bit base unless asked otherwise."""
+class LoRAAdapter(ScaledAdapter):
+    """``lora_A`` (r, K) and ``lora_B`` (N, r) of one site; fp32 on a 16-bit base unless asked otherwise.
+
+    With DoRA also ``lora_magnitude`` (N,), with ``lora_bias`` also ``lora_B_bias`` (N,). Where the initial values come
+    from the weight, the buffers ``initial_A`` and ``initial_B`` keep them, and saved states hold them.
+    """
 
     method: LoRA
-    scale: torch.Tensor
+    initial_A: torch.Tensor | None  # noqa: N815
+    initial_B: torch.Tensor | None  # noqa: N815
 
-    def __init__(
-        self, method: LoRA, module: nn.Module, *, dtype: torch.dtype | None = None, site_id: int = 0
-    ) -> None:
-        super().__init__(method, site_id)
-        inputs, outputs = linear.features(module)
+    def __init__(self, method: LoRA, module: nn.Module, *, dtype: torch.dtype | None = None, site_id: int = 0) -> None:
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
-        if dtype is None:
-            dtype = torch.float32 if weight.dtype.itemsize < 4 else weight.dtype
-        device = weight.device
-        self.lora_A = nn.Parameter(torch.empty(method.r, inputs, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(outputs, method.r, dtype=dtype, device=device))
-        self.reset_parameters()
+        super().__init__(method, site_id, weight.device)
+        inputs, outputs = linear.features(module)
+        options: dict[str, Any] = {"dtype": storage_dtype(weight, dtype), "device": weight.device}
+        self.lora_A = nn.Parameter(torch.empty(method.r, inputs, **options))
+        self.lora_B = nn.Parameter(torch.zeros(outputs, method.r, **options))
+        self.lora_B_bias = nn.Parameter(torch.zeros(outputs, **options)) if method.lora_bias else None
+        self.lora_magnitude = nn.Parameter(torch.ones(outputs, **options)) if method.dora else None
+        self.transposed = linear.is_conv1d(module)
+        kept = lora_init.reads_weight(method.init)
+        self.register_buffer("initial_A", torch.zeros_like(self.lora_A.detach()) if kept else None)
+        self.register_buffer("initial_B", torch.zeros_like(self.lora_B.detach()) if kept else None)
+        self.reset_parameters(weight)
         base_bias = getattr(module, "bias", None)
         if method.bias != "none" and base_bias is not None:
-            self.bias: nn.Parameter | None = nn.Parameter(base_bias.detach().clone().to(dtype))
+            self.bias: nn.Parameter | None = nn.Parameter(base_bias.detach().clone().to(self.lora_A.dtype))
         else:
             self.register_parameter("bias", None)
         # As text: of a float that differs between adapters Dynamo makes a graph input, finds that its value is
         # needed after all, and compiles a second time.
         self._dropout = repr(method.dropout)
-        self._scaling = method.scaling
-        self.register_buffer("scale", self._scale_tensor(), persistent=False)
 
-    def reset_parameters(self) -> None:
-        """Draw the initial values (the method's ``init``)."""
+    def reset_parameters(self, weight: torch.Tensor) -> None:
+        """Draw the initial values (the method's ``init``); those of "corda" come by :meth:`set_covariance`."""
+        method = self.method
+        draw_factors(method.init, method.r, self.lora_A, self.lora_B)
         with torch.no_grad():
-            if self.method.init == "gaussian":
-                self.lora_A.normal_(std=1 / self.method.r)
-            else:
-                nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-            if self.method.init == "random":
-                nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+            if method.init == "random" and self.lora_B_bias is not None:
+                bound = 1 / math.sqrt(method.r)
+                self.lora_B_bias.uniform_(-bound, bound)
+            if method.init == "orthogonal":
+                self._set_factors(lora_init.orthogonal(method.r, self.lora_A.shape[1], self.lora_B.shape[0]))
+            elif lora_init.reads_weight(method.init) and not method.needs_covariance:
+                W = self._as_rows(weight)
+                self._start_from(lora_init.from_weight(method.init, W, method.r, method.scaling))
+            if self.lora_magnitude is not None:
+                norm = row_norm_body(weight, *self.factors(), self.scale, self.transposed)
+                self.lora_magnitude.copy_(norm)
 
-    @property
-    def scaling(self) -> float:
-        """s in the formula; setting it changes data of the graph and recompiles nothing."""
-        return self._scaling
+    def set_covariance(self, path: str, weight: torch.Tensor, covariance: torch.Tensor) -> None:
+        method, W = self.method, self._as_rows(weight)
+        factors = lora_init.from_covariance(
+            W, covariance, method.r, method.scaling, method=method.corda_method, path=path
+        )
+        self._start_from(factors)
 
-    @scaling.setter
-    def scaling(self, value: float) -> None:
-        self._scaling = float(value)
-        with torch.no_grad():
-            self.scale.fill_(self._scaling)
+    def _as_rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight as (N, K)."""
+        return weight.detach().t() if self.transposed else weight.detach()
 
-    def _apply(self, fn: Any, recurse: bool = True) -> LoRAAdapter:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # `.half()` and `.to(dtype)` cast buffers; the scale is a number, not a weight.
-        self.scale = self._scale_tensor()
-        return self
+    @torch.no_grad()
+    def _set_factors(self, factors: lora_init.Factors) -> None:
+        self.lora_A.copy_(factors[0])
+        self.lora_B.copy_(factors[1])
 
-    def _scale_tensor(self) -> torch.Tensor:
-        # fp64, so that alpha / sqrt(r) is not rounded; one element in one dimension, because Dynamo takes the
-        # value of a 0-dimensional fp64 tensor for a Python float and captures twice.
-        return torch.tensor([self._scaling], dtype=torch.float64, device=self.lora_A.device)
+    @torch.no_grad()
+    def _start_from(self, factors: lora_init.Factors) -> None:
+        """Train ``factors``, a part of the frozen weight: the correction is their change."""
+        assert self.initial_A is not None and self.initial_B is not None
+        self._set_factors(factors)
+        self.initial_A.copy_(self.lora_A)
+        self.initial_B.copy_(self.lora_B)
+
+    def factors(self) -> lora_init.Factors:
+        """A and B whose scaled product corrects the weight: of rank r, or 2r where the initial product is taken off."""
+        if self.initial_A is None or self.initial_B is None:
+            return self.lora_A, self.lora_B
+        A = torch.cat([self.lora_A, self.lora_A - self.initial_A])
+        return A, torch.cat([self.lora_B - self.initial_B, self.initial_B], 1)
 
     def apply_to(self, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        method = self.method
-        y = lora_site(
-            x, y, self.site_id, self.lora_A, self.lora_B, self.scale,
-            float(self._dropout), self.training, method.compute_dtype,
-        )  # fmt: skip
+        A, B = self.factors()
+        dropout, compute_dtype = float(self._dropout), self.method.compute_dtype
+        if self.lora_magnitude is None:
+            y = lora_site(x, y, self.site_id, A, B, self.scale, dropout, self.training, compute_dtype)
+        else:
+            y = dora.dora_site(
+                x, y, self.site_id, module.weight, module.bias, A, B, self.lora_magnitude, self.scale,
+                dropout, self.training, compute_dtype, self.transposed,
+            )  # fmt: skip
+        if self.lora_B_bias is not None:
+            y = lora_bias_site(y, self.site_id, self.lora_B_bias, self.scale)
         if self.bias is not None:
             y = bias_site(x, y, self.site_id, self.bias, module.bias)
         return y
 
-    def delta(self) -> torch.Tensor:
-        """s B A, the update of the (out, in) weight, in fp64."""
-        return self._scaling * (self.lora_B.double() @ self.lora_A.double())
+    def delta(self, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """The update of the (out, in) weight, in fp64: s B A, or with DoRA diag(m / n) (W + s B A) - W.
 
-    def peft_tensors(self) -> dict[str, nn.Parameter]:
-        tensors = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
-        return tensors if self.bias is None else {**tensors, "bias": self.bias}
+        Raises:
+            ValueError: DoRA without ``weight``, the frozen layer's, as it is stored.
+        """
+        A, B = self.factors()
+        update = self._scaling * (B.double() @ A.double())
+        if self.lora_magnitude is None:
+            return update
+        if weight is None:
+            raise ValueError("delta: a DoRA adapter's update depends on the frozen weight: give it")
+        W = self._as_rows(weight).double()
+        norm: torch.Tensor = torch.linalg.vector_norm(W + update, dim=1)
+        return (self.lora_magnitude.double() / norm)[:, None] * (W + update) - W
+
+    def delta_bias(self) -> torch.Tensor | None:
+        """s times the bias of the second factor, the update of the layer's bias, in fp64; None without one."""
+        return None if self.lora_B_bias is None else self._scaling * self.lora_B_bias.double()
+
+    def peft_tensors(self) -> dict[str, torch.Tensor]:
+        A, B = self.factors()  # of rank 2r where the initial product is taken off
+        named = {
+            "lora_A.weight": A, "lora_B.weight": B, "lora_B.bias": self.lora_B_bias,
+            "lora_magnitude_vector": self.lora_magnitude, "bias": self.bias,
+        }  # fmt: skip
+        return {suffix: tensor for suffix, tensor in named.items() if tensor is not None}
+
+    @torch.no_grad()
+    def set_peft_tensors(self, values: Mapping[str, torch.Tensor]) -> None:
+        if self.initial_A is None or self.initial_B is None:
+            return super().set_peft_tensors(values)
+        # The inverse of `factors`, exact for any pair of rank 2r up to the rounding of one sum.
+        r = self.method.r
+        A, B = values["lora_A.weight"].to(self.lora_A), values["lora_B.weight"].to(self.lora_B)
+        self.initial_A.copy_(A[:r] - A[r:])
+        self.initial_B.copy_(B[:, r:])
+        self._set_factors((A[:r], B[:, :r] + B[:, r:]))
+        for suffix, own in (("lora_magnitude_vector", self.lora_magnitude), ("bias", self.bias)):
+            if own is not None:
+                own.copy_(values[suffix])
 
     def signature(self) -> tuple[object, ...]:
         method = self.method
-        return (*super().signature(), method.dropout, method.compute_dtype)
+        return (*super().signature(), method.dropout, method.compute_dtype, self.initial_A is not None)
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
@@ -233,4 +333,18 @@ def expand_site(
     return cast(corrected, out_dtype)
 
 
-ANCHORS = (Anchor(lora_site, expand_site),)
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def lora_bias_site(y: torch.Tensor, site_id: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The anchor of the second factor's bias, and its reference: y + s * bias."""
+    return y + (scale * bias).to(y.dtype)
+
+
+def expand_bias_site(edit: Edit, y: fx.Node, site_id: fx.Node, bias: fx.Node, scale: fx.Node) -> fx.Node:
+    """The anchor's body as plain torch: there is nothing for a later pass to match."""
+    product = edit.call("to", edit.call(operator.mul, scale, bias), node_value(y).dtype)
+    return edit.call(operator.add, y, product)
+
+
+ANCHORS = (Anchor(lora_site, expand_site), Anchor(lora_bias_site, expand_bias_site), *dora.ANCHORS)
+#: Where its row in PEFT's file format is.
+CODEC = "adaptc.methods.lora_codec:CODEC"

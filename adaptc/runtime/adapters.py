@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from adaptc.errors import AdapterNameError, SiteError
+from adaptc.errors import AdapterNameError, PlanError, SiteError
 from adaptc.methods.base import Adapter, Method
 from adaptc.methods.bias import Bias
 from adaptc.plan import Assignment, Plan, Resolution
 from adaptc.runtime import attach
+from adaptc.runtime.calibrate import covariances
 from adaptc.runtime.checkpoint import check_adapter_name
 
 
@@ -71,8 +72,12 @@ class AdapterSet:
             raise AdapterNameError(f"no adapter named {name!r}", found=f"adapters: {known}")
         return self.records[name]
 
-    def install(self, name: str, plan: Plan, *, config: dict[str, Any] | None = None) -> bool:
+    def install(
+        self, name: str, plan: Plan, *, config: dict[str, Any] | None = None, calibration: Iterable[Any] | None = None
+    ) -> bool:
         """Attach fresh adapters of ``plan`` under ``name``, not live. True when the set of sites grew.
+
+        ``calibration``: batches, for methods whose initial values depend on their inputs.
 
         Raises:
             AdapterNameError: ``name`` is taken or not legal; PlanError, SiteError: the plan does not fit.
@@ -94,8 +99,12 @@ class AdapterSet:
             adapter = assignment.method.build(
                 path, assignment.module, dtype=self.dtype, site_id=sites[path][0]
             )
-            attach.check_attachable(path, assignment.module, standin=adapter.replaces_forward)
+            own_forward = adapter.replaces_forward or adapter.acts_inside
+            attach.check_attachable(path, assignment.module, own_forward=own_forward)
             built.append((assignment, attach.entry(name, level), adapter))
+        for kind in dict.fromkeys(type(adapter.method) for _, _, adapter in built):
+            kind.link([adapter for _, _, adapter in built if type(adapter.method) is kind])
+        self._calibrate([(a, adapter) for a, _, adapter in built if adapter.method.needs_covariance], calibration)
         for assignment, entry, adapter in built:
             attach.attach(assignment.path, assignment.module, entry, adapter)
         grew = len(sites) > len(self._sites)
@@ -104,6 +113,27 @@ class AdapterSet:
         recorded = [(a.path, entry, a.rule, adapter.method) for a, entry, adapter in built]
         self.records[name] = AdapterRecord(plan, recorded, config)
         return grew
+
+    def _calibrate(self, chosen: Sequence[tuple[Assignment, Adapter]], calibration: Iterable[Any] | None) -> None:
+        """Give ``chosen`` adapters the covariances of their modules' inputs in the model without adapters."""
+        if not chosen:
+            return
+        if calibration is None:
+            assignment, adapter = chosen[0]
+            raise PlanError(
+                f"{assignment.path}: {adapter.method.kind} is to start from the covariance of its inputs",
+                expected="calibration batches", found="none", do="adaptc.compile(model, plan, calibration=batches)",
+            )  # fmt: skip
+        live = self.live
+        self.set_live(())
+        try:
+            found = covariances(self.model, {a.path: a.module for a, _ in chosen}, calibration)
+        finally:
+            self.set_live(live)
+        for assignment, adapter in chosen:
+            weight = assignment.module.weight
+            assert isinstance(weight, torch.Tensor)
+            adapter.set_covariance(assignment.path, weight, found.of(assignment.path))
 
     def remove(self, name: str) -> bool:
         """Take the adapter ``name`` off the model. True when the set of sites shrank."""
@@ -136,6 +166,12 @@ class AdapterSet:
                 raise SiteError(
                     f"{site.path} cannot be replaced by two adapters at once",
                     found=f"{' and '.join(map(repr, replacing))} train it in full",
+                    do="make one of them live",
+                )
+            inside = [n for n in names if any(a.acts_inside for a in site.of(n))]
+            if replacing and inside:
+                raise SiteError(
+                    f"{site.path} is replaced by {replacing[0]!r}, inside of which {inside[0]!r} cannot act",
                     do="make one of them live",
                 )
         for site in self.sites:

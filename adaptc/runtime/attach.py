@@ -24,6 +24,8 @@ class SiteAdapters(nn.ModuleDict):
     def __init__(self) -> None:
         super().__init__()
         self.live: tuple[Adapter, ...] = ()
+        #: Those of them that act inside the module's forward.
+        self.inside: tuple[Adapter, ...] = ()
         #: The live adapter that stands in for the module itself, or None.
         self.standin: Adapter | None = None
         self.hook_handle: Any = None
@@ -39,6 +41,7 @@ class SiteAdapters(nn.ModuleDict):
     def make_live(self, adapters: Sequence[Adapter]) -> None:
         """Let ``adapters`` (entries of this dict) act, in this order."""
         self.live = tuple(a for a in adapters if not a.replaces_forward)
+        self.inside = tuple(a for a in self.live if a.acts_inside)
         self.standin = next((a for a in adapters if a.replaces_forward), None)
 
 
@@ -74,10 +77,17 @@ def run_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
         return None
     x = args[0] if args else next(iter(kwargs.values()))
     for adapter in live:
-        if not torch.compiler.is_compiling() and CALL.eager is not None:
-            CALL.eager.add(id(adapter.site_id))
+        if adapter.acts_inside:
+            continue
+        note_eager(adapter)
         output = adapter.apply_to(module, x, output)
     return output
+
+
+def note_eager(adapter: Adapter) -> None:
+    """Tell who collects them that an adapter runs outside a graph."""
+    if not torch.compiler.is_compiling() and CALL.eager is not None:
+        CALL.eager.add(id(adapter.site_id))
 
 
 def run_before_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -88,20 +98,23 @@ def run_before_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     name = None if args else next(iter(kwargs))
     x = args[0] if name is None else kwargs[name]
     for adapter in live:
-        if not torch.compiler.is_compiling() and CALL.eager is not None:
-            CALL.eager.add(id(adapter.site_id))
+        note_eager(adapter)
         x = adapter.apply_before(module, x)
     return ((x, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: x})
 
 
-def run_standin(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Instance ``forward`` of a module that some adapter replaces: the live copy's forward, or its own."""
-    standin = cast(SiteAdapters, module.adapters).standin
-    if standin is None:
+def run_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Instance ``forward`` of a module that some adapter replaces or acts inside of: as the live ones have it."""
+    found = cast(SiteAdapters, module.adapters)
+    if found.standin is not None:
+        note_eager(found.standin)
+        return found.standin.replace(*args, **kwargs)
+    inside = found.inside
+    if len(inside) == 0:
         return type(module).forward(module, *args, **kwargs)
-    if not torch.compiler.is_compiling() and CALL.eager is not None:
-        CALL.eager.add(id(standin.site_id))
-    return standin.replace(*args, **kwargs)
+    for adapter in inside:
+        note_eager(adapter)
+    return inside[0].run_inside(module, inside, *args, **kwargs)
 
 
 def adapters_of(module: nn.Module) -> SiteAdapters | None:
@@ -124,10 +137,12 @@ def attach(path: str, module: nn.Module, name: str, adapter: Adapter) -> None:
         module.adapters = found
     adapter.train(module.training)
     found[name] = adapter
+    if (adapter.replaces_forward or adapter.acts_inside) and "forward" not in module.__dict__:
+        module.forward = functools.partial(run_forward, module)
     if adapter.replaces_forward:
-        if "forward" not in module.__dict__:
-            module.forward = functools.partial(run_standin, module)
         return
+    # What acts inside gets the hook too: torch's fused encoder layer reads weights without calling the modules that
+    # own them, unless one of these has a hook.
     # Before hooks of the user on the output, and after theirs on the input: they see what they would see of a
     # wrapped layer.
     if found.hook_handle is None:
@@ -136,8 +151,8 @@ def attach(path: str, module: nn.Module, name: str, adapter: Adapter) -> None:
         found.pre_hook_handle = module.register_forward_pre_hook(run_before_site, with_kwargs=True)
 
 
-def check_attachable(path: str, module: nn.Module, *, standin: bool = False) -> None:
-    """Raise SiteError when adapters cannot be put on ``module``."""
+def check_attachable(path: str, module: nn.Module, *, own_forward: bool = False) -> None:
+    """Raise SiteError when adapters cannot be put on ``module``; ``own_forward``: one that needs its forward."""
     if adapters_of(module) is None and hasattr(module, "adapters"):
         raise SiteError(
             f"{path} ({type(module).__name__}) already has an attribute named 'adapters'",
@@ -145,7 +160,7 @@ def check_attachable(path: str, module: nn.Module, *, standin: bool = False) -> 
             do="leave this module out of the plan, or rename the attribute",
         )
     own = module.__dict__.get("forward")
-    if standin and own is not None and getattr(own, "func", None) is not run_standin:
+    if own_forward and own is not None and getattr(own, "func", None) is not run_forward:
         raise SiteError(
             f"{path} ({type(module).__name__}) has a forward set on the instance, so it cannot be replaced",
             do="train it through another rule, or remove the instance's forward first",
@@ -159,11 +174,12 @@ def remove(module: nn.Module, name: str) -> None:
         return
     del found[name]
     found.live = tuple(a for a in found.live if any(a is b for b in found.values()))
+    found.inside = tuple(a for a in found.live if a.acts_inside)
     if found.standin is not None and not any(found.standin is b for b in found.values()):
         found.standin = None
-    if not any(a.replaces_forward for a in found.values()):
+    if not any(a.replaces_forward or a.acts_inside for a in found.values()):
         own = module.__dict__.get("forward")
-        if getattr(own, "func", None) is run_standin:
+        if getattr(own, "func", None) is run_forward:
             del module.__dict__["forward"]
     if found.hook_handle is not None and all(a.replaces_forward for a in found.values()):
         found.hook_handle.remove()

@@ -39,13 +39,10 @@ class Captures:
     def get(self, entry: str, function: Callable[..., Any]) -> Capture:
         """The captured form of ``function`` in this epoch, made on first use."""
         drop_embedding_hooks(self.handle.model)
-        paths = self.handle.site_paths()
         if self.backend is None:
             self.note_signature()
-            self.backend = AdapterBackend(self.handle.pipeline(), self.options, paths)
+            self.backend = AdapterBackend(self.handle.pipeline(), self.options, self.handle.site_paths)
             self.counts["epochs"] += 1
-        # `.to()` and friends replace buffers: the backend must know the site ids as they are now.
-        self.backend.site_paths = paths
         self.counts["calls"] += 1
         if entry not in self._callables:
             self._callables[entry] = Capture(self.handle, function, self.backend)

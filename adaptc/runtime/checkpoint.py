@@ -2,7 +2,8 @@
 
 A directory of an adapter holds ``adapter_config.json`` and ``adapter_model.safetensors``, both as PEFT
 writes and reads them, and ``adaptc_plan.json`` (the plan in adaptc's own words and a fingerprint of the
-base), which PEFT ignores.
+base), which PEFT ignores. An adapter that PEFT's format cannot express has no ``adapter_config.json``, so that
+PEFT finds no adapter there and says so: adaptc's own format.
 
 Saving replaces three files, and a file system renames only one at a time. So a save is a small journal:
 
@@ -74,9 +75,10 @@ class AdapterFiles:
     """What an adapter's directory holds; every part is valid by itself.
 
     ``plan`` and ``fingerprint`` are None when another tool wrote the adapter, or changed its config since.
+    ``config`` is None in adaptc's own format; ``plan`` is there then.
     """
 
-    config: dict[str, Any]
+    config: dict[str, Any] | None
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, str]
     plan: dict[str, Any] | None
@@ -161,26 +163,41 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterFiles:
             f"no adapter directory {path}",
             found="a file" if path.exists() else "nothing", do=f"give the directory that holds {CONFIG}",
         )  # fmt: skip
-    config_file, weights_file = _locate(path, CONFIG), _locate(path, WEIGHTS)
+    config_file, weights_file, plan_file = _locate_config(path), _locate(path, WEIGHTS), _locate(path, PLAN)
     if weights_file is None:
         _raise_no_weights(path)
-    if config_file is None:
+    raw_config, config = b"", None
+    if config_file is not None:
+        raw_config = _read_bytes(config_file)
+        config = _parse_object(raw_config, config_file)
+        if not isinstance(config.get("peft_type"), str):
+            raise ConfigError(
+                f"{config_file} does not name its kind",
+                expected='peft_type, such as "LORA"', found=repr(config.get("peft_type")),
+                do="this is not a PEFT adapter; convert it with the library that wrote it",
+            )  # fmt: skip
+    elif plan_file is None or not _is_own_format(plan_file):
         raise CheckpointNotFoundError(
             f"no {CONFIG} in {path}",
             found=_listing(path),
             do="give the directory that PEFT or adaptc saved to",
         )
-    raw_config = _read_bytes(config_file)
-    config = _parse_object(raw_config, config_file)
-    if not isinstance(config.get("peft_type"), str):
-        raise ConfigError(
-            f"{config_file} does not name its kind",
-            expected='peft_type, such as "LORA"', found=repr(config.get("peft_type")),
-            do="this is not a PEFT adapter; convert it with the library that wrote it",
-        )  # fmt: skip
-    plan, base = _read_plan(_locate(path, PLAN), raw_config)
+    plan, base = _read_plan(plan_file, None if config is None else raw_config)
     tensors, metadata = read_tensor_file(weights_file)
     return AdapterFiles(config, tensors, metadata, plan, base, path)
+
+
+def _locate_config(directory: Path) -> Path | None:
+    """As ``_locate``; what an interrupted save in adaptc's own format was about to remove is not there."""
+    committed = directory / _COMMIT
+    if (committed / PLAN).is_file() and not (committed / CONFIG).is_file() and _is_own_format(committed / PLAN):
+        _check_older(directory / CONFIG, committed / PLAN)
+        return None
+    return _locate(directory, CONFIG)
+
+
+def _is_own_format(plan_file: Path) -> bool:
+    return _parse_object(_read_bytes(plan_file), plan_file).get("config_sha256", "") is None
 
 
 def _locate(directory: Path, name: str) -> Path | None:
@@ -191,14 +208,20 @@ def _locate(directory: Path, name: str) -> Path | None:
             return None
         _check_link(plain, directory)
         return plain
+    _check_older(plain, committed)
+    _check_link(committed, directory)
+    return committed
+
+
+def _check_older(plain: Path, committed: Path) -> None:
+    """Raise when the file in place was written after the save that is to replace it."""
     if plain.exists() and plain.stat().st_mtime_ns > committed.stat().st_mtime_ns:
+        directory = plain.parent
         raise InterruptedSaveError(
-            f"a save to {directory} was interrupted, and {name} was written again since",
+            f"a save to {directory} was interrupted, and {plain.name} was written again since",
             found=f"{committed} is older than {plain}",
             do=f"remove {directory / _COMMIT} to keep the newer files, or move its files over them",
         )
-    _check_link(committed, directory)
-    return committed
 
 
 def _check_link(file: Path, directory: Path) -> None:
@@ -269,8 +292,8 @@ def _no_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not a number of JSON")
 
 
-def _read_plan(file: Path | None, raw_config: bytes) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The plan and the fingerprint of ``adaptc_plan.json``, unless its config is not this one."""
+def _read_plan(file: Path | None, raw_config: bytes | None) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The plan and the fingerprint of ``adaptc_plan.json``, unless its config is not this one (None: no config)."""
     if file is None:
         return None, None
     saved = _parse_object(_read_bytes(file), file)
@@ -284,7 +307,10 @@ def _read_plan(file: Path | None, raw_config: bytes) -> tuple[dict[str, Any] | N
     for name, value in (("plan", plan), ("base", base)):
         if value is not None and not isinstance(value, dict):
             raise ConfigError(f"{file}: {name} is not an object", found=type(value).__name__)
-    if saved.get("config_sha256") != hashlib.sha256(raw_config).hexdigest():
+    if raw_config is None:
+        if plan is None:
+            raise ConfigError(f"{file} holds no plan", do=f"an adapter without {CONFIG} needs one")
+    elif saved.get("config_sha256") != hashlib.sha256(raw_config).hexdigest():
         warnings.warn(
             f"{file} is ignored: {CONFIG} was changed after adaptc wrote it", AdaptcWarning, stacklevel=4
         )
@@ -298,7 +324,7 @@ def _read_plan(file: Path | None, raw_config: bytes) -> tuple[dict[str, Any] | N
 def write_adapter(
     directory: str | os.PathLike[str],
     *,
-    config: Mapping[str, Any],
+    config: Mapping[str, Any] | None,
     tensors: Mapping[str, torch.Tensor],
     plan: Mapping[str, Any] | None,
     fingerprint: Mapping[str, Any] | None,
@@ -308,6 +334,7 @@ def write_adapter(
 
     The weight file is PEFT's, byte for byte, when ``metadata`` is not given (with more than one entry the
     library orders them at random). A tensor with NaN or infinity is refused: no loader would take it back.
+    ``config`` None writes adaptc's own format, and removes the config of an earlier adapter.
 
     Raises:
         NonFiniteError: names the tensor; nothing was written.
@@ -338,7 +365,7 @@ def write_adapter(
 
 def _contents(
     path: Path,
-    config: Mapping[str, Any],
+    config: Mapping[str, Any] | None,
     tensors: Mapping[str, torch.Tensor],
     plan: Mapping[str, Any] | None,
     base: Mapping[str, Any] | None,
@@ -357,15 +384,15 @@ def _contents(
         storage = plain.untyped_storage().data_ptr()
         stored[key] = plain.clone() if storage in storages else plain
         storages.add(storage)
-    raw_config = json.dumps(dict(config), indent=2, sort_keys=True).encode()
+    raw_config = None if config is None else json.dumps(dict(config), indent=2, sort_keys=True).encode()
     own = {
         "format": FORMAT_VERSION,
         "plan": plan,
         "base": base,
-        "config_sha256": hashlib.sha256(raw_config).hexdigest(),
+        "config_sha256": None if raw_config is None else hashlib.sha256(raw_config).hexdigest(),
     }
     return {
-        CONFIG: raw_config,
+        **({} if raw_config is None else {CONFIG: raw_config}),
         WEIGHTS: safetensors.torch.save(stored, metadata={"format": "pt", **metadata}),
         PLAN: json.dumps(own, indent=2).encode(),  # unsorted: the first pattern that matches counts
     }
@@ -378,7 +405,9 @@ def _finish_commit(path: Path) -> None:
     commit = path / _COMMIT
     if not commit.is_dir():
         return
-    for name in (WEIGHTS, CONFIG, PLAN):
+    if _locate_config(path) is None:
+        (path / CONFIG).unlink(missing_ok=True)
+    for name in (WEIGHTS, CONFIG, PLAN):  # the plan last: it says whether there is to be a config
         file = _locate(path, name)  # raises when the file in place was written after the commit
         if file is not None and file.parent == commit:
             os.replace(file, path / name)

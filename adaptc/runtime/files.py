@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import warnings
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 
 from adaptc.errors import AdaptcWarning, ConfigError
 from adaptc.methods.base import Adapter, Method
-from adaptc.methods.lora import LoRA, LoRAAdapter
 from adaptc.plan import Assignment, Plan
 from adaptc.runtime import checkpoint, peft_format
 from adaptc.runtime.adapters import with_all_biases
@@ -43,6 +41,7 @@ def plan_of(source: Any, model: torch.nn.Module | None = None) -> Plan:
 def _plan_in(files: checkpoint.AdapterFiles, model: torch.nn.Module | None) -> Plan:
     if files.plan is not None:
         return Plan.from_dict(files.plan)
+    assert files.config is not None  # read_adapter: a folder without a config has a plan
     return peft_format.config_to_plan(files.config, model=model, loading=True)
 
 
@@ -58,11 +57,13 @@ def add(handle: Handle, directory: Any, name: str) -> None:
             )
             for site in with_all_biases(plan.resolve(handle.model), handle.model)
         }
-    decoded = peft_format.decode(files.tensors, trial, model=handle.model, source=str(files.path))
+        for kind in dict.fromkeys(type(adapter.method) for adapter in trial.values()):
+            kind.link([adapter for adapter in trial.values() if type(adapter.method) is kind])
+    decoded = _decode(files, trial, handle)
     _warn_of_another_base(files, handle)
     with torch.random.fork_rng(devices=[]):
         handle.install(name, plan, config=files.config)
-    _copy(decoded, _adapters(handle, name))
+    peft_format.assign(decoded, _adapters(handle, name))
 
 
 def load(handle: Handle, directory: Any, name: str) -> None:
@@ -74,54 +75,53 @@ def load(handle: Handle, directory: Any, name: str) -> None:
     theirs = with_all_biases(_plan_in(files, handle.model).resolve(handle.model), handle.model)
     _check_same_sites(theirs, handle, name)
     adapters = _adapters(handle, name)
-    decoded = peft_format.decode(files.tensors, adapters, model=handle.model, source=str(files.path))
+    decoded = _decode(files, adapters, handle)
     _warn_of_another_base(files, handle)
-    _copy(decoded, adapters)
+    peft_format.assign(decoded, adapters)
     handle.records[name].config = files.config
 
 
 def save(handle: Handle, directory: Any, name: str) -> None:
+    """Write an adapter: in PEFT's format, or in adaptc's own where PEFT has no such method.
+
+    Raises:
+        UnsupportedError: PEFT has the method, and its format no place for these sites or options.
+    """
     record = handle.adapters.record(name)
     checkpoint.check_adapter_name(name, [p for p, _ in handle.model.named_modules() if ".adapters" not in p])
-    sites = [_Saved(s.path, s.module, _method_now(a)) for s in handle.sites for a in s.of(name)]
-    config = peft_format.plan_to_config(
-        record.plan,
-        sites,
-        base_model_name=None if record.config else getattr(handle.model, "name_or_path", None) or None,
-        original=record.config,
-        model=handle.model,
-    )
+    sites = [_Saved(s.path, s.module, a.method_now()) for s in handle.sites for a in s.of(name)]
+    config = None
+    if peft_format.codec_of_sites(sites) is not None:
+        config = peft_format.plan_to_config(
+            record.plan,
+            sites,
+            base_model_name=None if record.config else getattr(handle.model, "name_or_path", None) or None,
+            original=record.config,
+            model=handle.model,
+        )
     checkpoint.write_adapter(
         directory,
         config=config,
-        tensors=peft_format.encode(_adapters(handle, name)),
+        tensors=peft_format.encode(_adapters(handle, name), config),
         plan=record.plan.to_dict(),
         fingerprint=checkpoint.fingerprint(handle.model, [site.path for site in sites]),
     )
+
+
+def _decode(
+    files: checkpoint.AdapterFiles, adapters: dict[str, Adapter], handle: Handle
+) -> dict[str, dict[str, torch.Tensor]]:
+    source = str(files.path)
+    return peft_format.decode(files.tensors, adapters, model=handle.model, source=source, config=files.config)
 
 
 def _adapters(handle: Handle, name: str) -> dict[str, Adapter]:
     return {site.path: adapter for site in handle.sites for adapter in site.of(name)}
 
 
-def _copy(decoded: dict[str, dict[str, torch.Tensor]], adapters: dict[str, Adapter]) -> None:
-    for path, values in decoded.items():
-        for suffix, tensor in peft_format.tensors_of(adapters[path]).items():
-            tensor.data.copy_(values[suffix])
-
-
-def _method_now(adapter: Adapter) -> Method:
-    """The method with the scale as it is: ``adapter.scaling`` can be set."""
-    method = adapter.method
-    if isinstance(adapter, LoRAAdapter) and isinstance(method, LoRA) and adapter.scaling != method.scaling:
-        alpha = adapter.scaling * (math.sqrt(method.r) if method.rslora else method.r)
-        return dataclasses.replace(method, alpha=alpha)
-    return method
-
-
 def _check_same_sites(theirs: list[Assignment], handle: Handle, name: str) -> None:
-    ours = {site.path: _comparable(a.method) for site in handle.sites for a in site.of(name)}
-    found = {site.path: _comparable(site.method) for site in theirs}
+    ours = {site.path: peft_format.comparable(a.method) for site in handle.sites for a in site.of(name)}
+    found = {site.path: peft_format.comparable(site.method) for site in theirs}
     different = sorted(path for path in ours.keys() | found.keys() if ours.get(path) != found.get(path))
     if different:
         path = different[0]
@@ -131,11 +131,6 @@ def _check_same_sites(theirs: list[Assignment], handle: Handle, name: str) -> No
             found=found.get(path, "no adapter there"),
             do=f"model.adaptc.remove({name!r}) first, or load it under another name",
         )
-
-
-def _comparable(method: Method) -> Method:
-    """What must agree: not how it was initialised, nor its dropout."""
-    return dataclasses.replace(method, init="default", dropout=0.0) if isinstance(method, LoRA) else method
 
 
 def _warn_of_another_base(files: checkpoint.AdapterFiles, handle: Handle) -> None:

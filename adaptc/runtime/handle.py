@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from adaptc.codegen.backend import BackendOptions
 from adaptc.codegen.graphs import CapturedGraph
 from adaptc.errors import AdapterNameError, NewSignatureWarning, UnsupportedError
 from adaptc.passes.manager import Pipeline
-from adaptc.runtime import captures, files, warmup
+from adaptc.runtime import captures, files, saving, warmup
 from adaptc.runtime.adapters import AdapterRecord, AdapterSet, Site
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class Handle:
         #: Entry points that bypass the model's forward and are captured beside it.
         self.entries: list[str] = []
         self._was_trainable: dict[str, bool] = {}
+        #: Of the hook before the model's ``load_state_dict``.
+        self.guard_handle: Any = None
 
     # -- reading ---------------------------------------------------------------------------------------
 
@@ -170,9 +173,9 @@ class Handle:
 
     # -- adapters --------------------------------------------------------------------------------------
 
-    def add(self, name: str, plan: Any) -> None:
+    def add(self, name: str, plan: Any, *, calibration: Iterable[Any] | None = None) -> None:
         """Add an adapter under ``name``: a plan (or what ``adaptc.compile`` accepts as one), or an adapter
-        folder, whose values are loaded. It is not live until ``switch``.
+        folder, whose values are loaded. It is not live until ``switch``. ``calibration``: as in ``adaptc.compile``.
 
         Raises:
             AdapterNameError: the name is taken.
@@ -181,11 +184,13 @@ class Handle:
         if files.is_adapter_directory(plan):
             files.add(self, plan, name)
         else:
-            self.install(name, files.plan_of(plan))
+            self.install(name, files.plan_of(plan), calibration=calibration)
 
-    def install(self, name: str, plan: Any, *, config: dict[str, Any] | None = None) -> None:
+    def install(
+        self, name: str, plan: Any, *, config: dict[str, Any] | None = None, calibration: Iterable[Any] | None = None
+    ) -> None:
         """Attach fresh adapters of a ``Plan`` under ``name``."""
-        if self.adapters.install(name, plan, config=config):
+        if self.adapters.install(name, plan, config=config, calibration=calibration):
             self.captures.new_epoch()
 
     def remove(self, name: str) -> None:
@@ -242,6 +247,38 @@ class Handle:
             given = self.options.example_inputs
         return getattr(self.model, "dummy_inputs", None) if given is None else given
 
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the block the base model computes alone; afterwards the same adapters are live again."""
+        before = self.live
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NewSignatureWarning)
+            self.switch(None)
+            try:
+                yield
+            finally:
+                self.switch(before)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, of how many, as PEFT does."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        trained, total = sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+        share = 100 * trained / max(total, 1)
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def merge_and_unload(self) -> nn.Module:
+        """Fold the live adapters into the base's weights, in fp64 and rounded once, and detach; cannot be undone.
+
+        Adapters that are not live are dropped. Returns the model.
+
+        Raises:
+            UnsupportedError: names the site whose adapter cannot be merged; nothing has changed then.
+        """
+        from adaptc.runtime.folding import fold_in
+
+        fold_in(self)
+        return self.detach()
+
     # -- files -----------------------------------------------------------------------------------------
 
     def save(self, directory: Any, name: str | None = None) -> None:
@@ -277,6 +314,7 @@ class Handle:
             parameter.requires_grad_(False)
         self.model.adaptc = self  # type: ignore[assignment]
         self.entries = captures.arm(self)
+        saving.arm(self)
 
     def pipeline(self) -> Pipeline:
         """The passes that the live adapters' plans ask for (the first plan that says anything)."""
@@ -292,6 +330,7 @@ class Handle:
         for name in list(self.records):
             self.adapters.remove(name)
         captures.disarm(model)
+        saving.disarm(self)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self._was_trainable[name])
         del model.adaptc

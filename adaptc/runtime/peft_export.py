@@ -1,27 +1,31 @@
-"""A plan and its sites, as PEFT's ``adapter_config.json`` of a LoRA adapter."""
+"""A plan and its sites, as PEFT's ``adapter_config.json``."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from torch import nn
 
 from adaptc.errors import UnsupportedError
 from adaptc.methods.base import Method
+from adaptc.methods.codec import Codec, Sites, codec_of
 from adaptc.methods.linear import is_conv1d
-from adaptc.methods.lora import LoRA
 from adaptc.plan.match import Match, is_pattern
 from adaptc.plan.rules import Plan
 from adaptc.runtime import peft_matching as peft
 from adaptc.runtime.peft_import import exactly, means
-from adaptc.runtime.peft_options import INITS, OPTIONS, PEFT_VERSION
+from adaptc.runtime.peft_options import check_config
 
-#: Keys without influence on the adapter, taken over from the config it was loaded with.
-_CARRIED = ("base_model_name_or_path", "revision", "auto_mapping", "megatron_config", "megatron_core")
+
+def comparable(method: Method) -> Method:
+    """What must agree between two adapters' methods: not how they were initialised, nor dropout."""
+    codec = codec_of(method.kind)
+    method = method if codec is None else codec.stored(method)
+    names: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(method) if f.name in ("init", "dropout")}
+    return dataclasses.replace(method, **names)
 
 
 class Assignment(Protocol):
@@ -35,11 +39,16 @@ class Assignment(Protocol):
     def method(self) -> Method | None: ...
 
 
+#: Methods that PEFT's configs have beside the adapter's own: ``modules_to_save`` and ``bias``.
+_FULL, _BIAS = "full", "bias"
+
+
 @dataclasses.dataclass(frozen=True)
 class _Sites:
     """The assignments of a plan, sorted into what a PEFT config has room for."""
 
-    lora: dict[str, LoRA]
+    codec: Codec
+    adapted: dict[str, Method]
     modules: dict[str, nn.Module]
     full: list[str]
 
@@ -57,7 +66,7 @@ def plan_to_config(
 
     Args:
         plan: what the user wrote; its own names are kept where they mean the same to PEFT.
-        assignments: objects with ``path``, ``module`` and ``method`` (LoRA, or kind "full" or None for a
+        assignments: objects with ``path``, ``module`` and ``method`` (kind "full" or None for a
             module that is trained as a whole).
         base_model_name: ``base_model_name_or_path``; None takes it from ``original``.
         task_type: PEFT's task. PEFT trains the classifier of a classification task always, so the task is
@@ -73,15 +82,15 @@ def plan_to_config(
     sites = _sort_sites(assignments)
     if original is not None and means(original, plan, model) and _same_values(original, sites):
         return dict(original)
-    carried = {key: original[key] for key in _CARRIED if original and key in original}
-    config = {**{key: option.default for key, option in OPTIONS.items()}, **carried}
-    config["peft_version"] = PEFT_VERSION
+    keys = sites.codec.keys()
+    carried = {key: original[key] for key, o in keys.items() if original and o.carried and key in original}
+    config = {**{key: option.default for key, option in keys.items()}, **carried}
+    config["peft_type"] = sites.codec.peft_type
     config["inference_mode"] = True
     config["modules_to_save"] = _names_to_save(sites, model)
-    config.update(_uniform_options(sites, original))
-    config.update(_patterns_of(sites, plan))
     config.update(_targets_of(sites, plan, config, model))
-    config["fan_in_fan_out"] = all(is_conv1d(sites.modules[path]) for path in sites.lora)
+    config["fan_in_fan_out"] = all(is_conv1d(sites.modules[path]) for path in sites.adapted)
+    config.update(_values_of(sites, plan, config, original))
     if base_model_name is not None:
         config["base_model_name_or_path"] = base_model_name
     if task_type is None and original is not None:
@@ -96,90 +105,94 @@ def plan_to_config(
 
 
 def _same_values(config: Mapping[str, Any], sites: _Sites) -> bool:
-    """Whether the sites still have the ranks and scales of the config: a scale can be changed by hand."""
-    ranks, alphas = config.get("rank_pattern"), config.get("alpha_pattern")
+    """Whether the config still gives the methods of the sites: a scale can be changed by hand."""
+    parts = sites.codec.rules(check_config(config, loading=True)[1])
     return all(
-        peft.pattern_value(ranks, path, config.get("r", OPTIONS["r"].default)) == method.r
-        and peft.pattern_value(alphas, path, config.get("lora_alpha", OPTIONS["lora_alpha"].default))
-        == method.alpha
-        for path, method in sites.lora.items()
+        any(
+            comparable(part.method.at(path)) == comparable(method)
+            for part in [p for p in parts if p.holds(path)][:1]
+        )
+        for path, method in sites.adapted.items()
     )
 
 
 def _sort_sites(assignments: Iterable[Assignment]) -> _Sites:
-    sites = _Sites({}, {}, [])
+    """The sites by what PEFT does there.
+
+    Raises:
+        UnsupportedError: PEFT's format has no place for them.
+    """
+    adapted: dict[str, Method] = {}
+    modules: dict[str, nn.Module] = {}
+    full: list[str] = []
+    assignments = list(assignments)
+    codec = codec_of_sites(assignments)
     for assignment in assignments:
         method, path = assignment.method, assignment.path
-        if path in sites.modules:
-            raise UnsupportedError(
-                f"PEFT's format has no place for two methods on one module: {path}",
-                do="save them as two adapters",
-            )
-        sites.modules[path] = assignment.module
-        if method is None or method.kind == "full":
-            sites.full.append(path)
-        elif isinstance(method, LoRA):
-            sites.lora[path] = method.at(path)
-        elif method.kind != "bias":
-            raise UnsupportedError(f"PEFT's format for LoRA has no place for {method.kind} at {path}")
-    loose = [p for p in sites.modules if p not in sites.lora and p not in sites.full]
-    if loose and any(method.bias != "all" for method in sites.lora.values()):
+        modules[path] = assignment.module
+        if method is None or method.kind == _FULL:
+            full.append(path)
+        elif method.kind != _BIAS:
+            adapted[path] = method.at(path)
+    if codec is None:
+        _raise_no_place(adapted)
+    adapted = {path: codec.stored(method) for path, method in adapted.items()}
+    loose = [path for path in modules if path not in adapted and path not in full]
+    if loose and any(getattr(method, "bias", "none") != "all" for method in adapted.values()):
         raise UnsupportedError(
             f"PEFT's format cannot say which biases are trained, only those of all modules: {loose[0]}",
             expected='LoRA(bias="all")', do='use bias="lora_only" or "all", or save with another format',
         )  # fmt: skip
-    if not sites.lora:
-        raise UnsupportedError("PEFT's format needs at least one LoRA site", found="none in this adapter")
-    return sites
+    return _Sites(codec, adapted, modules, full)
 
 
-def _uniform_options(sites: _Sites, original: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Options that PEFT has once per adapter."""
-    config = {}
-    for name, key in (("dropout", "lora_dropout"), ("rslora", "use_rslora"), ("bias", "bias")):
-        values: dict[Any, str] = {}
-        for path, method in sites.lora.items():
-            values.setdefault(getattr(method, name), path)
-        if len(values) > 1:
-            found = ", ".join(f"{value!r} at {path}" for value, path in values.items())
-            raise UnsupportedError(
-                f"PEFT's format has one {name} for all LoRA sites",
-                found=found, do=f"give every LoRA rule the same {name}",
-            )  # fmt: skip
-        config[key] = next(iter(values))
-    inits = {method.init for method in sites.lora.values()}
-    written = {value: key for key, value in INITS.items() if key is not None}
-    config["init_lora_weights"] = written[inits.pop()] if len(inits) == 1 else True
-    if original is not None and config["init_lora_weights"] is True:
-        config["init_lora_weights"] = original.get("init_lora_weights", True)
-    return config
+def _values_of(
+    sites: _Sites, plan: Plan, config: Mapping[str, Any], original: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    codec = sites.codec
+    written = [rule.method for rule in plan.rules if rule.method is not None and rule.method.kind == codec.kind]
+    found = Sites(codec, sites.adapted, [codec.stored(method) for method in written], config, original)
+    return {**found.values(), **(codec.write(found) if codec.write is not None else {})}
 
 
-def _patterns_of(sites: _Sites, plan: Plan) -> dict[str, Any]:
-    """``r`` and ``lora_alpha``, and a pattern for each site that differs from the most common value.
+def codec_of_sites(assignments: Iterable[Assignment]) -> Codec | None:
+    """The row of the one kind that the sites have, beside fully trained modules and biases; else None.
 
-    The plan's own patterns are kept when they still mean the same: PEFT writes them sorted, and the first
-    that matches counts.
+    Raises:
+        UnsupportedError: two methods on one module, which no adapter file has a place for.
     """
-    config: dict[str, Any] = {}
-    rules = [rule.method for rule in plan.rules if isinstance(rule.method, LoRA)]
-    for name, key, pattern in (("r", "r", "rank_pattern"), ("alpha", "lora_alpha", "alpha_pattern")):
-        values = {path: _whole(getattr(method, name)) for path, method in sites.lora.items()}
-        if len(rules) == 1:
-            own = dict(sorted(getattr(rules[0], pattern).items()))
-            default = _whole(getattr(rules[0], name))
-            if all(peft.pattern_value(own, path, default) == value for path, value in values.items()):
-                config.update({key: default, pattern: {k: _whole(v) for k, v in own.items()}})
-                continue
-        common = Counter(values.values()).most_common(1)[0][0]
-        config[key] = common
-        config[pattern] = {f"^{re.escape(p)}": v for p, v in values.items() if v != common}
-    return config
+    kinds: set[str] = set()
+    paths: set[str] = set()
+    for assignment in assignments:
+        if assignment.path in paths:
+            raise UnsupportedError(
+                f"PEFT's format has no place for two methods on one module: {assignment.path}",
+                do="save them as two adapters",
+            )
+        paths.add(assignment.path)
+        if assignment.method is not None and assignment.method.kind not in (_FULL, _BIAS):
+            kinds.add(assignment.method.kind)
+    return codec_of(kinds.pop()) if len(kinds) == 1 else None
 
 
-def _whole(value: float) -> float:
-    """16.0 as 16, as PEFT's own configs have it."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _raise_no_place(adapted: Mapping[str, Method]) -> NoReturn:
+    """Say why no row of PEFT's format fits the sites."""
+    kinds: dict[str, str] = {}
+    for path, method in adapted.items():
+        kinds.setdefault(method.kind, path)
+    if not kinds:
+        raise UnsupportedError("PEFT's format needs at least one adapted site", found="none in this adapter")
+    for kind, path in kinds.items():
+        if codec_of(kind) is None:
+            raise UnsupportedError(
+                f"PEFT's format has no place for {kind} at {path}",
+                do="model.adaptc.save writes adaptc's own format",
+            )
+    raise UnsupportedError(
+        "PEFT's format has no place for two kinds in one adapter",
+        found=", ".join(f"{kind} at {path}" for kind, path in kinds.items()),
+        do="save them as two adapters, or with model.adaptc.save, which writes adaptc's own format",
+    )
 
 
 def _names_to_save(sites: _Sites, model: nn.Module | None) -> list[str] | None:
@@ -202,24 +215,28 @@ def _names_to_save(sites: _Sites, model: nn.Module | None) -> list[str] | None:
 def _targets_of(
     sites: _Sites, plan: Plan, config: Mapping[str, Any], model: nn.Module | None
 ) -> dict[str, Any]:
-    """The shortest selection that means exactly the LoRA sites, by PEFT's rules."""
-    wanted = set(sites.lora)
+    """The shortest selection that means exactly the adapted sites, by PEFT's rules."""
+    wanted = set(sites.adapted)
     paths = list(sites.modules) if model is None else list(peft.module_paths(model))
-    for candidate in _candidates(sorted(wanted), plan, named=model is not None):
-        if set(peft.lora_paths({**config, **candidate}, paths)) == wanted:
-            return candidate
-    inside = sorted(wanted - set(peft.lora_paths({**config, "target_modules": ".*"}, paths)))
+    for candidate in _candidates(sorted(wanted), plan, sites.codec.kind, named=model is not None):
+        # A kind of PEFT's that cannot exclude modules, or choose layers, has no such key.
+        if any(value and key not in config for key, value in candidate.items()):
+            continue
+        chosen = {key: value for key, value in candidate.items() if key in config}
+        if set(peft.target_paths({**config, **chosen}, paths)) == wanted:
+            return chosen
+    inside = sorted(wanted - set(peft.target_paths({**config, "target_modules": ".*"}, paths)))
     raise UnsupportedError(
-        "PEFT's format cannot express these LoRA sites beside the fully trained modules",
+        f"PEFT's format cannot express these {sites.codec.label} sites beside the fully trained modules",
         found=", ".join(inside) or "sites that are not modules of the model",
-        do="PEFT never puts LoRA inside a module that it trains as a whole",
+        do="PEFT never puts an adapter inside a module that it trains as a whole",
     )
 
 
-def _candidates(wanted: list[str], plan: Plan, *, named: bool) -> Iterator[dict[str, Any]]:
+def _candidates(wanted: list[str], plan: Plan, kind: str, *, named: bool) -> Iterator[dict[str, Any]]:
     """Selections to try, the most readable first; the last one is exact whatever the names are."""
     if named:
-        matches = [rule.match for rule in plan.rules if isinstance(rule.method, LoRA)]
+        matches = [rule.match for rule in plan.rules if rule.method and rule.method.kind == kind]
         if len(matches) == 1:
             yield from _as_written(matches[0])
         last = sorted({path.rpartition(".")[2] for path in wanted})

@@ -1,7 +1,16 @@
-"""PEFT's file format for LoRA adapters: the config, read and written, and the tensor keys."""
+"""PEFT's file format: the config, read and written, and the tensor keys; kinds are rows of ``methods.codec``."""
 
-from adaptc.runtime.peft_export import plan_to_config
+from adaptc.runtime.peft_export import codec_of_sites, comparable, plan_to_config
 from adaptc.runtime.peft_import import config_to_plan
-from adaptc.runtime.peft_keys import decode, encode, tensors_of
+from adaptc.runtime.peft_keys import assign, decode, encode, tensors_of
 
-__all__ = ["config_to_plan", "decode", "encode", "plan_to_config", "tensors_of"]
+__all__ = [
+    "assign",
+    "codec_of_sites",
+    "comparable",
+    "config_to_plan",
+    "decode",
+    "encode",
+    "plan_to_config",
+    "tensors_of",
+]

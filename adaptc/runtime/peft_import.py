@@ -1,4 +1,4 @@
-"""PEFT's ``adapter_config.json`` of a LoRA adapter, as a plan."""
+"""PEFT's ``adapter_config.json``, as a plan."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from adaptc.errors import AdaptcWarning, ConfigTypeError
-from adaptc.methods.lora import LoRA
+from adaptc.methods.codec import Part
 from adaptc.plan.match import ALL_LINEAR, Match, matcher
 from adaptc.plan.rules import Plan, Rule
 from adaptc.runtime import peft_matching as peft
-from adaptc.runtime.peft_options import INITS, check_config
+from adaptc.runtime.peft_options import check_config
 
 _NAME = re.compile(r"[\w.-]+")
 
@@ -23,9 +23,9 @@ _NAME = re.compile(r"[\w.-]+")
 def config_to_plan(
     config: Mapping[str, Any], *, model: nn.Module | None = None, loading: bool = False
 ) -> Plan:
-    """The plan that a PEFT LoRA config means.
+    """The plan that a PEFT config means.
 
-    ``modules_to_save`` becomes a ``train: full`` rule, in front, so that LoRA leaves such a module alone.
+    ``modules_to_save`` becomes a ``train: full`` rule, in front, so that no adapter is put into such a module.
 
     Args:
         model: the host. PEFT accepts names that match nothing (it adds "score" and "classifier" to any
@@ -39,46 +39,63 @@ def config_to_plan(
         UnsupportedKindError: another kind, or an option that adaptc does not have, by name.
         UnknownConfigKeyError, ConfigTypeError: an unknown key, a value that is not legal.
     """
-    used = check_config(config, loading=loading)
-    match = _match_as_written(used)
+    codec, used = check_config(config, loading=loading)
     # PEFT adds the classifier when it wraps a model for a task; in files it is written out.
     added = () if loading else peft.classifier_names(config.get("task_type"))
     saved = list(dict.fromkeys([*(used["modules_to_save"] or ()), *added]))
+    parts = codec.rules(used)
     if model is not None:
-        match = _match_on(model, used, match, config.get("task_type"))
+        adapted = _rules_on(model, used, parts, config.get("task_type"))
         saved = _present(saved, "modules_to_save", peft.saved_paths, list(peft.module_paths(model)))
-    elif (odd := _odd_name((*match.targets, *match.exclude))) is not None:
-        raise ConfigTypeError(
-            f"{odd!r} in a list of modules is not a module's name",
-            expected="names; PEFT takes an expression as one string, not in a list",
-            do='write "target_modules": "<expression>"',
-        )
+    else:
+        adapted = [Rule(_match_as_written(_of_part(used, part)), part.method) for part in parts]
+        _check_names(adapted)
     rules = [Rule(Match(_saved_selectors(saved, model)), train="full")] if saved else []
-    rules.append(Rule(match, _method(used)))
-    return Plan(rules)
+    return Plan([*rules, *adapted])
 
 
-def _method(used: Mapping[str, Any]) -> LoRA:
-    return LoRA(
-        r=used["r"],
-        alpha=used["lora_alpha"],
-        dropout=used["lora_dropout"],
-        rslora=used["use_rslora"],
-        init=INITS.get(used["init_lora_weights"], "default"),
-        bias=used["bias"],
-        rank_pattern=dict(used["rank_pattern"] or {}),
-        alpha_pattern=dict(used["alpha_pattern"] or {}),
-    )
+def _of_part(used: Mapping[str, Any], part: Part) -> Mapping[str, Any]:
+    return used if part.targets is None else {**used, "target_modules": part.targets}
+
+
+def _check_names(rules: Iterable[Rule]) -> None:
+    for rule in rules:
+        if (odd := _odd_name((*rule.match.targets, *rule.match.exclude))) is not None:
+            raise ConfigTypeError(
+                f"{odd!r} in a list of modules is not a module's name",
+                expected="names; PEFT takes an expression as one string, not in a list",
+                do='write "target_modules": "<expression>"',
+            )
+
+
+def _rules_on(
+    model: nn.Module, used: Mapping[str, Any], parts: Sequence[Part], task_type: str | None
+) -> list[Rule]:
+    """Rules that select the modules that PEFT selects on this model; parts that have none there are left out."""
+    chosen = used
+    if str(used["target_modules"]).lower() == ALL_LINEAR:
+        chosen = {**used, "target_modules": peft.all_linear_paths(model, task_type)}
+    wanted = peft.target_paths(chosen, peft.module_paths(model))
+    rules: list[Rule] = []
+    taken: set[str] = set()
+    for part in parts:
+        own = [path for path in wanted if path not in taken and part.holds(path)]
+        if own:
+            written = _match_as_written(_of_part(used, part))
+            rules.append(Rule(_match_on(model, chosen, written, own, taken), part.method))
+            taken.update(own)
+    # When nothing is matched: resolving the plan names near misses.
+    return rules or [Rule(_match_as_written(_of_part(used, part)), part.method) for part in parts]
 
 
 def _match_as_written(used: Mapping[str, Any]) -> Match:
     """The config's selection in adaptc's selectors, one for each of its entries."""
-    layers = used["layers_to_transform"]
+    layers = used.get("layers_to_transform")
     return Match(
         _selectors(used["target_modules"]),
-        _selectors(used["exclude_modules"]),
+        _selectors(used.get("exclude_modules")),
         layers=None if layers in (None, []) else (layers,) if isinstance(layers, int) else tuple(layers),
-        layers_pattern=_layer_lists(used["layers_pattern"]),
+        layers_pattern=_layer_lists(used.get("layers_pattern")),
     )
 
 
@@ -132,15 +149,12 @@ def _present(names: list[str], key: str, select: Any, paths: list[str]) -> list[
     return found
 
 
-def _match_on(model: nn.Module, used: Mapping[str, Any], written: Match, task_type: str | None) -> Match:
-    """A match that selects the modules that PEFT selects on this model: as written, if it does."""
+def _match_on(
+    model: nn.Module, used: Mapping[str, Any], written: Match, wanted: list[str], taken: set[str]
+) -> Match:
+    """A match that selects ``wanted``, beside what earlier rules have taken: as written, if it does."""
     modules = peft.module_paths(model)
     targets, exclude = written.targets, written.exclude
-    if targets == (ALL_LINEAR,):
-        used = {**used, "target_modules": peft.all_linear_paths(model, task_type)}
-    wanted = peft.lora_paths(used, modules)
-    if not wanted:
-        return written  # matches nothing: resolving the plan names near misses
     if all(is_name(name) for name in targets):
         targets = tuple(_present(list(targets), "target_modules", _suffixed, list(modules)))
     if exclude and is_name(exclude[0]):
@@ -149,7 +163,7 @@ def _match_on(model: nn.Module, used: Mapping[str, Any], written: Match, task_ty
         exclude = ()
     if targets:
         match = dataclasses.replace(written, targets=targets, exclude=exclude)
-        if _selected(match, model, used) == set(wanted):
+        if _selected(match, model, used) - taken == set(wanted):
             return match
     return Match((f"re:{exactly(wanted)}",))
 
@@ -164,7 +178,7 @@ def _selected(match: Match, model: nn.Module, used: Mapping[str, Any]) -> set[st
     from adaptc.plan.tree import ModuleTree
 
     everything = {**used, "target_modules": ".*", "exclude_modules": None, "layers_to_transform": None}
-    open_paths = peft.lora_paths(everything, peft.module_paths(model))
+    open_paths = peft.target_paths(everything, peft.module_paths(model))
     linear = set(all_linear(ModuleTree(model))[0]) if ALL_LINEAR in match.targets else set()
     return {
         path

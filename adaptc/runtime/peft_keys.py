@@ -1,14 +1,15 @@
 """PEFT's tensor keys: adapters to tensors and back.
 
 ====================================================  ==================================================
-``base_model.model.<path>.lora_A.weight``             a factor of LoRA at ``<path>``
-``base_model.model.<path>.base_layer.bias``           a trained bias of a module that also has LoRA
+``base_model.model.<path>.lora_A.weight``             a tensor of the method at ``<path>``
+``base_model.<name>``                                 a tensor that the adapter has once (VeRA's projections)
+``base_model.model.<path>.base_layer.bias``           a trained bias of a module that PEFT has wrapped
 ``base_model.model.<path>.bias``                      a trained bias of any other module
 ``base_model.model.<path>.<name>``                    the parameters and buffers of a fully trained module
 ====================================================  ==================================================
 
-Read, not written: a factor's key with the adapter's name inside (``lora_A.default.weight``, from a saved
-``state_dict``); wrappers' names (``_orig_mod`` of torch.compile, ``_fsdp_wrapped_module``, ``module`` of
+Read, not written: a key with the adapter's name inside (``lora_A.default.weight``, ``ia3_l.default``, from a
+saved ``state_dict``); wrappers' names (``_orig_mod`` of torch.compile, ``_fsdp_wrapped_module``, ``module`` of
 DDP); keys without ``base_model.model.`` (diffusers). Passed over: what PEFT writes by the way, that is
 ``<path>.original_module.*`` and ``<path>.modules_to_save.*`` for ``bias="all"`` beside a fully trained
 module, and frozen base weights (``lm_head.base_layer.weight`` when the head has LoRA), which must equal
@@ -19,16 +20,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
 
 from adaptc.errors import MissingKeyError, NonFiniteError, TensorShapeError, UnexpectedKeyError
 from adaptc.methods.base import Adapter
+from adaptc.methods.codec import Shared, codec_of
 from adaptc.runtime.tensor_file import check_finite
 
 PREFIX = "base_model.model."
+#: The path under which ``decode`` gives tensors that belong to no site, by their whole key.
+SHARED = ""
+_SHARED_PREFIX = "base_model."
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 Decoded = dict[str, dict[str, torch.Tensor]]
 
@@ -50,13 +55,32 @@ def tensors_of(adapter: Adapter) -> dict[str, torch.Tensor]:
     return dict(adapter.peft_tensors())
 
 
-def encode(adapters: Mapping[str, Adapter]) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter (module path -> its part there) under PEFT's keys; no copies are made."""
-    return {
+def shared_of(adapters: Mapping[str, Adapter]) -> tuple[Shared | None, dict[str, torch.Tensor]]:
+    """How the adapters share tensors, and those tensors by their keys."""
+    for adapter in adapters.values():
+        codec = codec_of(adapter.method.kind)
+        if codec is not None and codec.shared is not None:
+            found = codec.shared.tensors(adapters)
+            return codec.shared, {_SHARED_PREFIX + name: tensor for name, tensor in found.items()}
+    return None, {}
+
+
+def encode(
+    adapters: Mapping[str, Adapter], config: Mapping[str, Any] | None = None
+) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter (module path -> its part there) under PEFT's keys; no copies are made.
+
+    ``config``: the one written beside them, which can say that tensors that the adapter has once are left out.
+    """
+    own = {
         PREFIX + _key(path, suffix, adapter): tensor.detach()
         for path, adapter in adapters.items()
         for suffix, tensor in tensors_of(adapter).items()
     }
+    shared, once = shared_of(adapters)
+    if shared is None or not shared.required(config or {}):
+        return own
+    return {**own, **{key: tensor.detach() for key, tensor in once.items()}}
 
 
 def decode(
@@ -65,18 +89,16 @@ def decode(
     *,
     model: nn.Module | None = None,
     source: str = "the adapter",
+    config: Mapping[str, Any] | None = None,
 ) -> Decoded:
     """The values for each adapter, by module path and suffix, checked before anything is changed.
 
-    To load them::
-
-        for path, values in decode(tensors, adapters).items():
-            for suffix, tensor in tensors_of(adapters[path]).items():
-                tensor.data.copy_(values[suffix])
+    ``assign`` puts them into the adapters.
 
     Args:
         model: the host, so that frozen weights in the file can be compared with its own.
         source: what to call the file in errors.
+        config: the adapter's config, which can say that tensors that it has once are not in the file.
 
     Raises:
         UnexpectedKeyError: a tensor that belongs nowhere (nearest keys are named), or twice in the file.
@@ -87,8 +109,12 @@ def decode(
         for path, adapter in adapters.items()
         for suffix, own in tensors_of(adapter).items()
     }
+    shared, once = shared_of(adapters)
+    places.update({key: _Place(SHARED, key, own) for key, own in once.items()})
     full = {path for path, adapter in adapters.items() if adapter.replaces_forward}
     found = _sort_keys(tensors, places, full, model, source)
+    if shared is not None and not shared.required(config or {}) and not any(key in found for key in once):
+        places = {key: place for key, place in places.items() if key not in once}
     _check_complete(found, places, source)
     decoded: Decoded = {}
     for short, place in places.items():
@@ -96,6 +122,23 @@ def decode(
         _check_tensor(key, tensors[key], place.own, source)
         decoded.setdefault(place.path, {})[place.suffix] = tensors[key]
     return decoded
+
+
+def assign(decoded: Decoded, adapters: Mapping[str, Adapter]) -> None:
+    """Put the values of ``decode`` into the adapters that they were checked for."""
+    for path, values in decoded.items():
+        if path == SHARED:
+            continue
+        if adapters[path].replaces_forward:
+            for suffix, tensor in tensors_of(adapters[path]).items():
+                tensor.data.copy_(values[suffix])
+        else:
+            adapters[path].set_peft_tensors(values)
+    if decoded.get(SHARED):
+        shared, _ = shared_of(adapters)
+        assert shared is not None  # decode found its tensors
+        once = decoded[SHARED].items()
+        shared.assign(adapters, {key.removeprefix(_SHARED_PREFIX): tensor for key, tensor in once})
 
 
 def _sort_keys(
@@ -144,8 +187,12 @@ def _is_aside(hit: tuple[str, str]) -> bool:
 
 def _key(path: str, suffix: str, adapter: Adapter) -> str:
     """The key without its prefix. PEFT finds the bias of a wrapped layer below ``base_layer``."""
-    wrapped = suffix == "bias" and adapter.method.kind == "lora"
+    wrapped = suffix == "bias" and codec_of(adapter.method.kind) is not None
     return f"{path}.base_layer.bias" if wrapped else f"{path}.{suffix}"
+
+
+def _whole_key(key: str) -> str:
+    return key if key.startswith(_SHARED_PREFIX) else PREFIX + key
 
 
 def _without_wrappers(key: str, places: Mapping[str, _Place]) -> str:
@@ -166,6 +213,11 @@ def _find_place(key: str, places: Mapping[str, _Place], full: set[str]) -> tuple
     plain = f"{stem}.{leaf}"
     if plain in places and places[plain].path not in full and "." in places[plain].suffix:
         return plain, name
+    # ``ia3_l.default`` of a saved state_dict, ``lora_magnitude_vector.default.weight``
+    for stem, _, name in (key.rpartition("."), key.removesuffix(".weight").rpartition(".")):
+        place = places.get(stem)
+        if place is not None and place.path not in full and "." not in place.suffix.removeprefix(_SHARED_PREFIX):
+            return (stem, name) if place.suffix != "bias" else (None, None)
     path, inside, rest = key.partition(".modules_to_save.")
     if inside and path in full:
         name, _, shorter = rest.partition(".")
@@ -205,7 +257,7 @@ def _is_frozen_copy(
 
 
 def _raise_unexpected(strange: list[str], places: Mapping[str, _Place], source: str) -> NoReturn:
-    known = [PREFIX + key for key in places]
+    known = [_whole_key(key) for key in places]
     lines = []
     for key in strange[:5]:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
@@ -221,7 +273,7 @@ def _raise_unexpected(strange: list[str], places: Mapping[str, _Place], source: 
 
 
 def _check_complete(found: Mapping[str, str], places: Mapping[str, _Place], source: str) -> None:
-    missing = [PREFIX + key for key in places if key not in found]
+    missing = [_whole_key(key) for key in places if key not in found]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise MissingKeyError(

@@ -33,8 +33,8 @@ def module_paths(model: nn.Module) -> dict[str, nn.Module]:
     return paths
 
 
-def lora_paths(config: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
-    """The paths that PEFT puts LoRA on. ``"all-linear"`` must be replaced by names before."""
+def target_paths(config: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
+    """The paths that PEFT adapts. ``"all-linear"`` must be replaced by names before."""
     return [path for path in paths if _is_target(config, path)]
 
 
@@ -83,14 +83,6 @@ def classifier_names(task_type: str | None) -> tuple[str, ...]:
     if task_type in CLASSIFICATION:
         return CLASSIFIER_NAMES
     return ANSWER_NAMES if task_type == "QUESTION_ANS" else ()
-
-
-def pattern_value(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """The value of the first expression that matches the path or its last components."""
-    for expression, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({expression})$", path):
-            return value
-    return default
 
 
 def all_linear_paths(model: nn.Module, task_type: str | None) -> list[str]:

@@ -102,6 +102,18 @@ def test_an_unedited_graph_comes_from_the_cache(passes):
         assert_close(got[:3], written_out())
 
 
+def test_the_report_says_what_came_from_the_cache():
+    notes = []
+    for _ in range(2):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model = adaptc.compile(Site(), adaptc.LoRA(r=3, init="random", targets="fc"))
+        model(torch.randn(4, 6)).sum().backward()
+        notes.append(model.adaptc.graphs[0].notes)
+        assert (notes[-1] == []) == ("lower" in model.adaptc.graphs[0].stages)
+    assert notes == [[], ["compiled code from the cache: the joint passes ran when it was made"]]
+
+
 def test_another_pipeline_does_not_find_it():
     step()
     assert_compiled_anew(step(passes={"skip": ["canonicalise"]}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,34 @@ def test_our_errors_are_shown_without_a_traceback(monkeypatch: pytest.MonkeyPatc
     shown = RUNNER.invoke(app, ["demo"])
     assert shown.exit_code == 1
     assert shown.output == "the text corpus is empty\n  found  none\n"
+
+
+def test_an_interrupt_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run_demo", interrupted)
+    shown = RUNNER.invoke(app, ["demo"])
+    assert shown.exit_code == 130
+    assert shown.output == "\nInterrupted.\n"
+
+
+def test_the_network_is_switched_off_before_transformers_is_imported() -> None:
+    code = (
+        "import importlib.util, sys, types\n"
+        "fake = types.ModuleType('adaptc.demo.run')\n"
+        "def run_demo(*_, **__):\n"
+        "    from huggingface_hub import constants\n"
+        "    print('offline', constants.HF_HUB_OFFLINE)\n"
+        "    raise KeyboardInterrupt\n"
+        "fake.run_demo = run_demo\n"
+        "sys.modules['adaptc.demo.run'] = fake\n"
+        "from adaptc.cli.app import app\n"
+        "app(['demo'])\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (130, "offline True\n"), done.stderr
 
 
 def test_absent_packages_are_named_at_once(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.demo.pictures import draw_loss, draw_sites, smoothed
+from adaptc.demo.pictures import FROZEN, LORA, draw_loss, draw_sites, smoothed, split_path
 from adaptc.demo.sites import SiteChange, site_changes
 from adaptc.demo.training import History, Scores
 
@@ -49,33 +49,61 @@ def test_smoothing_is_a_trailing_mean() -> None:
     assert smoothed([4.0, 2.0, 0.0, 6.0], 3) == [4.0, 3.0, 2.0, pytest.approx(8 / 3)]
 
 
-def _is_drawn(path: Path, color: tuple[float, float, float]) -> bool:
-    """Whether the picture has pixels of ``color`` (RGB in [0, 1])."""
+def _share_drawn(path: Path, color: str) -> float:
+    """The share of a picture's pixels that have ``color`` (hexadecimal)."""
     pixels = torch.from_numpy(matplotlib.image.imread(path).copy())[..., :3]
-    return bool(((pixels - torch.tensor(color)).abs().amax(-1) < 0.01).sum() > 20)
+    wanted = torch.tensor([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return float(((pixels - wanted).abs().amax(-1) < 0.01).float().mean())
 
 
-def test_the_loss_picture_shows_loss_dev_accuracy_and_the_frozen_encoder(tmp_path: Path) -> None:
-    history = History(losses=[3.0 / (i + 1) for i in range(60)], dev=[(30, Scores(0.7, 0.6)), (60, Scores(0.8, 0.7))])
-    draw_loss(history, Scores(0.75, 0.7), tmp_path / "loss.png")
-    for hexadecimal in ("1f77b4", "ff7f0e", "7f7f7f"):
-        color = tuple(int(hexadecimal[i : i + 2], 16) / 255 for i in (0, 2, 4))
-        assert _is_drawn(tmp_path / "loss.png", color), hexadecimal
+@pytest.mark.parametrize("frozen", [0.6, 0.75, 0.9])  # below, between and above LoRA's
+def test_the_loss_picture_shows_loss_dev_scores_and_the_frozen_encoder(tmp_path: Path, frozen: float) -> None:
+    history = History([3.0 / (i + 1) for i in range(60)], [(30, Scores(0.7, 0.6)), (60, Scores(0.8, 0.7))], kept=60)
+    draw_loss(history, Scores(frozen, frozen), tmp_path / "loss.png")
+    assert _share_drawn(tmp_path / "loss.png", LORA) > 0.002
+    assert _share_drawn(tmp_path / "loss.png", FROZEN) > 0.0005
 
 
-def test_the_site_picture_grows_with_its_sites_and_colours_roles(tmp_path: Path) -> None:
-    def picture(layers: int) -> tuple[int, ...]:
-        changes = [
-            SiteChange(f"encoder.layer.{i}.{role}", "lora", 100 * (i + 1), 0.1 * (i + 1))
-            for i in range(layers)
-            for role in ("query", "value")
-        ]
+def _changes(layers: int, roles: tuple[str, ...]) -> list[SiteChange]:
+    return [
+        SiteChange(f"encoder.layer.{i}.{role}", "lora", 100, 0.01 * (i + 1)) for i in range(layers) for role in roles
+    ]
+
+
+def test_the_site_picture_has_a_row_per_role_and_a_column_per_layer(tmp_path: Path) -> None:
+    def size(changes: list[SiteChange]) -> tuple[int, int]:
         draw_sites(changes, tmp_path / "sites.png")
-        return tuple(matplotlib.image.imread(tmp_path / "sites.png").shape)
+        height, width, _ = matplotlib.image.imread(tmp_path / "sites.png").shape
+        return height, width
 
-    short, tall = picture(2), picture(8)
-    assert tall[0] > short[0] and tall[1] == short[1]
-    for hexadecimal in ("1f77b4", "ff7f0e"):  # one colour for each of the two roles
-        color = tuple(int(hexadecimal[i : i + 2], 16) / 255 for i in (0, 2, 4))
-        assert _is_drawn(tmp_path / "sites.png", color), hexadecimal
-    assert not _is_drawn(tmp_path / "sites.png", (0x2C / 255, 0xA0 / 255, 0x2C / 255))
+    few = size(_changes(2, ("query", "value")))
+    deep = size(_changes(8, ("query", "value")))
+    many = size(_changes(2, ("query", "key", "value", "dense")))
+    headed = size([*_changes(2, ("query", "value")), SiteChange("head", "full", 9, 0.02)])
+    assert deep[0] == few[0] and deep[1] > few[1]
+    assert many[0] > few[0] and many[1] == few[1]
+    assert headed[0] > few[0] and headed[1] > few[1]
+
+
+def test_a_larger_update_is_darker(tmp_path: Path) -> None:
+    def brightness(ratio: float) -> float:
+        reference = SiteChange("layer.1.query", "lora", 1, 0.1)
+        draw_sites([SiteChange("layer.0.query", "lora", 1, ratio), reference], tmp_path / "sites.png")
+        return float(matplotlib.image.imread(tmp_path / "sites.png")[..., 0].mean())
+
+    assert brightness(0.01) > brightness(0.05) > brightness(0.09)
+
+
+@pytest.mark.parametrize(
+    ("path", "role", "layer"),
+    [
+        ("encoder.layer.3.attention.query", "encoder.layer.*.attention.query", 3),
+        ("0.linear", "*.linear", 0),
+        ("blocks.11", "blocks.*", 11),
+        ("layers.2.experts.7", "layers.*.experts.7", 2),
+        ("head", "head", None),
+        ("conv2.dense1", "conv2.dense1", None),
+    ],
+)
+def test_a_path_is_a_role_and_a_layer(path: str, role: str, layer: int | None) -> None:
+    assert split_path(path) == (role, layer)

@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 
 from adaptc.demo import report
 from adaptc.demo.report import Comparison, agreement, compare, mcnemar, verdict
-from adaptc.demo.training import Scores
+from adaptc.demo.training import History, Scores
 from tests.demo import tiny
 
 
@@ -56,6 +56,13 @@ def test_agreement_counts_equal_predictions_and_the_largest_difference() -> None
     assert (found.texts, found.equal_predictions, found.max_difference) == (3, 2, 0.25)
     assert not found.holds
     assert agreement(ours, ours.clone()).holds
+
+
+def test_the_training_sentence_names_times_and_the_epoch_that_dev_chose() -> None:
+    dev = [(0, Scores(0.5, 0.4)), (3, Scores(0.8, 0.7)), (6, Scores(0.75, 0.65))]
+    said = report.training_sentence(History([1.0] * 6, dev, kept=3, first_step_s=40.0, total_s=41.0))
+    for part in ("first step took 40 s", "other 5 took 1 s", "number 1: accuracy 0.800, macro-F1 0.700"):
+        assert part in said
 
 
 def test_tables_show_the_counts_and_both_scores() -> None:

@@ -55,7 +55,7 @@ def test_peft_predicts_the_same(finished: Finished) -> None:
     assert finished.result.agreement.holds
     assert finished.result.agreement.texts == texts
     assert finished.result.agreement.max_difference < 1e-4
-    assert f"{texts} of {texts} predictions equal" in finished.printed
+    assert f"{texts} of {texts} predictions are equal" in finished.printed
 
 
 def test_the_adapter_on_disk_is_trained_and_gives_the_reported_scores(finished: Finished) -> None:
@@ -64,7 +64,7 @@ def test_the_adapter_on_disk_is_trained_and_gives_the_reported_scores(finished: 
     fresh = SentenceClassifier(encoder, len(corpus.topics))
     loaded = PeftModel.from_pretrained(fresh, str(finished.out / "adapter"))
     test = tokenize(tokenizer, corpus.test)
-    right = (logits_of(loaded, test).argmax(1) == test.labels).double().mean()
+    right = (logits_of(loaded, test, 8).argmax(1) == test.labels).double().mean()
     assert float(right) == pytest.approx(finished.result.comparison.lora.accuracy)
     tensors = load_file(finished.out / "adapter" / "adapter_model.safetensors")
     moved = [float(t.norm()) for name, t in tensors.items() if "lora_B" in name]
@@ -81,8 +81,8 @@ def test_a_changed_adapter_is_noticed(finished: Finished, tmp_path: Path) -> Non
     tensors = load_file(folder / "adapter_model.safetensors")
     save_file({name: -t for name, t in tensors.items()}, folder / "adapter_model.safetensors")
     texts = tokenize(tiny.tokenizer(), corpus.test)
-    ours = run._logits_through_peft(finished.out / "adapter", tiny.encoder, corpus, texts)
-    theirs = run._logits_through_peft(folder, tiny.encoder, corpus, texts)
+    ours = run._logits_through_peft(finished.out / "adapter", tiny.encoder, corpus, texts, 8)
+    theirs = run._logits_through_peft(folder, tiny.encoder, corpus, texts, 8)
     assert not run.agreement(ours, theirs).holds
 
 
@@ -92,8 +92,9 @@ def test_metrics_tell_the_whole_run(finished: Finished) -> None:
     assert metrics["settings"] == dataclasses.asdict(SETTINGS)
     assert metrics["test"]["lora"] == dataclasses.asdict(finished.result.comparison.lora)
     assert metrics["test"]["lora_wins"] is finished.result.comparison.lora_wins
-    assert len(metrics["dev"]["lora_by_epoch"]) == SETTINGS.epochs
-    assert metrics["dev"]["lora_by_epoch"][-1]["step"] == len(metrics["losses"])
+    steps = [scores["step"] for scores in metrics["dev"]["lora"]]
+    assert steps == [0, len(metrics["losses"]) // 2, len(metrics["losses"])]
+    assert metrics["dev"]["kept_step"] in steps[1:]
     assert [site["path"] for site in metrics["sites"]][-1] == "head"
     assert all(site["ratio"] > 0 for site in metrics["sites"])
     assert set(metrics["seconds"]) >= {"load", "frozen_encoder", "train_lora", "first_step", "peft"}
@@ -108,6 +109,65 @@ def test_the_reader_sees_scores_verdict_report_and_files(finished: Finished) -> 
     ):  # fmt: skip
         assert text in finished.printed, text
     assert {p.name for p in finished.out.iterdir()} == {"loss.png", "sites.png", "metrics.json", "adapter"}
+    assert f"Written to {finished.out}:" in finished.printed.replace("\n", "")
+    assert all(f"  {name}" in finished.printed for name in run.OUTPUTS)
+
+
+def test_before_the_first_step_lora_scores_as_the_frozen_encoder(finished: Finished) -> None:
+    dev = finished.metrics["dev"]
+    start = {name: value for name, value in dev["lora"][0].items() if name != "step"}
+    assert start == dev["frozen"]
+
+
+def test_without_inductor_another_backend_takes_its_place_and_the_reader_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def compile(model: Any, plan: Any, *, backend: str) -> Any:
+        asked.append(backend)
+        raise KeyboardInterrupt  # the rest is as elsewhere
+
+    monkeypatch.setattr(run.torch_internals, "inductor_missing", lambda: "InvalidCxxCompiler: No working C++ compiler")
+    monkeypatch.setattr(run.adaptc, "compile", compile)
+    console = Console(file=io.StringIO(), width=100)
+    with pytest.raises(KeyboardInterrupt):
+        run.run_demo(tmp_path / "out", corpus=tiny.corpus(), encoder=tiny.encoder, console=console)
+    assert asked == ["aot_eager"]
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "No working C++ compiler" in printed
+    assert "backend is aot_eager instead" in printed and "Backend aot_eager." in printed
+    assert list((tmp_path / "out").iterdir()) == []  # nothing half-done
+
+
+def test_absent_python_headers_stand_in_inductors_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run.torch_internals, "inductor_missing", lambda: None)
+    monkeypatch.setattr(run.sysconfig, "get_path", lambda _: str(tmp_path))
+    assert "Python.h" in (run.inductor_missing() or "")
+    (tmp_path / "Python.h").touch()
+    assert run.inductor_missing() is None
+
+
+def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+    for name in ("thesis.tex", "metrics.json"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(run.DemoFolderError, match=r"other files(.|\n)*thesis.tex(.|\n)*--out"):
+        run.run_demo(tmp_path, corpus=tiny.corpus(), encoder=tiny.encoder)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"thesis.tex": "mine", "metrics.json": "mine"}
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    for out in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        with pytest.raises(run.DemoFolderError, match=r"cannot be the output folder(.|\n)*--out"):
+            run.prepare_folder(out)
+
+
+def test_an_earlier_runs_folder_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    for name in ("loss.png", "sites.png", "metrics.json"):
+        (tmp_path / name).touch()
+    run.prepare_folder(tmp_path)
 
 
 def test_a_second_run_with_the_same_seed_repeats_the_first(finished: Finished) -> None:

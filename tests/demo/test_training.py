@@ -43,15 +43,15 @@ def test_scores_by_hand() -> None:
 
 
 def test_run_over_returns_rows_in_the_order_of_the_texts() -> None:
-    lengths = [3, 20, 5, 40, 1, 16, 17] * 9
+    lengths = [3, 20, 5, 24, 1, 16, 17] * 9
     texts = TokenizedTexts(tuple((7,) * n for n in lengths), torch.zeros(len(lengths), dtype=torch.long))
-    found = run_over(lambda ids, mask: mask.sum(1, keepdim=True).float(), texts)
+    found = run_over(lambda ids, mask: mask.sum(1, keepdim=True).float(), texts, 8)
     assert found[:, 0].tolist() == lengths
 
 
 def test_run_over_refuses_an_empty_split() -> None:
     with pytest.raises(ValueError, match="there are no texts"):
-        run_over(lambda ids, mask: ids, TokenizedTexts((), torch.zeros(0)))
+        run_over(lambda ids, mask: ids, TokenizedTexts((), torch.zeros(0)), 8)
 
 
 def test_class_weights_are_scikit_learns_balanced_ones() -> None:
@@ -65,9 +65,9 @@ def test_the_probe_is_the_logistic_regression_that_dev_prefers() -> None:
     corpus = tiny.corpus()
     train, dev = tokenize(tokenizer, corpus.train), tokenize(tokenizer, corpus.dev)
     model = SentenceClassifier(encoder, 2)
-    strength, found = fit_probe(model, train, dev)
-    inputs = run_over(model.embed, train).numpy()
-    dev_inputs = run_over(model.embed, dev)
+    strength, found = fit_probe(model, train, dev, 16)
+    inputs = run_over(model.embed, train, 16).numpy()
+    dev_inputs = run_over(model.embed, dev, 16)
     by_strength = {}
     for c in training.PROBE_STRENGTHS:
         probe = LogisticRegression(C=c, max_iter=3000, class_weight="balanced")
@@ -75,7 +75,7 @@ def test_the_probe_is_the_logistic_regression_that_dev_prefers() -> None:
         by_strength[c] = score(torch.tensor(probe.predict(dev_inputs.numpy())), dev.labels)
     assert found.macro_f1 == max(s.macro_f1 for s in by_strength.values())
     assert found == by_strength[strength]
-    assert training.predict_scores(model, dev) == found
+    assert training.predict_scores(model, dev, 16) == found
 
 
 def test_training_learns_what_is_learnable_and_reports_every_step() -> None:
@@ -85,14 +85,13 @@ def test_training_learns_what_is_learnable_and_reports_every_step() -> None:
     heard = []
     history = train_adapter(
         model, list(model.parameters()), train, dev, Settings(epochs=6, learning_rate=0.1, clip_norm=10.0),
-        seed=0, classes=3, on_step=lambda loss, scores, steps: heard.append((loss, scores, steps)),
+        seed=0, classes=3, on_step=lambda loss, scores: heard.append((loss, scores)),
     )  # fmt: skip
     steps = 6 * math.ceil(90 / 16)
     assert len(history.losses) == len(heard) == steps
-    assert [loss for loss, _, _ in heard] == history.losses
-    assert {total for _, _, total in heard} == {steps}
-    assert [step for step, _ in history.dev] == [6 * (e + 1) for e in range(6)]
-    assert [scores for _, scores, _ in heard if scores is not None] == [s for _, s in history.dev]
+    assert [loss for loss, _ in heard] == history.losses
+    assert [step for step, _ in history.dev] == [6 * e for e in range(7)]
+    assert [scores for _, scores in heard if scores is not None] == [s for _, s in history.dev[1:]]
     assert history.losses[-1] < 0.5 * history.losses[0]
     assert history.dev[-1][1].accuracy == 1.0
 
@@ -100,7 +99,27 @@ def test_training_learns_what_is_learnable_and_reports_every_step() -> None:
 def test_steps_run_in_training_mode_and_dev_in_evaluation_mode() -> None:
     model = BagOfTokens(20, 3)
     train_adapter(model, list(model.parameters()), _separable(32), _separable(9), Settings(epochs=2), seed=0, classes=3)
-    assert model.modes == [True, True, False, True, True, False]
+    assert model.modes == [False, True, True, False, True, True, False]
+
+
+@pytest.mark.parametrize(("macro_f1", "kept"), [((0.9, 0.1, 0.5, 0.2), 4), ((0.9, 0.1, 0.2, 0.3), 6)])
+def test_the_weights_of_the_epoch_that_dev_prefers_are_kept(
+    monkeypatch: pytest.MonkeyPatch, macro_f1: tuple[float, ...], kept: int
+) -> None:
+    """The start, which dev may like best, is the frozen encoder's and no choice."""
+    model = BagOfTokens(20, 3)
+    tables: list[torch.Tensor] = []
+
+    def scored(*_: object) -> training.Scores:
+        tables.append(model.table.weight.detach().clone())
+        return training.Scores(0.5, macro_f1[len(tables) - 1])
+
+    monkeypatch.setattr(training, "predict_scores", scored)
+    settings = Settings(epochs=3)
+    history = train_adapter(model, list(model.parameters()), _separable(32), _separable(9), settings, seed=0, classes=3)
+    assert history.kept == kept
+    assert torch.equal(model.table.weight, tables[kept // 2])
+    assert len({float(t.sum()) for t in tables}) == 4  # else this test says nothing
 
 
 def test_the_first_loss_is_the_weighted_cross_entropy_of_the_first_batch() -> None:

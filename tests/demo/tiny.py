@@ -37,7 +37,7 @@ def encoder() -> tuple[nn.Module, Any]:
 
 
 def corpus() -> Corpus:
-    """Two topics that a random encoder can tell apart, and one text too long for the short bucket."""
+    """Two topics that a random encoder can tell apart, and one text that is too long and is cut."""
     long = " and ".join(FOODS)
     foods = [[f"please pass the {a} and {b}"] for a, b in itertools.pairwise(FOODS)]
     foods += [[f"I eat {a} with {b}"] for a, b in itertools.pairwise(FOODS)]

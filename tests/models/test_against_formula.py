@@ -11,7 +11,7 @@ from torch import nn
 
 import adaptc
 from tests.models import hosts
-from tests.reference import check_all_rewritten, check_against_reference, reference_step, relative_errors, step
+from tests.reference import check_against_reference, check_all_rewritten, check_steps_agree, reference_step, step
 
 LORA = adaptc.LoRA(r=3, alpha=6, init="random", targets="all-linear")
 
@@ -19,17 +19,17 @@ LORA = adaptc.LoRA(r=3, alpha=6, init="random", targets="all-linear")
 @pytest.mark.parametrize("host", hosts.HOSTS)
 def test_every_class_computes_the_formula(host):
     """With the graph as it is after the passes; that AOTAutograd keeps it is tested beside PEFT."""
+    model = adaptc.compile(hosts.build(host), LORA, backend="eager")
     base = hosts.build(host)
-    model = adaptc.compile(copy.deepcopy(base), LORA, backend="eager")
+    if host == "mixtral":
+        base.set_experts_implementation("eager")  # torch's grouped product has no fp64
     for train in (True, False):
         model.train(train)
         for rows, length in ((2, 10), (3, 7)):
             batch = hosts.batch(host, rows=rows, length=length)
-            (loss, got), (want_loss, want) = step(model, batch), reference_step(model, base, batch)
-            assert len(want) == 2 * len(model.adaptc.sites)
-            assert abs(loss / want_loss - 1) < 1e-6
-            errors = relative_errors(got, want)
-            assert max(errors.values()) < 5e-6, max(errors, key=errors.get)
+            want = reference_step(model, base, batch)
+            assert len(want[1]) == 2 * len(model.adaptc.sites)
+            check_steps_agree(step(model, batch), want)
     check_all_rewritten(model, *hosts.ALL_LINEAR[host])
 
 
@@ -56,9 +56,7 @@ def checkpoint_every_block(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("cut", [break_before_every_block, compile_every_block, checkpoint_every_block])
 @pytest.mark.parametrize("host", ["llama", "bert"])
-def test_frames_that_layers_share_give_every_layer_its_own_adapter(
-    host: str, cut: Callable[[nn.Module], None]
-):
+def test_frames_that_layers_share_give_every_layer_its_own_adapter(host: str, cut: Callable[[nn.Module], None]):
     # transformers sets BERT's problem type in the first call, and a changed config recompiles any model.
     options = {"problem_type": "single_label_classification"} if host == "bert" else {}
     base = hosts.build(host, train=True, num_hidden_layers=3, use_cache=False, **options)

@@ -16,11 +16,9 @@ from torch import nn
 
 import adaptc
 from tests.models import hosts
-from tests.reference import check_all_rewritten, reference_step, relative_errors, step
+from tests.reference import check_all_rewritten, check_steps_agree, reference_step, relative_errors, step
 
 SHAPES = ({"rows": 2, "length": 10}, {"rows": 3, "length": 7})
-#: Two orders of summation in fp32.
-LOSS, GRADIENT = 1e-6, 5e-6
 
 
 def lora(**options: Any) -> adaptc.LoRA:
@@ -50,12 +48,9 @@ def peft_step(twin: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, 
 
 
 def check_same(model: nn.Module, twin: nn.Module, batch: Mapping[str, Any]) -> None:
-    loss, gradients = step(model, batch)
-    want_loss, want = peft_step(twin, batch)
-    assert len(want) == 2 * len(model.adaptc.sites), "every factor has a gradient"
-    assert abs(loss / want_loss - 1) < LOSS
-    errors = relative_errors(gradients, want)
-    assert max(errors.values()) < GRADIENT, max(errors, key=errors.get)
+    want = peft_step(twin, batch)
+    assert len(want[1]) == 2 * len(model.adaptc.sites), "every factor has a gradient"
+    check_steps_agree(step(model, batch), want)
 
 
 class CountingBackend:
@@ -80,6 +75,7 @@ def test_every_class_computes_what_peft_computes(host):
     for train, batch in cases:
         plain.train(train)
         captured(**batch)
+    torch.compiler.reset()  # Dynamo remembers, per frame, which sizes changed
 
     model = adaptc.compile(hosts.build(host, **changes), lora(), backend="aot_eager")
     twin = peft_twin(hosts.build(host, **changes), model)
@@ -126,21 +122,22 @@ def test_sixteen_bit_arithmetic_is_as_exact_as_pefts(kind, options, size):
     base = hosts.build("llama", train=True)
     if kind == "bf16-base":
         base = base.to(torch.bfloat16)
+    model = adaptc.compile(copy.deepcopy(base), lora(**options), backend="aot_eager")
+    assert {p.dtype for p in model.adaptc.parameters()} == {torch.float32}
     ours, theirs = [], []
-    for seed in range(3):
+    for seed in range(4):
         torch.manual_seed(seed)
-        model = adaptc.compile(copy.deepcopy(base), lora(**options), backend="aot_eager")
-        assert {p.dtype for p in model.adaptc.parameters()} == {torch.float32}
-        with torch.no_grad():
-            for site in model.adaptc.sites:
-                site.adapters["default"].lora_B.mul_(size)
+        for site in model.adaptc.sites:
+            site.adapters["default"].reset_parameters()
+            site.adapters["default"].lora_B.data.mul_(size)
         twin = peft_twin(copy.deepcopy(base), model).train()
         batch = hosts.batch("llama", rows=4, length=12, seed=seed)
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
             (loss, got), (peft_loss, peft_got) = step(model, batch), peft_step(twin, batch)
-        check_all_rewritten(model, *hosts.ALL_LINEAR["llama"])
         want_loss, want = reference_step(model, base, batch)
         ours += [float(loss / want_loss - 1), *relative_errors(got, want).values()]
         theirs += [float(peft_loss / want_loss - 1), *relative_errors(peft_got, want).values()]
+    check_all_rewritten(model, *hosts.ALL_LINEAR["llama"])
+    assert len(model.adaptc.graphs) == 1
     error, yardstick = (float(torch.tensor(e, dtype=torch.float64).norm()) for e in (ours, theirs))
     assert 0 < error <= 1.1 * yardstick

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ def test_graph_text(stage):
     _, model = adapted(dtype=torch.bfloat16)
     graph = trained_graph(model, dtype=torch.bfloat16)
     assert tuple(graph.stages) == STAGES
-    text = graph.stage(stage).rstrip() + "\n"
+    # Between the gradients stands a None for every other input; in which order inputs come is of no interest.
+    text = re.sub(r"None x \d+", "None", graph.stage(stage).rstrip() + "\n")
     path = FOLDER / f"{stage}.txt"
     if os.environ.get("ADAPTC_REFRESH_GOLDEN"):
         path.write_text(text)

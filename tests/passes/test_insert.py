@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import operator
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import adaptc
+from adaptc.codegen.torch_internals import watch_calls
 from adaptc.ir.edit import copy_graph_module
 from adaptc.ir.lora import draw_tensor
 from adaptc.ir.sites import dialect_nodes, lora_nodes, site_of
@@ -132,6 +134,31 @@ def test_stops_at_its_limit():
     assert result.refused == [("second", "limit reached")]
     assert ops(gm) == {"dropout": 1, "lora_linear": 1, "lora_site": 1}
     check_adapters(gm, values, [*real(values), torch.zeros(1, dtype=torch.int64)])
+
+
+@pytest.mark.parametrize("trained, products", [
+    (["A1", "B1"], {"lora_bottleneck_grad": 1, "lora_factor_grad": 2}),
+    (["A1"], {"lora_bottleneck_grad": 1, "lora_factor_grad": 1}),
+    (["B1"], {"lora_factor_grad": 1}),
+    (["x"], {"lora_bottleneck_grad": 1, "lora_input_grad": 1}),
+    (["y"], {}),
+])  # fmt: skip
+def test_gradients_that_nobody_asks_for_are_not_computed(trained, products):
+    values = tensors(trained=False, grad_x=False)
+    for name in trained:
+        values[name].requires_grad_()
+    gm, _ = anchored(values)
+    insert(gm, Context())
+    found = collections.Counter()
+
+    def note(op, args, kwargs, output):
+        if op.namespace == "adaptc" and op._schema.name != "adaptc::lora_linear":
+            found[op._schema.name.partition("::")[2]] += 1
+
+    with watch_calls(note):
+        run(gm, real(values), torch.ones(4, 3))
+    assert found == products
+    check_adapters(gm, values, real(values))
 
 
 @pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16])

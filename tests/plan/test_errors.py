@@ -20,7 +20,7 @@ from tests.models import hosts
             "llama",
             LoRA(targets=["q_porj"]),
             'rule 2 matches nothing\n  rule   LoRA(targets=["q_porj"])\n'
-            "  found  15 linear layers; nearest names: q_proj (2), v_proj (2), o_proj (2)\n"
+            "  found  16 adaptable modules; nearest names: q_proj (2), v_proj (2), o_proj (2)\n"
             "  do     correct the name; print(model) lists the modules",
         ),
         ("llama", LoRA(targets=["q_proj", "v_porj"]), 'rule 2: "v_porj" matches nothing'),
@@ -28,7 +28,7 @@ from tests.models import hosts
         ("llama", LoRA(targets="all_linear"), 'nearest names: "all-linear"'),
         ("llama", LoRA(targets=r"re:.*mlp\.(gate|up)_porj"), "gate_proj (2)"),
         ("llama", LoRA(targets="model.layers.0.self_atn.q_proj"), "names: model.layers.0.self_attn.q_proj, "),
-        ("llama", LoRA(targets="zzz"), "15 linear layers; names: q_proj (2), k_proj (2), v_proj (2)"),
+        ("llama", LoRA(targets="zzz"), "16 adaptable modules; names: q_proj (2), k_proj (2), v_proj (2)"),
         ("llama", Rule(Match("nrom"), train="full"), "adaptable modules; nearest names: norm (1)"),
         (
             "mixtral",
@@ -78,7 +78,7 @@ def test_a_rule_that_matches_nothing(host: str, method: Any, message: str) -> No
             "(nn.Linear or transformers' Conv1D)\n",
         ),
         ("llama", "self_attn", 'name what is inside, "self_attn.*" or q_proj, k_proj, v_proj, o_proj'),
-        ("llama", "embed_tokens", "do     name other modules"),
+        ("llama", "norm", "do     name other modules"),
         ("clip", "*layer_norm*", "... and 4 more"),
         ("roberta", ["query", "output"], '"output" names 4 modules'),
     ],
@@ -92,10 +92,10 @@ def test_a_named_module_that_cannot_be_adapted(host: str, targets: Any, message:
 def test_a_name_of_both_kinds_raises_as_in_peft() -> None:
     from torch import nn
 
-    model = nn.ModuleDict({"a": nn.ModuleDict({"proj": nn.Linear(2, 2)}), "proj": nn.Conv2d(2, 2, 1)})
+    model = nn.ModuleDict({"a": nn.ModuleDict({"proj": nn.Linear(2, 2)}), "proj": nn.BatchNorm2d(2)})
     with pytest.raises(SiteError, match='"proj" names 1 module that cannot be adapted') as error:
         Plan(LoRA(targets="proj")).resolve(model)
-    assert "found  proj (Conv2d): Conv2d is not a linear layer" in str(error.value)
+    assert "found  proj (BatchNorm2d): BatchNorm2d is not a linear layer" in str(error.value)
     assert "do     exclude these, or name the others in full" in str(error.value)
     Plan(LoRA(targets="a.proj")).resolve(model)
 

@@ -26,12 +26,19 @@ def randomise(model: nn.Module, seed: int = 7) -> None:
             parameter.add_(0.1 * noise.to(parameter.dtype))
 
 
+def peft_config(config: dict[str, Any]) -> peft.PeftConfig:
+    """PEFT's config object; LoRA's without ``peft_type``."""
+    kind = config.get("peft_type", "LORA")
+    options = {key: value for key, value in config.items() if key != "peft_type"}
+    return peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)](**options)
+
+
 def peft_model(host: str, config: dict[str, Any], *, double: bool = True, **changes: Any) -> peft.PeftModel:
     """PEFT's model of the config on the host, with random adapter values, in eval mode."""
     base = hosts.build(host, **changes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(base.double() if double else base, peft.LoraConfig(**config))
+        model = peft.get_peft_model(base.double() if double else base, peft_config(config))
     randomise(model)
     return model.eval()
 
@@ -53,6 +60,11 @@ def correct(adapter: Adapter) -> Any:
     return lambda module, args, output: adapter.apply_to(module, args[0], output)
 
 
+def correct_input(adapter: Adapter) -> Any:
+    """A forward pre-hook of an adapter that acts on the module's input."""
+    return lambda module, args: (adapter.apply_before(module, args[0]), *args[1:])
+
+
 class Adapted:
     """A host with the adapters of a plan, computed by the methods' reference expressions."""
 
@@ -67,8 +79,14 @@ class Adapted:
         for number, site in enumerate(self.sites):
             adapter = site.method.build(site.path, site.module, dtype=None, site_id=number)
             self.adapters[site.path] = adapter.eval()
+        for kind in dict.fromkeys(type(adapter.method) for adapter in self.adapters.values()):
+            kind.link([a for a in self.adapters.values() if type(a.method) is kind])
+        for site in self.sites:
+            adapter = self.adapters[site.path]
             if adapter.replaces_forward:
                 site.module.forward = adapter.replace
+            elif adapter.acts_before:
+                site.module.register_forward_pre_hook(correct_input(adapter))
             else:
                 site.module.register_forward_hook(correct(adapter))
         self.base.eval()
@@ -76,20 +94,19 @@ class Adapted:
     def __call__(self, **inputs: Any) -> Any:
         return self.base(**inputs)
 
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        decoded = peft_format.decode(tensors, self.adapters, model=self.base)
-        for path, values in decoded.items():
-            for suffix, tensor in peft_format.tensors_of(self.adapters[path]).items():
-                tensor.data.copy_(values[suffix])
+    def load(self, tensors: dict[str, torch.Tensor], config: dict[str, Any] | None = None) -> None:
+        decoded = peft_format.decode(tensors, self.adapters, model=self.base, config=config)
+        peft_format.assign(decoded, self.adapters)
 
     def config(self, **options: Any) -> dict[str, Any]:
         return peft_format.plan_to_config(self.plan, self.sites, model=self.base, **options)
 
     def save(self, directory: Path, **options: Any) -> Path:
+        config = self.config(**options)
         return checkpoint.write_adapter(
             directory,
-            config=self.config(**options),
-            tensors=peft_format.encode(self.adapters),
+            config=config,
+            tensors=peft_format.encode(self.adapters, config),
             plan=self.plan.to_dict(),
             fingerprint=checkpoint.fingerprint(self.base, self.adapters),
         )
@@ -101,7 +118,7 @@ def load(host: str, directory: Path, *, double: bool = True, **changes: Any) -> 
     bare = hosts.build(host, **changes)
     plan = peft_format.config_to_plan(files.config, model=bare, loading=True)
     adapted = Adapted(host, plan, double=double, **changes)
-    adapted.load(files.tensors)
+    adapted.load(files.tensors, files.config)
     return adapted
 
 

@@ -236,7 +236,7 @@ def test_a_file_cut_inside_any_tensor_changes_nothing(
     ("change", "expected"),
     [
         ({"use_magic": True}, errors.UnknownConfigKeyError),
-        ({"use_dora": True}, errors.UnsupportedKindError),
+        ({"use_qalora": True}, errors.UnsupportedKindError),
         ({"peft_type": "LOHA"}, errors.UnsupportedKindError),
         ({"r": "3"}, errors.ConfigTypeError),
         ({"init_lora_weights": "pissa"}, errors.UnsupportedKindError),

@@ -13,7 +13,8 @@ import torch
 
 from adaptc import Bias, LoRA, Match, Plan, Rule
 from adaptc.errors import UnsupportedError
-from adaptc.runtime import checkpoint, peft_format, peft_matching
+from adaptc.methods import codec
+from adaptc.runtime import checkpoint, peft_format
 from tests.models import hosts
 from tests.runtime.peft_cases import Adapted, load, logits, peft_load, peft_model, peft_save
 
@@ -61,6 +62,9 @@ WRITTEN_BY_PEFT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "shared layers": ("albert", {"target_modules": ["query", "ffn"]}, {}),
     "expression on t5": ("t5", {"target_modules": r"decoder\..*\.(q|wo)"}, {}),
     "clip": ("clip", {"target_modules": ["q_proj", "visual_projection"]}, {}),
+    "DoRA": ("llama", {"target_modules": ["q_proj", "down_proj"], "r": 3, "use_dora": True}, {}),
+    "DoRA on conv1d": ("gpt2", {"target_modules": ["c_attn"], "r": 3, "use_dora": True, "bias": "lora_only"}, {}),
+    "lora_bias": ("llama", {"target_modules": ["q_proj", "lm_head"], "r": 3, "lora_bias": True}, {}),
     "eva values": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}, {}),
 }  # fmt: skip
 
@@ -199,6 +203,12 @@ WRITTEN_BY_ADAPTC: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "rsLoRA": ("llama", [LoRA(r=5, rslora=True, targets=["o_proj"])], {"use_rslora": True}),
     "gaussian": ("llama", [LoRA(init="gaussian", targets=["o_proj"])], {"init_lora_weights": "gaussian"}),
     "random": ("llama", [LoRA(init="random", targets=["o_proj"])], {"init_lora_weights": False}),
+    "orthogonal": (
+        "llama", [LoRA(init="orthogonal", targets=["o_proj"])], {"init_lora_weights": "orthogonal"},
+    ),
+    "DoRA": ("llama", [LoRA(r=3, dora=True, targets=["q_proj"])], {"use_dora": True}),
+    "DoRA on conv1d": ("gpt2", [LoRA(r=3, dora=True, targets=["c_attn"])], {"use_dora": True}),
+    "lora_bias": ("bert", [LoRA(r=3, lora_bias=True, bias="lora_only", targets=["query"])], {"lora_bias": True}),
     "lora_only": ("bert", [LoRA(bias="lora_only", targets=["query"])], {"bias": "lora_only"}),
     "conv1d": ("gpt2", [LoRA(targets=["c_attn"])], {"fan_in_fan_out": True}),
     "full": (
@@ -325,7 +335,7 @@ def test_a_scale_that_was_changed_by_hand_is_written() -> None:
     adapted.sites[0] = dataclasses.replace(first, method=dataclasses.replace(first.method, alpha=6.5))
     config = adapted.config(original=original)
     alphas = [
-        peft_matching.pattern_value(config["alpha_pattern"], s.path, config["lora_alpha"])
+        codec.pattern_value(config["alpha_pattern"], s.path, config["lora_alpha"])
         for s in adapted.sites
     ]
     assert alphas == [6.5, 4]
@@ -349,7 +359,7 @@ def test_a_plan_that_was_read_without_the_host_means_its_config_too() -> None:
         ),
         ("llama", [LoRA(rslora=True, targets=["q_proj"]), LoRA(targets=["v_proj"])], "one rslora for all"),
         ("bert", [LoRA(bias="lora_only", targets=["query"]), LoRA(targets=["key"])], "one bias for all LoRA"),
-        ("bert", [CLASSIFIER], "needs at least one LoRA site"),
+        ("bert", [CLASSIFIER], "needs at least one adapted site"),
         (
             "llama", [LoRA(targets=["q_proj"]), Rule(Match(("q_proj",)), LoRA(r=2), stack=True)],
             "no place for two methods on one module: model.layers.0.self_attn.q_proj",

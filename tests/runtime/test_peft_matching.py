@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 
 from adaptc import LoRA, Match, Plan, Rule
 from adaptc.errors import AdaptcWarning
+from adaptc.methods import codec
 from adaptc.plan.files import read_peft_config
 from adaptc.runtime import peft_format, peft_matching
 from tests.models import hosts
@@ -53,7 +54,7 @@ def test_modules_are_matched_as_peft_matches_them(
         expected = [path for path in paths if check_target_module_exists(config, path)]
     except UnboundLocalError:  # PEFT's own fault on an empty list of patterns
         return
-    assert peft_matching.lora_paths(options, paths) == expected
+    assert peft_matching.target_paths(options, paths) == expected
 
 
 @pytest.mark.parametrize("pattern", [None, "layers", "h", ["experts", "layers"]])
@@ -64,7 +65,7 @@ def test_the_first_number_is_the_layer(layer: int, pattern: Any) -> None:
     config = peft.LoraConfig(**options)
     expected = [path for path in paths if check_target_module_exists(config, path)]
     assert expected or pattern == "h"
-    assert peft_matching.lora_paths(options, paths) == expected
+    assert peft_matching.target_paths(options, paths) == expected
 
 
 @given(path=PATHS, patterns=st.dictionaries(st.one_of(PATHS, EXPRESSIONS), st.integers(1, 9), max_size=4))
@@ -72,7 +73,7 @@ def test_patterns_are_matched_as_peft_matches_them(path: str, patterns: dict[str
     from peft.utils.other import get_pattern_key
 
     expected = patterns.get(get_pattern_key(patterns.keys(), path), 0)
-    assert peft_matching.pattern_value(patterns, path, 0) == expected
+    assert codec.pattern_value(patterns, path, 0) == expected
 
 
 def test_names_without_a_module_are_left_out_with_a_warning() -> None:

@@ -12,8 +12,10 @@ from peft.utils.peft_types import PeftType
 
 from adaptc import LoRA, Plan
 from adaptc.errors import ConfigError, ConfigTypeError, UnknownConfigKeyError, UnsupportedKindError
+from adaptc.methods.codec import codecs
 from adaptc.runtime.peft_format import config_to_plan
-from adaptc.runtime.peft_options import OPTIONS
+
+OPTIONS = codecs()["LORA"].keys()
 
 LEAST = {"peft_type": "LORA", "target_modules": ["q_proj"]}
 PLAN = Plan(LoRA(targets=["q_proj"]))
@@ -38,7 +40,7 @@ def test_every_key_of_peft_is_known_with_its_default() -> None:
     } == {**theirs}
 
 
-@pytest.mark.parametrize("name", [*sorted(k.value for k in PeftType if k != "LORA"), "SOMETHING_NEW"])
+@pytest.mark.parametrize("name", [*sorted(k.value for k in PeftType if k not in codecs()), "SOMETHING_NEW"])
 def test_other_kinds_are_refused_by_name(name: str) -> None:
     with pytest.raises(UnsupportedKindError, match=f"PEFT's kind {name} are not in this version"):
         config_to_plan({"peft_type": name, "target_modules": ["q_proj"]})
@@ -50,8 +52,6 @@ def test_a_config_without_a_kind() -> None:
 
 
 REFUSED = {
-    "use_dora": True,
-    "lora_bias": True,
     "target_parameters": ["experts.gate_up_proj"],
     "trainable_token_indices": [1, 2],
     "layer_replication": [[0, 2]],
@@ -84,12 +84,9 @@ def test_options_that_change_the_mathematics_are_refused_by_name(key: str, loadi
 @pytest.mark.parametrize(
     ("init", "text"),
     [
-        ("pissa", "it changes the base weights"),
-        ("pissa_niter_16", "it changes the base weights"),
-        ("olora", "it changes the base weights"),
-        ("corda", "it changes the base weights"),
         ("loftq", "it changes the base weights"),
         ("lora_ga", "it changes the base weights"),
+        ("pissa_niter_x", "it changes the base weights"),
         ("mica", "it freezes lora_B in training"),
         ("something", "not an initialisation of PEFT that adaptc knows"),
     ],
@@ -100,19 +97,64 @@ def test_initialisations_that_cannot_be_honoured(init: str, text: str, loading: 
         config_to_plan({**LEAST, "init_lora_weights": init}, loading=loading)
 
 
-@pytest.mark.parametrize("init", ["orthogonal", "eva"])
-def test_initialisations_that_only_matter_to_a_new_adapter(init: str) -> None:
-    config = {**LEAST, "init_lora_weights": init, "eva_config": {"rho": 2.0}}
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda"])
+def test_initialisations_from_the_weight_are_for_new_adapters(init: str) -> None:
+    """A file of them holds the factors, not the base that they were taken off."""
+    config = {**LEAST, "init_lora_weights": init}
+    assert config_to_plan(config) == Plan(LoRA(targets=["q_proj"], init=init))
+    with pytest.raises(UnsupportedKindError, match=f"init_lora_weights = '{init}' is refused: it changes the base"):
+        config_to_plan(config, loading=True)
+
+
+def test_the_method_of_corda() -> None:
+    corda = dataclasses.asdict(peft.tuners.lora.config.CordaConfig())
+    config = {**LEAST, "init_lora_weights": "corda", "corda_config": corda}
+    assert config_to_plan(config) == Plan(LoRA(targets=["q_proj"], init="corda"))
+    config["corda_config"]["corda_method"] = "kpm"
+    expected = Plan(LoRA(targets=["q_proj"], init="corda", corda_method="kpm"))
+    assert config_to_plan(config) == expected
+    for change in ({"corda_config": {"covariance_file": "x.pt"}}, {"init_lora_weights": True}):
+        with pytest.raises(UnsupportedKindError, match="option corda_config is not in this version"):
+            config_to_plan({**config, **change})
+
+
+@pytest.mark.parametrize("key", ["use_dora", "lora_bias"])
+def test_options_with_a_parameter_of_their_own(key: str) -> None:
+    field = {"use_dora": "dora", "lora_bias": "lora_bias"}[key]
+    assert config_to_plan({**LEAST, key: True}) == Plan(LoRA(targets=["q_proj"], **{field: True}))
+    assert config_to_plan({**LEAST, key: None}) == PLAN
+    with pytest.raises(ConfigTypeError, match=f"{key} in the adapter's config has a value that is not legal"):
+        config_to_plan({**LEAST, key: "yes"})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_dora": True, "lora_bias": True},
+        {"lora_bias": True, "init_lora_weights": "orthogonal"},
+        {"init_lora_weights": "orthogonal", "r": 3},
+        {"init_lora_weights": "pissa", "lora_dropout": 0.1},
+    ],
+)
+def test_options_that_exclude_each_other(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigTypeError, match=r"the adapter's config: LoRA: .* is not legal"):
+        config_to_plan({**LEAST, **changes})
+
+
+def test_initialisations_that_only_matter_to_a_new_adapter() -> None:
+    config = {**LEAST, "init_lora_weights": "eva", "eva_config": {"rho": 2.0}}
     assert config_to_plan(config, loading=True) == PLAN
     with pytest.raises(UnsupportedKindError, match="not in this version"):
-        config_to_plan({**LEAST, "init_lora_weights": init})
+        config_to_plan({**LEAST, "init_lora_weights": "eva"})
     with pytest.raises(UnsupportedKindError, match="option eva_config is not in this version"):
         config_to_plan({**LEAST, "eva_config": {"rho": 2.0}})
 
 
 @pytest.mark.parametrize(
-    ("init", "expected"), [(True, "default"), (False, "random"), (None, "random"), ("gaussian", "gaussian")]
-)
+    ("init", "expected"),
+    [(True, "default"), (False, "random"), (None, "random"), ("gaussian", "gaussian"),
+     ("orthogonal", "orthogonal")],
+)  # fmt: skip
 def test_initialisations_that_are_honoured(init: Any, expected: str) -> None:
     plan = config_to_plan({**LEAST, "init_lora_weights": init})
     assert plan == Plan(LoRA(targets=["q_proj"], init=expected))

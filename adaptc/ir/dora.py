@@ -1,0 +1,327 @@
+"""The DoRA dialect ops (Liu et al. 2024, equation 5 and section 4.3).
+
+    n     = dora_row_norm(W, A, B, scale, transposed)      n_i = |W_i + scale * (B A)_i|, never differentiated
+    y', h = dora_linear(x, y, base, bias, A, B, magnitude, norm, scale)
+        h = x A^T       c = magnitude / norm       z = base, or y - bias where there is none
+        y' = y + (c - 1) * z + c * scale * (h B^T)
+
+W (N, K), or (K, N) when ``transposed``; x (..., K), y and base (..., N), bias, magnitude and norm (N,), A (r, K),
+B (N, r), scale (1,). ``base`` is x W^T where x is not the layer's own input (PEFT's dropout), else None.
+
+The norms come from n_i^2 = |W_i|^2 + 2 s B_i . (A W^T)_i + s^2 B_i (A A^T) B_i^T: W is read, nothing of its size is
+written. At ``magnitude`` = ``norm`` without a correction, y' is y to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from adaptc.errors import UnsupportedError
+from adaptc.ir import dialect
+from adaptc.ir.derive import inline
+from adaptc.ir.dialect import Cost, DialectOp
+from adaptc.ir.lora import draw_tensor
+
+#: Into how many blocks of rows W is cut: what is computed of a block (its squares; a 16-bit weight in fp32) is the
+#: largest temporary.
+BLOCKS = 8
+
+
+def _opmath(t: torch.Tensor) -> torch.dtype:
+    return torch.float32 if t.dtype.itemsize < 4 else t.dtype
+
+
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    return t.reshape(-1, t.shape[-1])
+
+
+def norm_dtype(weight: torch.Tensor, A: torch.Tensor) -> torch.dtype:
+    """fp64 where the weight or the factors are, else fp32."""
+    return torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
+
+
+def row_norm_body(
+    weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, transposed: bool
+) -> torch.Tensor:
+    dtype = norm_dtype(weight, A)
+    W = weight.detach().t() if transposed else weight.detach()
+    A, B, s = A.detach().to(dtype), B.detach().to(dtype), scale.detach().to(dtype)
+    squares, products = [], []
+    for block in torch.split(W, -(-W.shape[0] // BLOCKS)):
+        wide = block.to(dtype)
+        squares.append((wide * wide).sum(1))
+        products.append(wide @ A.t())
+    cross = (torch.cat(products) * B).sum(1)
+    gram = (B @ (A @ A.t()) * B).sum(1)
+    # Rounding can take a row that the correction cancels below zero.
+    return (torch.cat(squares) + 2 * s * cross + s * s * gram).clamp_min(0).sqrt()
+
+
+def row_norm_fake(
+    weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, transposed: bool
+) -> torch.Tensor:
+    return weight.new_empty((weight.shape[1 if transposed else 0],), dtype=norm_dtype(weight, A))
+
+
+def row_norm_save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.mark_non_differentiable(output)
+
+
+def row_norm_gradient(ctx: Any, grad: torch.Tensor) -> tuple[None, ...]:
+    """None: the paper holds the norm constant in the backward pass (section 4.3)."""
+    return (None,) * 5
+
+
+def linear_body(
+    x: torch.Tensor, y: torch.Tensor, base: torch.Tensor | None, bias: torch.Tensor | None, A: torch.Tensor,
+    B: torch.Tensor, magnitude: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    wide = _opmath(y)
+    h = _rows(x) @ A.to(x.dtype).t()
+    product = (h @ B.to(x.dtype).t()).to(wide)
+    c = magnitude / norm
+    z = _frozen_output(y, base, bias, wide)
+    out = _rows(y).to(wide) + (c - 1).to(wide) * z + (c * scale.to(c.dtype)).to(wide) * product
+    return out.to(y.dtype).contiguous().view(y.shape), h.view(*x.shape[:-1], A.shape[0])
+
+
+def _frozen_output(
+    y: torch.Tensor, base: torch.Tensor | None, bias: torch.Tensor | None, wide: torch.dtype
+) -> torch.Tensor:
+    if base is not None:
+        return _rows(base).to(wide)
+    z = _rows(y).to(wide)
+    return z if bias is None else z - bias.to(wide)
+
+
+def linear_fake(
+    x: torch.Tensor, y: torch.Tensor, base: torch.Tensor | None, bias: torch.Tensor | None, A: torch.Tensor,
+    B: torch.Tensor, magnitude: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    return y.new_empty(y.shape), x.new_empty((*x.shape[:-1], A.shape[0]))
+
+
+#: The inputs of ``dora_linear`` that have gradients, by position.
+_TRAINED = {0: "x", 1: "y", 2: "base", 4: "A", 5: "B", 6: "magnitude"}
+
+
+def linear_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    for i, name in ((3, "bias"), (8, "scale")):
+        if ctx.needs_input_grad[i]:
+            raise UnsupportedError(
+                f"dora_linear: its {name} is frozen", expected=f"a {name} without gradient",
+                found=f"a {name} that requires one",
+            )  # fmt: skip
+    x, y, base, bias, A, B, magnitude, norm, scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    # Where there is a base, y is not needed: its gradient is the output's.
+    ctx.save_for_backward(x, y if base is None else None, base, bias, A, B, magnitude, norm, scale, output[1])
+
+
+def linear_gradient(ctx: Any, grad: torch.Tensor | None, _: Any) -> tuple[torch.Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 9
+    x, y, base, bias, A, B, magnitude, norm, scale, h = ctx.saved_tensors
+    need = [bool(ctx.needs_input_grad[i]) for i in _TRAINED]
+    op = dialect.get("dora_linear_backward")
+    # With create_graph=True someone differentiates this result: the op has no second derivative, its body has,
+    # and the saved h has lost its history.
+    if twice := torch.is_grad_enabled():
+        h = (_rows(x) @ A.to(x.dtype).t()).view(h.shape)
+    z = y if base is None else base
+    arguments = (grad, x, z, bias if base is None else None, A, B, magnitude, norm, scale, h, base is not None, need)
+    found = iter((op.body if twice else op.overload)(*arguments))
+    gradients: list[torch.Tensor | None] = [None] * 9
+    for i, wanted in zip(_TRAINED, need, strict=True):
+        gradients[i] = next(found) if wanted else None
+    return tuple(gradients)
+
+
+def backward_body(
+    grad: torch.Tensor, x: torch.Tensor, z: torch.Tensor, bias: torch.Tensor | None, A: torch.Tensor,
+    B: torch.Tensor, magnitude: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor, h: torch.Tensor,
+    has_base: bool, need: list[bool],
+) -> list[torch.Tensor]:  # fmt: skip
+    """Gradients of (x, y, base, A, B, magnitude), those that ``need`` asks for; z is base or y.
+
+        q = scale * g (c B);  dA = q^T x;  dx = q A;  G = g^T (scale * h);  dB = c G
+        dmagnitude = (sum_rows g * (z - bias) + sum_r G * B) / norm
+        with a base:  dy = g, dbase = (c - 1) g;  without:  dy = c g
+
+    c multiplies B and G, which are N x r: the correction's product is neither saved nor computed again.
+    """
+    need_x, need_y, need_base, need_A, need_B, need_magnitude = need
+    dtype, wide = grad.dtype, _opmath(grad)
+    g = _rows(grad)
+    c = magnitude / norm
+    found = []
+    if need_x or need_A:
+        q = ((g @ (c[:, None] * B).to(dtype)).to(wide) * scale.to(wide)).to(dtype)
+    if need_B or need_magnitude:
+        G = (g.t() @ (_rows(h).to(wide) * scale.to(wide)).to(dtype)).to(wide)
+    if need_x:
+        found.append((q @ A.to(dtype)).view(x.shape))
+    if need_y:
+        found.append(grad.clone() if has_base else (c.to(wide) * g.to(wide)).to(dtype).view(grad.shape))
+    if need_base:
+        found.append(((c - 1).to(wide) * g.to(wide)).to(dtype).view(grad.shape))
+    if need_A:
+        found.append((q.t() @ _rows(x)).to(A.dtype))
+    if need_B:
+        found.append((c.to(wide)[:, None] * G).to(B.dtype))
+    if need_magnitude:
+        frozen = _frozen_output(z, None, bias, wide)
+        total = (g.to(wide) * frozen).sum(0) + (G * B.to(wide)).sum(1)
+        found.append((total.to(norm.dtype) / norm).to(magnitude.dtype))
+    return [f.contiguous() for f in found]
+
+
+def backward_fake(
+    grad: torch.Tensor, x: torch.Tensor, z: torch.Tensor, bias: torch.Tensor | None, A: torch.Tensor,
+    B: torch.Tensor, magnitude: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor, h: torch.Tensor,
+    has_base: bool, need: list[bool],
+) -> list[torch.Tensor]:  # fmt: skip
+    like = (x, grad, grad, A, B, magnitude)
+    return [t.new_empty(t.shape) for t, wanted in zip(like, need, strict=True) if wanted]
+
+
+def _elements(*sizes: Any) -> int:
+    return math.prod(int(s) for s in sizes)
+
+
+def _bytes(*tensors: torch.Tensor | None) -> int:
+    return sum(_elements(*t.shape) * t.dtype.itemsize for t in tensors if t is not None)
+
+
+def row_norm_cost(
+    weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, transposed: bool
+) -> Cost:
+    """W is read for its squares and for its product with A^T, and a 16-bit W is written and read in fp32 once."""
+    size, (r, k), n = _elements(*weight.shape), A.shape, int(B.shape[0])
+    dtype = norm_dtype(weight, A)
+    wide = 0 if weight.dtype == dtype else size * dtype.itemsize
+    flops = 2 * size * (1 + r) + 2 * int(r) * int(r) * (int(k) + n)
+    return Cost(flops=flops, read=2 * _bytes(weight) + wide + _bytes(A, B), written=wide + n * dtype.itemsize)
+
+
+def linear_cost(
+    x: torch.Tensor, y: torch.Tensor, base: torch.Tensor | None, bias: torch.Tensor | None, A: torch.Tensor,
+    B: torch.Tensor, magnitude: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor,
+) -> Cost:  # fmt: skip
+    """The correction's product is written once and read with y."""
+    m, (r, k), n = _elements(*x.shape[:-1]), A.shape, int(B.shape[0])
+    h, product = m * int(r) * x.dtype.itemsize, m * n * x.dtype.itemsize
+    return Cost(
+        flops=2 * m * int(r) * (int(k) + n) + 5 * m * n,
+        read=_bytes(x, y, base, bias, A, B, magnitude, norm) + h + product,
+        written=_bytes(y) + h + product,
+        saved=h + _bytes(y if base is None else base),
+    )
+
+
+def backward_cost(
+    grad: torch.Tensor, x: torch.Tensor, z: torch.Tensor, bias: torch.Tensor | None, A: torch.Tensor,
+    B: torch.Tensor, magnitude: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor, h: torch.Tensor,
+    has_base: bool, need: list[bool],
+) -> Cost:  # fmt: skip
+    """Each product reads the gradient once, and so do the gradients of y, base and magnitude together."""
+    need_x, need_y, need_base, need_A, need_B, need_magnitude = need
+    m, (r, k), n = _elements(*grad.shape[:-1]), A.shape, int(B.shape[0])
+    q, G = need_x or need_A, need_B or need_magnitude
+    small = 2 * m * int(r)
+    pointwise = need_y + need_base + 2 * need_magnitude
+    like = zip((x, grad, grad, A, B, magnitude), need, strict=True)
+    return Cost(
+        flops=small * (n * (q + G) + int(k) * (need_x + need_A)) + pointwise * m * n,
+        read=_bytes(grad) * (q + G + (pointwise > 0))
+        + need_magnitude * _bytes(z)
+        + need_A * _bytes(x)
+        + _bytes(A, B, h),
+        written=sum(_bytes(t) for t, wanted in like if wanted) + q * m * int(r) * grad.dtype.itemsize,
+    )
+
+
+def row_norm_sample(draw: Any) -> tuple[Any, ...]:
+    from hypothesis import strategies as st
+
+    k, n, r = (draw(st.integers(1, 9)) for _ in range(3))
+    weight = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
+    factors = draw(st.sampled_from([weight, torch.float32 if weight.itemsize < 4 else weight]))
+    transposed = draw(st.booleans())
+    return (
+        draw_tensor(draw, (k, n) if transposed else (n, k), weight),
+        draw_tensor(draw, (r, k), factors), draw_tensor(draw, (n, r), factors),
+        draw_tensor(draw, (1,), torch.float64), transposed,
+    )  # fmt: skip
+
+
+def linear_sample(draw: Any) -> tuple[Any, ...]:
+    from hypothesis import strategies as st
+
+    batch = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=2)))
+    k, n, r = (draw(st.integers(1, 9)) for _ in range(3))
+    compute = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
+    wide = torch.float32 if compute.itemsize < 4 else compute
+    factors = draw(st.sampled_from([compute, wide]))
+    base = draw_tensor(draw, (*batch, n), compute) if draw(st.booleans()) else None
+    bias = draw_tensor(draw, (n,), compute) if draw(st.booleans()) else None
+    return (
+        draw_tensor(draw, (*batch, k), compute), draw_tensor(draw, (*batch, n), compute), base, bias,
+        draw_tensor(draw, (r, k), factors), draw_tensor(draw, (n, r), factors),
+        draw_tensor(draw, (n,), factors), draw_tensor(draw, (n,), wide).abs() + 0.5,
+        draw_tensor(draw, (1,), torch.float64),
+    )  # fmt: skip
+
+
+def backward_sample(draw: Any) -> tuple[Any, ...]:
+    x, y, base, bias, A, B, magnitude, norm, scale = linear_sample(draw)
+    h = linear_body(x, y, base, bias, A, B, magnitude, norm, scale)[1]
+    grad = draw_tensor(draw, tuple(y.shape), y.dtype)
+    need = [True, True, base is not None, True, True, True]
+    z, bias = (y, bias) if base is None else (base, None)
+    return grad, x, z, bias, A, B, magnitude, norm, scale, h, base is not None, need
+
+
+DORA_ROW_NORM = dialect.define(
+    DialectOp(
+        name="dora_row_norm",
+        schema="(Tensor weight, Tensor A, Tensor B, Tensor scale, bool transposed) -> Tensor",
+        body=row_norm_body,
+        fake=row_norm_fake,
+        save=row_norm_save,
+        gradient=row_norm_gradient,
+        cost=row_norm_cost,
+        sample=row_norm_sample,
+        lowering=inline("dora_row_norm"),
+    )
+)
+DORA_LINEAR = dialect.define(
+    DialectOp(
+        name="dora_linear",
+        schema="(Tensor x, Tensor y, Tensor? base, Tensor? bias, Tensor A, Tensor B, Tensor magnitude, Tensor norm,"
+        " Tensor scale) -> (Tensor, Tensor)",
+        body=linear_body,
+        fake=linear_fake,
+        save=linear_save,
+        gradient=linear_gradient,
+        cost=linear_cost,
+        sample=linear_sample,
+        lowering=inline("dora_linear"),
+    )
+)
+DORA_LINEAR_BACKWARD = dialect.define(
+    DialectOp(
+        name="dora_linear_backward",
+        schema="(Tensor grad, Tensor x, Tensor z, Tensor? bias, Tensor A, Tensor B, Tensor magnitude, Tensor norm,"
+        " Tensor scale, Tensor h, bool has_base, bool[] need) -> Tensor[]",
+        body=backward_body,
+        fake=backward_fake,
+        cost=backward_cost,
+        sample=backward_sample,
+        lowering=inline("dora_linear_backward"),
+    )
+)

@@ -1,0 +1,28 @@
+"""LoRA at sites that are not linear layers: what the update of each kind of module is, one file a kind.
+
+Each kind is an adapter class with ``refusal(method, module)``: why LoRA with these options cannot adapt the module.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from adaptc.methods.lora_sites.conv import CONVOLUTIONS, ConvAdapter
+from adaptc.methods.lora_sites.embedding import EmbeddingAdapter
+from adaptc.methods.lora_sites.weights import AttentionAdapter
+
+if TYPE_CHECKING:
+    from adaptc.methods.lora_sites.kind import SiteAdapter
+
+
+def kind_of(module: nn.Module) -> type[SiteAdapter] | None:
+    """The adapter class of LoRA for ``module``, or None where it is linear or nothing that LoRA knows."""
+    if isinstance(module, nn.Embedding):
+        return EmbeddingAdapter
+    if isinstance(module, nn.MultiheadAttention):
+        return AttentionAdapter
+    if isinstance(module, CONVOLUTIONS):
+        return ConvAdapter
+    return None
