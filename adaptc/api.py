@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from adaptc.codegen import torch_internals
 from adaptc.codegen.backend import BackendOptions
 from adaptc.errors import AdapterNameError, UnsupportedError
 from adaptc.integrations import peft_model
@@ -58,6 +59,7 @@ def compile(
     _refuse_unsupported(bank=bank, regional=regional)
     if mode is not None and options is not None:
         raise ValueError("adaptc.compile: give mode or options, not both")
+    _check_backend(backend, mode)
     wanted = CompileOptions(
         backend=BackendOptions(backend, mode, dict(options or {}), verify),
         fullgraph=fullgraph,
@@ -67,7 +69,7 @@ def compile(
     )
     handle = getattr(model, "adaptc", None)
     if isinstance(handle, Handle):
-        _compile_again(handle, plan, name, calibration)
+        _compile_again(handle, plan, name, calibration, wanted)
         return model
     if handle is not None:
         raise AdapterNameError(f"{type(model).__name__} has an attribute 'adaptc' of its own", expected="a free name")
@@ -76,16 +78,47 @@ def compile(
         return peft_model.adopt(model, wanted)  # type: ignore[return-value]  # the base, as documented
     if plan is None:
         raise UnsupportedError("adaptc.compile needs a plan", found=f"None for a {type(model).__name__}")
+    _check_not_nested(model)
     handle = Handle(model, wanted)
     handle.add(name, plan, calibration=calibration)
-    handle.attach_to_model()
-    handle.switch(name)
+    try:
+        handle.attach_to_model()
+        handle.switch(name)
+    except BaseException:
+        handle.detach()
+        raise
     return model
 
 
-def _compile_again(handle: Handle, plan: Any, name: str, calibration: Any) -> None:
+def _check_not_nested(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if module is not model and isinstance(module.__dict__.get("adaptc"), Handle):
+            raise UnsupportedError(
+                f"{path} was compiled by adaptc on its own",
+                expected="one compiled model, not one inside another",
+                do=f"{path}.adaptc.detach() first, and name its modules in this plan",
+            )
+
+
+def _check_backend(name: str, mode: str | None) -> None:
+    """Refuse what the first call would fail on."""
+    if name not in ("inductor", "aot_eager", "eager"):
+        torch_internals.lookup_backend(name)
+    if mode is not None:
+        torch_internals.inductor_mode_options(mode)
+
+
+def _compile_again(handle: Handle, plan: Any, name: str, calibration: Any, options: CompileOptions) -> None:
     from adaptc.runtime import files
 
+    default = CompileOptions(BackendOptions())
+    for option in ("backend", "fullgraph", "dynamic", "adapter_dtype"):
+        asked, has = getattr(options, option), getattr(handle.options, option)
+        if asked not in (has, getattr(default, option)):
+            raise UnsupportedError(
+                f"the model is compiled already, with another {option}",
+                expected=has, found=asked, do="leave it out, or model.adaptc.detach() first",
+            )  # fmt: skip
     wanted = files.plan_of(plan, handle.model)
     if name not in handle.records:
         handle.add(name, plan, calibration=calibration)

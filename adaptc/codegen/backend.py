@@ -54,9 +54,12 @@ class AdapterBackend:
         # Dynamo reads its own graph again after this call returns: work on a copy.
         gm = copy_graph_module(captured)
         torch_internals.carry_capture_metadata(captured, gm)
+        compile_id = torch_internals.compile_id()
+        # Dynamo starts a capture over when it learns something on the way: the first try is not run.
+        self.graphs = [g for g in self.graphs if compile_id is None or g.compile_id != compile_id]
         graph = CapturedGraph(
             index=len(self.graphs),
-            compile_id=torch_internals.compile_id(),
+            compile_id=compile_id,
             break_reason=torch_internals.graph_break_reason(captured),
             training=torch.is_grad_enabled(),
             pipeline=str(self.pipeline),

@@ -20,10 +20,10 @@ from torch import fx, nn
 from adaptc import methods
 from adaptc.codegen import torch_internals
 from adaptc.codegen.torch_internals import node_value
-from adaptc.errors import SiteError
+from adaptc.errors import PlanError, SiteError, UnsupportedError
 from adaptc.ir import names, validate
 from adaptc.methods.base import Adapter
-from adaptc.methods.linear import is_linear
+from adaptc.methods.linear import is_conv1d, is_linear
 from adaptc.passes.contract import Context
 from adaptc.passes.manager import Pipeline
 from adaptc.plan import Assignment, Plan
@@ -36,6 +36,8 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
     F.linear: (0, 1), aten.linear.default: (0, 1), torch.addmm: (1, 2), aten.addmm.default: (1, 2),
     torch.mm: (0, 1), aten.mm.default: (0, 1),
 }  # fmt: skip
+#: Of these, those that multiply by the transpose of the weight that they get.
+_TRANSPOSING = (F.linear, aten.linear.default)
 _TRANSPOSES = (aten.t.default, aten.permute.default, aten.transpose.int, torch.t)
 #: The name of the adapter on the graph module: ``<site>.adapters.default``.
 NAME = "default"
@@ -65,10 +67,9 @@ def rewrite(
     copied = _frozen_copy(gm)
     calls = _calls(copied, inputs)
     assignments = with_all_biases(wanted.resolve(copied), copied)
-    _check_called(assignments, calls)
+    _check_called(copied, assignments, calls)
     sites: dict[fx.Node, str] = {}
-    for number, assignment in enumerate(assignments):
-        adapter = assignment.method.build(assignment.path, assignment.module, dtype=None, site_id=number)
+    for assignment, adapter in zip(assignments, _build(assignments), strict=True):
         _install(copied, assignment, adapter, calls, sites)
     _drop_stand_ins(copied)
     copied.recompile()
@@ -108,20 +109,36 @@ def _calls(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, list[tuple[fx
     values = dict(zip((n for n in gm.graph.nodes if n.op == "placeholder"), inputs, strict=True))
     found: dict[str, list[tuple[fx.Node, fx.Node]]] = {}
     for node in list(gm.graph.nodes):
-        if node.op == "call_module" and node.args and isinstance(node.args[0], fx.Node):
-            found.setdefault(str(node.target), []).append((node.args[0], node))
-        elif node.op == "call_function" and node.target in _PRODUCTS and not node.kwargs:
-            x, weight = (node.args[i] for i in _PRODUCTS[node.target])
-            while isinstance(weight, fx.Node) and weight.target in _TRANSPOSES:
-                weight = weight.args[0]
-            tensor = names.model_tensor(weight) if isinstance(weight, fx.Node) else None
-            if tensor is None or tensor.name != "weight" or not isinstance(x, fx.Node):
-                continue
-            assert isinstance(weight, fx.Node)
+        if node.op == "call_module":
+            x = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+            if isinstance(x, fx.Node):
+                found.setdefault(str(node.target), []).append((x, node))
+        elif (product := _product(gm, node)) is not None:
+            x, weight, tensor = product
             value = values[weight] if weight.op == "placeholder" else _attribute(gm, str(weight.target))
             _ensure_linear(gm, tensor.owner, value)
             found.setdefault(tensor.owner, []).append((x, node))
     return found
+
+
+def _product(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node, names.Tensor] | None:
+    """(input, weight, whose it is) of a linear product with a module's weight as the module itself uses it."""
+    if node.op != "call_function" or node.target not in _PRODUCTS:
+        return None
+    given = zip(_PRODUCTS[node.target], ("input", "weight"), strict=True)
+    x, weight = (node.args[i] if i < len(node.args) else node.kwargs.get(name) for i, name in given)
+    transposed = node.target in _TRANSPOSING
+    while isinstance(weight, fx.Node) and weight.target in _TRANSPOSES:
+        weight, transposed = weight.args[0], not transposed
+    if not (isinstance(x, fx.Node) and isinstance(weight, fx.Node)):
+        return None
+    tensor = names.model_tensor(weight)
+    if tensor is None or tensor.name != "weight":
+        return None
+    module = dict(gm.named_modules()).get(tensor.owner)
+    # nn.Linear multiplies by its weight's transpose, Conv1D by its weight.
+    stored_transposed = module is not None and is_conv1d(module)
+    return None if transposed == stored_transposed else (x, weight, tensor)
 
 
 def _attribute(gm: fx.GraphModule, path: str) -> Any:
@@ -153,7 +170,11 @@ def _drop_stand_ins(gm: fx.GraphModule) -> None:
             gm.add_submodule(path, kept)
 
 
-def _check_called(assignments: Sequence[Assignment], calls: dict[str, list[tuple[fx.Node, fx.Node]]]) -> None:
+def _check_called(
+    gm: fx.GraphModule, assignments: Sequence[Assignment], calls: dict[str, list[tuple[fx.Node, fx.Node]]]
+) -> None:
+    """Every site must be called, and each of its weight's readers must be one of the calls."""
+    known = {y for pairs in calls.values() for _, y in pairs}
     for assignment in assignments:
         if not any(path in calls for path in assignment.paths):
             raise SiteError(
@@ -161,6 +182,51 @@ def _check_called(assignments: Sequence[Assignment], calls: dict[str, list[tuple
                 found=f"calls of {', '.join(list(calls)[:8]) or 'nothing'}",
                 do="leave it out of the plan",
             )
+        for reader in _weight_readers(gm, assignment.paths):
+            if reader not in known:
+                raise SiteError(
+                    f"{assignment.path}: %{reader.name} reads its weight in a way that cannot be adapted",
+                    expected="a call of the module, or a linear product with its weight",
+                    found=reader.format_node(),
+                    do="leave it out of the plan",
+                )
+
+
+def _weight_readers(gm: fx.GraphModule, paths: Sequence[str]) -> list[fx.Node]:
+    readers: list[fx.Node] = []
+    for node in gm.graph.nodes:
+        tensor = names.model_tensor(node) if node.op in ("placeholder", "get_attr") else None
+        if tensor is None or tensor.name != "weight" or tensor.owner not in paths:
+            continue
+        queue = list(node.users)
+        while queue:
+            user = queue.pop()
+            if user.target in _TRANSPOSES:
+                queue += user.users
+            else:
+                readers.append(user)
+    return readers
+
+
+def _build(assignments: Sequence[Assignment]) -> list[Adapter]:
+    adapters = []
+    for number, assignment in enumerate(assignments):
+        if assignment.method.needs_covariance:
+            raise PlanError(
+                f"{assignment.path}: {assignment.method.kind} is to start from the covariance of its inputs",
+                expected="another init: rewrite has no calibration batches",
+            )
+        adapter = assignment.method.build(assignment.path, assignment.module, dtype=None, site_id=number)
+        if adapter.acts_inside:
+            raise SiteError(
+                f"{assignment.path}: {type(assignment.module).__name__} is adapted inside its forward,"
+                " which a graph does not have",
+                do="leave it out of the plan, or use adaptc.compile",
+            )
+        adapters.append(adapter)
+    for kind in dict.fromkeys(type(a.method) for a in adapters):
+        kind.link([a for a in adapters if type(a.method) is kind])
+    return adapters
 
 
 def _install(
@@ -191,43 +257,73 @@ def _install(
 def _insert_anchor(
     gm: fx.GraphModule, path: str, entry: str, module: nn.Module, x: fx.Node, y: fx.Node, sites: dict[fx.Node, str]
 ) -> fx.Node:
-    traced = _trace_adapter(module, entry)
+    """Put the adapter's calls before ``y`` where it acts on the input, and behind it; returns the new output."""
+    if module.adapters[entry].acts_before:  # type: ignore[index, union-attr]
+        before = _trace_adapter(_Before(module, entry), entry)
+        new_x = _copy_in(gm, before, path, {"x": x}, sites, y.prev)
+        y.replace_input_with(x, new_x)
+        x = new_x
+    after = _trace_adapter(_After(module, entry), entry)
+    existing = set(gm.graph.nodes)
+    new = _copy_in(gm, after, path, {"x": x, "y": y}, sites, y)
+    if new is not y:
+        y.replace_all_uses_with(new, delete_user_cb=lambda user: user in existing)
+    return new
+
+
+def _copy_in(
+    gm: fx.GraphModule, traced: fx.Graph, path: str, inputs: dict[str, fx.Node], sites: dict[fx.Node, str], at: fx.Node
+) -> fx.Node:
+    """Copy an adapter's traced calls behind ``at``; returns the node of the result."""
     env: dict[fx.Node, Any] = {}
-    at = y
     for node in traced.nodes:
         if node.op == "placeholder":
-            env[node] = x if node.name == "x" else y
+            env[node] = inputs[str(node.target)]
             continue
         if node.op == "output":
-            new = env[node.args[0]]
-            break
+            return env[node.args[0]]  # type: ignore[index, no-any-return]
         with gm.graph.inserting_after(at):
             at = env[node] = gm.graph.node_copy(node, lambda n: env[n])
         if at.op == "get_attr":
             at.target = f"{path}.{str(node.target).removeprefix('module.')}"
             if str(at.target).endswith(".site_id"):
                 sites[at] = path
-    assert isinstance(new, fx.Node)
-    inserted = set(env.values())
-    y.replace_all_uses_with(new, delete_user_cb=lambda user: user not in inserted)
-    return new
+    raise AssertionError("a traced graph has an output")
 
 
-class _Site(nn.Module):
-    """``x, y -> y'`` of one adapter, to be traced."""
+class _Before(nn.Module):
+    """``x -> x'`` of one adapter, to be traced."""
 
     def __init__(self, module: nn.Module, entry: str) -> None:
         super().__init__()
         self.module, self.entry = module, entry
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        entries: Any = self.module.adapters
+        return entries[self.entry].apply_before(self.module, x)  # type: ignore[no-any-return]
+
+
+class _After(_Before):
+    """``x, y -> y'`` of one adapter, to be traced."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         entries: Any = self.module.adapters
         return entries[self.entry].apply_to(self.module, x, y)  # type: ignore[no-any-return]
 
 
-def _trace_adapter(module: nn.Module, entry: str) -> fx.Graph:
-    """The adapter's anchor calls as a graph: anchors are leaves."""
-    return torch_internals.trace_with_leaves(_Site(module, entry), list(methods.anchors()))
+def _trace_adapter(site: nn.Module, entry: str) -> fx.Graph:
+    """The adapter's anchor calls as a graph: anchors are leaves.
+
+    Raises:
+        UnsupportedError: what the adapter does depends on more than its tensors.
+    """
+    try:
+        return torch_internals.trace_with_leaves(site, list(methods.anchors()))
+    except (fx.proxy.TraceError, TypeError) as error:
+        kind = site.module.adapters[entry].method.kind  # type: ignore[union-attr, index]
+        raise UnsupportedError(
+            f"adaptc.rewrite cannot read what {kind} does at a site", found=str(error), do="use adaptc.compile"
+        ) from error
 
 
 def _propagate(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:

@@ -246,11 +246,18 @@ def joint_graph_pass(joint_pass: Any, before: Any) -> Any:
 
 
 def inductor_mode_options(mode: str | None) -> dict[str, Any]:
-    """What ``torch.compile(mode=...)`` sets in Inductor's config. 2.11 to 2.15."""
+    """What ``torch.compile(mode=...)`` sets in Inductor's config. 2.11 to 2.15.
+
+    Raises:
+        UnsupportedError: no such mode.
+    """
     if mode in (None, "default"):
         return {}
     from torch._inductor import list_mode_options
 
+    known = ["default", *list_mode_options()]
+    if mode not in known:
+        raise UnsupportedError(f"no compile mode named {mode!r}", found=", ".join(dict.fromkeys(known)))
     return dict(list_mode_options(mode))
 
 

@@ -93,8 +93,8 @@ def probe_sentence(strength: float, dev: Scores) -> str:
 def plan_sentence(settings: Settings, backend: str) -> str:
     """What is trained, and through which backend."""
     return (
-        f"Rank {settings.rank} on every linear layer of the encoder's blocks; the head goes on from the one\n"
-        f"above. Backend {backend}."
+        f"Rank {settings.rank} on every linear layer of the encoder's blocks, and the head of part 2\n"
+        f"trained further. Backend {backend}."
     )
 
 

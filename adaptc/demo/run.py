@@ -114,7 +114,7 @@ def run_demo(
     console.print(INTRODUCTION, highlight=False)
     if backend == "inductor" and (reason := inductor_missing()):
         backend = "aot_eager"
-        console.print(FALLBACK.format(reason=reason), highlight=False, markup=False)
+        console.print(FALLBACK.format(reason=reason), highlight=False, markup=False, soft_wrap=True)
 
     console.rule("1. Labelled text", align="left")
     loaded, tokenizer = encoder()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from adaptc.errors import AdapterNameError, PlanError, SiteError
+from adaptc.errors import AdaptcWarning, AdapterNameError, PlanError, SiteError
 from adaptc.methods.base import Adapter, Method
 from adaptc.methods.bias import Bias
 from adaptc.plan import Assignment, Plan, Resolution
@@ -64,6 +65,11 @@ class AdapterSet:
     @property
     def sites(self) -> list[Site]:
         modules = dict(self.model.named_modules(remove_duplicate=False))
+        gone = [p for p in self._sites if p not in modules or attach.adapters_of(modules[p]) is None]
+        for path in gone:
+            del self._sites[path]
+            message = f"{path} was replaced or removed, and its adapters with it: it is no site any more"
+            warnings.warn(AdaptcWarning(message), stacklevel=3)
         return [Site(path, paths, number, modules[path]) for path, (number, paths) in self._sites.items()]
 
     def record(self, name: str) -> AdapterRecord:
@@ -75,7 +81,8 @@ class AdapterSet:
     def install(
         self, name: str, plan: Plan, *, config: dict[str, Any] | None = None, calibration: Iterable[Any] | None = None
     ) -> bool:
-        """Attach fresh adapters of ``plan`` under ``name``, not live. True when the set of sites grew.
+        """Attach fresh adapters of ``plan`` under ``name``, not live. True when captured graphs are out of date:
+        the set of sites grew, or a module got a hook.
 
         ``calibration``: batches, for methods whose initial values depend on their inputs.
 
@@ -96,23 +103,35 @@ class AdapterSet:
             if path not in sites:
                 sites[path], next_id = (next_id, assignment.paths), next_id + 1
             level = stacked[path] = stacked.get(path, -1) + 1
-            adapter = assignment.method.build(
-                path, assignment.module, dtype=self.dtype, site_id=sites[path][0]
-            )
+            self._check_free(path, assignment.module, attach.entry(name, level))
+            # Parameters made in inference mode could never be trained.
+            with torch.inference_mode(False):
+                adapter = assignment.method.build(
+                    path, assignment.module, dtype=self.dtype, site_id=sites[path][0]
+                )
             own_forward = adapter.replaces_forward or adapter.acts_inside
             attach.check_attachable(path, assignment.module, own_forward=own_forward)
             built.append((assignment, attach.entry(name, level), adapter))
         for kind in dict.fromkeys(type(adapter.method) for _, _, adapter in built):
-            kind.link([adapter for _, _, adapter in built if type(adapter.method) is kind])
+            with torch.inference_mode(False):
+                kind.link([adapter for _, _, adapter in built if type(adapter.method) is kind])
         self._calibrate([(a, adapter) for a, _, adapter in built if adapter.method.needs_covariance], calibration)
-        for assignment, entry, adapter in built:
-            attach.attach(assignment.path, assignment.module, entry, adapter)
-        grew = len(sites) > len(self._sites)
+        changed = [attach.attach(a.path, a.module, entry, adapter) for a, entry, adapter in built]
+        grew = len(sites) > len(self._sites) or any(changed)
         order = {path: i for i, (path, _) in enumerate(self.model.named_modules(remove_duplicate=False))}
         self._sites, self._next_site_id = dict(sorted(sites.items(), key=lambda s: order[s[0]])), next_id
         recorded = [(a.path, entry, a.rule, adapter.method) for a, entry, adapter in built]
         self.records[name] = AdapterRecord(plan, recorded, config)
         return grew
+
+    def _check_free(self, path: str, module: nn.Module, entry: str) -> None:
+        found = attach.adapters_of(module)
+        if found is not None and entry in found:
+            raise SiteError(
+                f"{path} has an adapter {entry!r} that is not this model's",
+                found="it was compiled as part of another model",
+                do="detach that model first, or give this adapter another name",
+            )
 
     def _calibrate(self, chosen: Sequence[tuple[Assignment, Adapter]], calibration: Iterable[Any] | None) -> None:
         """Give ``chosen`` adapters the covariances of their modules' inputs in the model without adapters."""
@@ -138,12 +157,13 @@ class AdapterSet:
     def remove(self, name: str) -> bool:
         """Take the adapter ``name`` off the model. True when the set of sites shrank."""
         self.record(name)
-        for site in self.sites:
+        sites = self.sites
+        for site in sites:
             for entry in list(site.adapters):
                 if attach.adapter_name(entry) == name:
                     attach.remove(site.module, entry)
         del self.records[name]
-        left = {site.path for site in self.sites if site.adapters}
+        left = {site.path for site in sites if site.adapters}
         shrank = set(self._sites) != left
         self._sites = {path: s for path, s in self._sites.items() if path in left}
         self.set_live(tuple(n for n in self.live if n != name))
@@ -174,11 +194,25 @@ class AdapterSet:
                     f"{site.path} is replaced by {replacing[0]!r}, inside of which {inside[0]!r} cannot act",
                     do="make one of them live",
                 )
+        self._check_enclosed(names)
         for site in self.sites:
             found = attach.adapters_of(site.module)
-            assert found is not None
+            assert found is not None  # a site without adapters is none
             found.make_live([adapter for name in names for adapter in site.of(name)])
         self.live = names
+
+    def _check_enclosed(self, names: tuple[str, ...]) -> None:
+        """A module that is trained in full runs as a copy: what other adapters do inside it would be lost."""
+        acting = {site.path: [(n, a) for n in names for a in site.of(n)] for site in self.sites}
+        replaced = {p: n for p, pairs in acting.items() for n, a in pairs if a.replaces_forward}
+        for path, pairs in acting.items():
+            outer = next((p for p in replaced if path.startswith(f"{p}.")), None)
+            if pairs and outer is not None:
+                raise SiteError(
+                    f"{path} is inside {outer}, of which {replaced[outer]!r} trains a copy:"
+                    f" {pairs[0][0]!r} would be lost",
+                    do="make one of them live",
+                )
 
     def signature(self) -> tuple[object, ...]:
         """What captured graphs depend on: for every site, the signatures of its live adapters."""

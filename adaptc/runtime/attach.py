@@ -123,8 +123,9 @@ def adapters_of(module: nn.Module) -> SiteAdapters | None:
     return found if isinstance(found, SiteAdapters) else None
 
 
-def attach(path: str, module: nn.Module, name: str, adapter: Adapter) -> None:
-    """Put ``adapter`` on ``module`` under ``name`` (not live yet).
+def attach(path: str, module: nn.Module, name: str, adapter: Adapter) -> bool:
+    """Put ``adapter`` on ``module`` under ``name`` (not live yet). True when the module got a hook or a forward for
+    it: captured graphs do not guard on these.
 
     Raises:
         SiteError: the module has an attribute of its own called ``adapters``, or its forward is replaced already.
@@ -137,18 +138,23 @@ def attach(path: str, module: nn.Module, name: str, adapter: Adapter) -> None:
         module.adapters = found
     adapter.train(module.training)
     found[name] = adapter
+    changed = False
     if (adapter.replaces_forward or adapter.acts_inside) and "forward" not in module.__dict__:
         module.forward = functools.partial(run_forward, module)
+        changed = True
     if adapter.replaces_forward:
-        return
+        return changed
     # What acts inside gets the hook too: torch's fused encoder layer reads weights without calling the modules that
     # own them, unless one of these has a hook.
     # Before hooks of the user on the output, and after theirs on the input: they see what they would see of a
     # wrapped layer.
     if found.hook_handle is None:
         found.hook_handle = module.register_forward_hook(run_site, prepend=True, with_kwargs=True)
+        changed = True
     if adapter.acts_before and found.pre_hook_handle is None:
         found.pre_hook_handle = module.register_forward_pre_hook(run_before_site, with_kwargs=True)
+        changed = True
+    return changed
 
 
 def check_attachable(path: str, module: nn.Module, *, own_forward: bool = False) -> None:

@@ -103,7 +103,7 @@ def disarm(model: nn.Module) -> None:
     """Undo :func:`arm`."""
     for module in model.modules():
         prologue = module.__dict__.get(Prologue.KEY)
-        if isinstance(prologue, Prologue):
+        if isinstance(prologue, Prologue) and prologue.handle.model is model:
             prologue.disarm()
     for name, value in list(model.__dict__.items()):
         if isinstance(value, EntryMethod):

@@ -16,6 +16,7 @@ from adaptc.codegen.backend import BackendOptions
 from adaptc.codegen.graphs import CapturedGraph
 from adaptc.errors import AdapterNameError, NewSignatureWarning, UnsupportedError
 from adaptc.passes.manager import Pipeline
+from adaptc.plan import Plan
 from adaptc.runtime import captures, files, saving, warmup
 from adaptc.runtime.adapters import AdapterRecord, AdapterSet, Site
 
@@ -47,6 +48,18 @@ class CompileOptions:
     dynamic: bool | None = None
     adapter_dtype: torch.dtype | None = None
     example_inputs: Any = None
+
+
+def pipeline_of(plan: Plan | None) -> Pipeline:
+    """The passes that a plan asks for.
+
+    Raises:
+        PipelineError: they cannot run in this order, or one of them is not known.
+    """
+    passes = None if plan is None else plan.passes
+    if passes is None:
+        return Pipeline.from_options()
+    return Pipeline.from_options(skip=passes.skip, order=passes.order, limit=passes.limit)
 
 
 class Handle:
@@ -190,6 +203,7 @@ class Handle:
         self, name: str, plan: Any, *, config: dict[str, Any] | None = None, calibration: Iterable[Any] | None = None
     ) -> None:
         """Attach fresh adapters of a ``Plan`` under ``name``."""
+        pipeline_of(plan)  # refuses passes that cannot run, before anything changes
         if self.adapters.install(name, plan, config=config, calibration=calibration):
             self.captures.new_epoch()
 
@@ -239,7 +253,7 @@ class Handle:
                     self.switch(name)
                     warmup.run_once(self.model, inputs)
             finally:
-                self.switch(before)
+                self._switch_back(before)
 
     def example_inputs(self, given: Any = None) -> Any:
         """Inputs of one call: ``given``, those of ``adaptc.compile``, the model's ``dummy_inputs``, or None."""
@@ -257,7 +271,11 @@ class Handle:
             try:
                 yield
             finally:
-                self.switch(before)
+                self._switch_back(before)
+
+    def _switch_back(self, names: Sequence[str]) -> None:
+        """Make ``names`` live again, but for those that were removed meanwhile."""
+        self.switch([name for name in names if name in self.records])
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained, of how many, as PEFT does."""
@@ -318,11 +336,8 @@ class Handle:
 
     def pipeline(self) -> Pipeline:
         """The passes that the live adapters' plans ask for (the first plan that says anything)."""
-        for name in (*self.live, *self.records):
-            passes = self.records[name].plan.passes
-            if passes is not None:
-                return Pipeline.from_options(skip=passes.skip, order=passes.order, limit=passes.limit)
-        return Pipeline.from_options()
+        plans = [self.records[name].plan for name in (*self.live, *self.records)]
+        return pipeline_of(next((plan for plan in plans if plan.passes is not None), None))
 
     def detach(self) -> nn.Module:
         """Give the untouched model back: no adapters, hooks or attributes, and trainable flags as they were."""
@@ -332,8 +347,9 @@ class Handle:
         captures.disarm(model)
         saving.disarm(self)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self._was_trainable[name])
-        del model.adaptc
+            if name in self._was_trainable:
+                parameter.requires_grad_(self._was_trainable[name])
+        model.__dict__.pop("adaptc", None)
         self.captures.new_epoch()
         return model
 

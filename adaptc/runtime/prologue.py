@@ -65,6 +65,8 @@ class Prologue:
 
     def __init__(self, handle: Handle, owner: nn.Module, entry: str) -> None:
         self.handle, self.owner, self.entry = handle, owner, entry
+        #: What the user's own ``module.compile()`` had installed.
+        self.previous: Any = owner.__dict__.get("_compiled_call_impl")
         self.arm()
 
     def arm(self) -> None:
@@ -74,6 +76,8 @@ class Prologue:
     def disarm(self) -> None:
         self.owner.__dict__.pop(self.KEY, None)
         self.owner.__dict__.pop("_compiled_call_impl", None)
+        if self.previous is not None:
+            self.owner.__dict__["_compiled_call_impl"] = self.previous
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Inside another capture (the root's, or a torch.compile of the user) this is an ordinary module call.
@@ -87,12 +91,12 @@ class Prologue:
             return None  # part of the model is copied on its own: it keeps its adapters and runs eagerly
         new = object.__new__(Prologue)
         memo[id(self)] = new
-        new.handle, new.owner, new.entry = handle.__deepcopy__(memo), owner, self.entry
+        new.handle, new.owner, new.entry, new.previous = handle.__deepcopy__(memo), owner, self.entry, None
         new.arm()
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"handle": self.handle, "owner": self.owner, "entry": self.entry}
+        return {"handle": self.handle, "owner": self.owner, "entry": self.entry, "previous": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -146,7 +146,9 @@ def disarm(handle: Handle) -> None:
     for name in ALIASES:
         if isinstance(handle.model.__dict__.get(name), Alias):
             del handle.model.__dict__[name]
-    handle.guard_handle.remove()
+    guard = getattr(handle, "guard_handle", None)
+    if guard is not None:
+        guard.remove()
 
 
 # ------------------------------------------------------------------------------------------ adapters

@@ -21,7 +21,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
 def run_once(model: nn.Module, inputs: Any) -> None:
     """Run ``model`` forward, and backward where it would be trained; restores buffers and random state, and
     leaves ``.grad`` alone."""
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    buffers = {name: (b.detach().clone(), b._version) for name, b in model.named_buffers()}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=list(devices)):
@@ -34,8 +34,10 @@ def run_once(model: nn.Module, inputs: Any) -> None:
     finally:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                if name in buffers and buffers[name].shape == buffer.shape:
-                    buffer.copy_(buffers[name])
+                before, version = buffers.get(name, (buffer, buffer._version))
+                # Unchanged ones are not touched: a backward that is still to come may have saved them.
+                if buffer._version != version and before.shape == buffer.shape:
+                    buffer.copy_(before)
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:

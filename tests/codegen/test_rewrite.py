@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 import adaptc
-from adaptc.errors import PlanError, SiteError
+from adaptc.errors import PlanError, SiteError, UnsupportedError
 from adaptc.ir.show import graph_text
 from tests.models import hosts
 
@@ -167,3 +167,63 @@ def test_a_transformers_model_that_dynamo_captured():
         adapter = out.get_submodule(path).adapters["default"]
         model.get_submodule(path).weight.data += 2.0 * (adapter.lora_B @ adapter.lora_A).detach()
     torch.testing.assert_close(loss, model(**batch).loss, rtol=1e-5, atol=1e-6)
+
+
+def as_graph(module):
+    tracer = fx.Tracer()
+    tracer.is_leaf_module = lambda *_: False
+    return fx.GraphModule(module, tracer.trace(module))
+
+
+def test_an_adapter_on_the_input_acts():
+    base, x = Net(), torch.randn(5, 6)
+    plan = adaptc.IA3(targets=["a"], feedforward=True, init="random")
+    for gm in (fx.symbolic_trace(base), as_graph(base)):
+        out = adaptc.rewrite(gm, plan, (x,), verify="raise")
+        scale = out.a.adapters.default.ia3_l
+        expected = base(x * scale)
+        torch.testing.assert_close(out(x), expected, rtol=1e-5, atol=1e-6)
+        out(x).sum().backward()
+        assert scale.grad.abs().max() > 0
+
+
+def test_every_call_is_adapted_however_it_is_written():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Linear(6, 4)
+
+        def forward(self, x):
+            function = torch.nn.functional.linear
+            W, b = self.w.weight, self.w.bias
+            return self.w(input=x) + self.w(x) + function(x, weight=W, bias=b) + torch.addmm(b, x, torch.t(W))
+
+    base, x = Mixed(), torch.randn(5, 6)
+    for gm in (fx.symbolic_trace(base), as_graph(base)):
+        out = adaptc.rewrite(gm, LORA, (x,))
+        adapter = out.w.adapters.default
+        expected = base(x) + 4 * 2.0 * x @ adapter.lora_A.T @ adapter.lora_B.T
+        torch.testing.assert_close(out(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("use", [lambda x, W: x @ W.t(), lambda x, W: torch.mm(x, W), lambda x, W: x + W.sum()])
+def test_a_reader_of_the_weight_that_is_not_understood_is_refused(use):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.w(x) + use(x, self.w.weight)
+
+    with pytest.raises(SiteError, match=r"w: %.* reads its weight in a way that cannot be adapted"):
+        adaptc.rewrite(fx.symbolic_trace(Odd()), LORA, (torch.randn(5, 6),))
+
+
+def test_methods_that_need_more_than_a_graph_say_so():
+    gm, x = fx.symbolic_trace(Net()), torch.randn(5, 6)
+    with pytest.raises(PlanError, match="a: lora is to start from the covariance of its inputs"):
+        adaptc.rewrite(gm, adaptc.LoRA(r=2, init="corda", targets=["a"]), (x,))
+    for method in (adaptc.VeRA(r=4, targets=["a"]), adaptc.Hydra(targets=["a"])):
+        with pytest.raises(UnsupportedError, match=f"adaptc.rewrite cannot read what {method.kind} does at a site"):
+            adaptc.rewrite(gm, method, (x,))
