@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -160,6 +161,11 @@ HOSTS: dict[str, Builder] = {
     "albert": albert,
     "clip": clip,
 }
+#: Every host, those that take longest in the slow set.
+EVERY = [
+    pytest.param(name, marks=pytest.mark.slow) if name in ("roberta", "albert", "mixtral", "t5", "clip") else name
+    for name in HOSTS
+]
 #: Host -> modules that "all-linear" adapts, and how often they are called in one forward.
 ALL_LINEAR = {
     "llama": (14, 14),

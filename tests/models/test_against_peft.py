@@ -64,7 +64,7 @@ class CountingBackend:
         return gm
 
 
-@pytest.mark.parametrize("host", hosts.HOSTS)
+@pytest.mark.parametrize("host", hosts.EVERY)
 def test_every_class_computes_what_peft_computes(host):
     cases = [(train, hosts.batch(host, **shape)) for train, shape in itertools.product((True, False), SHAPES)]
     counting = CountingBackend()
