@@ -55,7 +55,10 @@ def demo(
     Without a C++ compiler, Inductor's place is taken by aot_eager.
     """
     _require_demo_extra()
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: everything is on disk
+    # Both are read when torch and transformers are imported, which is below.
+    os.environ["HF_HUB_OFFLINE"] = "1"  # everything is on disk
+    # Threads that wait in a loop make a step several times slower where other programs use the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from adaptc.demo.run import run_demo
     from adaptc.demo.training import Settings
 

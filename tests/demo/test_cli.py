@@ -93,22 +93,26 @@ def test_an_interrupt_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) 
     assert shown.output == "\nInterrupted.\n"
 
 
-def test_the_network_is_switched_off_before_transformers_is_imported() -> None:
+def test_the_environment_is_set_before_torch_and_transformers_are_imported() -> None:
     code = (
-        "import importlib.util, sys, types\n"
-        "fake = types.ModuleType('adaptc.demo.run')\n"
+        "import os, sys, types\n"
         "def run_demo(*_, **__):\n"
+        "    assert not {'torch', 'huggingface_hub', 'transformers'} & set(sys.modules)\n"
         "    from huggingface_hub import constants\n"
-        "    print('offline', constants.HF_HUB_OFFLINE)\n"
+        "    print('offline', constants.HF_HUB_OFFLINE, os.environ['OMP_WAIT_POLICY'])\n"
         "    raise KeyboardInterrupt\n"
-        "fake.run_demo = run_demo\n"
-        "sys.modules['adaptc.demo.run'] = fake\n"
+        "for name in ('run', 'training'):\n"
+        "    sys.modules['adaptc.demo.' + name] = types.ModuleType(name)\n"
+        "sys.modules['adaptc.demo.run'].run_demo = run_demo\n"
+        "sys.modules['adaptc.demo.training'].Settings = dict\n"
         "from adaptc.cli.app import app\n"
         "app(['demo'])\n"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "OMP_WAIT_POLICY")
+    }
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stdout) == (130, "offline True\n"), done.stderr
+    assert (done.returncode, done.stdout) == (130, "offline True PASSIVE\n"), done.stderr
 
 
 def test_absent_packages_are_named_at_once(
