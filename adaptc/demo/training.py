@@ -107,9 +107,11 @@ def fit_probe(model: SentenceClassifier, train: TokenizedTexts, dev: TokenizedTe
 def _logistic_regression(inputs: Tensor, labels: Tensor, strength: float) -> tuple[Tensor, Tensor]:
     """Weight (classes, hidden) and bias (classes,) for a softmax."""
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     probe = LogisticRegression(C=strength, max_iter=3000, class_weight="balanced")
-    probe.fit(inputs.numpy(), labels.numpy())
+    with threadpool_limits(1, user_api="blas"):  # products this small take longer on several threads
+        probe.fit(inputs.numpy(), labels.numpy())
     weight, bias = torch.tensor(probe.coef_), torch.tensor(probe.intercept_)
     if len(bias) == 1:  # two classes come as one row: the difference of the two that softmax needs
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
