@@ -281,7 +281,7 @@ def _copy_in(
             env[node] = inputs[str(node.target)]
             continue
         if node.op == "output":
-            return env[node.args[0]]
+            return env[node.args[0]]  # type: ignore[no-any-return]
         with gm.graph.inserting_after(at):
             at = env[node] = gm.graph.node_copy(node, lambda n: env[n])
         if at.op == "get_attr":
