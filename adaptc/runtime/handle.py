@@ -139,7 +139,10 @@ class Handle:
         """Sites of live adapters that no call has reached yet."""
         backend = self.captures.backend
         ran = self.captures.eager | (backend.ran if backend else set())
-        live = [(site.path, [a for n in self.live for a in site.of(n)]) for site in self.sites]
+        # A module that is trained in full has no anchor: nothing tells whether its copy ran.
+        live = [
+            (site.path, [a for n in self.live for a in site.of(n) if not a.replaces_forward]) for site in self.sites
+        ]
         return [path for path, adapters in live if adapters and not any(id(a.site_id) in ran for a in adapters)]
 
     # -- training --------------------------------------------------------------------------------------

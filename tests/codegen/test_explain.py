@@ -120,6 +120,13 @@ def test_what_did_not_run_is_named():
     assert model.adaptc.explain().to_dict()["attention"] == ["did not run in any forward: spare"]
 
 
+def test_a_module_trained_in_full_is_not_called_idle():
+    plan = [{"match": {"targets": ["down"]}, "train": "full"}, adaptc.LoRA(r=3, targets=["up"])]
+    model = adaptc.compile(Net(), plan, backend="aot_eager")
+    model(torch.randn(5, 6))
+    assert model.adaptc.idle_sites() == []
+
+
 def test_a_backend_without_a_joint_graph_says_so():
     plan = adaptc.LoRA(r=3, targets=["up"])
     model = adaptc.compile(Net(), plan, backend="eager")
