@@ -17,6 +17,7 @@ from adaptc.ir import validate
 from adaptc.ir.edit import copy_graph_module
 from adaptc.passes.contract import Context
 from adaptc.passes.manager import Pipeline
+from adaptc.runtime.recompute import mark
 
 #: Backends whose joint forward+backward graph the passes can reach.
 JOINT_BACKENDS = ("inductor", "aot_eager")
@@ -113,9 +114,9 @@ def _note_sites(compiled: Callable[..., Any], positions: Sequence[int], ran: set
         return compiled
 
     def call(*args: Any) -> Any:
-        for i in positions:
-            ran.add(id(args[i]))
-        return compiled(*args)
+        ids = [id(args[i]) for i in positions]
+        ran.update(ids)
+        return mark(compiled(*args), ids)
 
     return call
 

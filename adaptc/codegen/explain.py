@@ -175,8 +175,9 @@ def _cost_changes(report: PassReport) -> Iterator[str]:
         ("moved ", "B", before.read + before.written, after.read + after.written),
         ("saved ", "B", before.saved, after.saved),
     ):
-        if was != now:
-            yield f"{name}{number_text(was, unit)} -> {number_text(now, unit)}"
+        before_text, after_text = number_text(was, unit), number_text(now, unit)
+        if before_text != after_text:
+            yield f"{name}{before_text} -> {after_text}"
 
 
 def _costs(graph: CapturedGraph) -> Iterator[str]:

@@ -364,6 +364,11 @@ def real_tensors() -> Iterator[None]:
         yield
 
 
+def saves_through_hooks() -> bool:
+    """Whether autograd's saved tensors pass through hooks now, as they do under checkpointing. 2.11 to 2.15."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def is_fake(value: Any) -> bool:
     """Whether a value is a fake tensor. 2.11 to 2.15."""
     from torch._subclasses.fake_tensor import FakeTensor

@@ -85,6 +85,8 @@ class Adapter(nn.Module):
     site_id: torch.Tensor
     #: True when the adapter replaces the module's forward instead of correcting its output.
     replaces_forward: ClassVar[bool] = False
+    #: True when ``apply_to`` takes outputs other than tensors.
+    takes_any_output: ClassVar[bool] = False
     #: True when the adapter changes the module's input.
     acts_before: ClassVar[bool] = False
     #: True when the adapter acts on what the module's forward reads or computes on the way.

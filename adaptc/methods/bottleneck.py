@@ -99,6 +99,8 @@ def _require(name: str, value: object, ok: bool, expected: str) -> None:
 class BottleneckAdapter(Adapter):
     """``down`` (r, K), ``up`` (N, r) and, with biases, ``down_bias`` (r,), ``up_bias`` (N,) of one site."""
 
+    takes_any_output: ClassVar[bool] = True
+
     method: Bottleneck
     scale: torch.Tensor
 

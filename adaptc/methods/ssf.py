@@ -82,6 +82,8 @@ def _of_norm(module: nn.Module) -> tuple[int, bool] | None:
 class SSFAdapter(Adapter):
     """``ssf_scale`` and ``ssf_shift`` (C,) of one site."""
 
+    takes_any_output: ClassVar[bool] = True
+
     method: SSF
 
     def __init__(

@@ -12,6 +12,10 @@ from torch import nn
 
 from adaptc.errors import SiteError
 from adaptc.methods.base import Adapter
+from adaptc.runtime.recompute import mark
+
+#: No epoch is called so: comparing with it only makes Dynamo guard on the epoch's name.
+_NEVER = "never"
 
 
 class SiteAdapters(nn.ModuleDict):
@@ -28,6 +32,9 @@ class SiteAdapters(nn.ModuleDict):
         self.inside: tuple[Adapter, ...] = ()
         #: The live adapter that stands in for the module itself, or None.
         self.standin: Adapter | None = None
+        #: Changes with the set of sites. Hooks read it so that every capture, a user's own too, guards on it: Dynamo
+        #: does not guard on hooks that other modules get later. Text, because it may make an input of a number.
+        self.epoch = ""
         self.hook_handle: Any = None
         self.pre_hook_handle: Any = None
 
@@ -72,15 +79,23 @@ def run_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
 
     A module-level function that closes over nothing, so that models deep-copy and pickle.
     """
-    live = cast(SiteAdapters, module.adapters).live
-    if len(live) == 0:
+    found = cast(SiteAdapters, module.adapters)
+    live = found.live
+    if found.epoch == _NEVER or len(live) == 0:
         return None
     x = args[0] if args else next(iter(kwargs.values()))
     for adapter in live:
         if adapter.acts_inside:
             continue
+        if not (isinstance(output, torch.Tensor) or adapter.takes_any_output):
+            raise SiteError(
+                f"a {type(module).__name__} returned a {type(output).__name__}",
+                expected=f"a tensor, which {adapter.method.kind} corrects", do="leave this module out of the plan",
+            )  # fmt: skip
         note_eager(adapter)
         output = adapter.apply_to(module, x, output)
+    if not torch.compiler.is_compiling():
+        output = mark(output, [id(adapter) for adapter in live])
     return output
 
 
@@ -106,9 +121,10 @@ def run_before_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def run_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Instance ``forward`` of a module that some adapter replaces or acts inside of: as the live ones have it."""
     found = cast(SiteAdapters, module.adapters)
-    if found.standin is not None:
+    if found.epoch != _NEVER and found.standin is not None:
         note_eager(found.standin)
-        return found.standin.replace(*args, **kwargs)
+        output = found.standin.replace(*args, **kwargs)
+        return output if torch.compiler.is_compiling() else mark(output, [id(found.standin)])
     inside = found.inside
     if len(inside) == 0:
         return type(module).forward(module, *args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,14 @@ from torch import nn
 from adaptc.codegen.backend import JOINT_BACKENDS, AdapterBackend, BackendOptions
 from adaptc.codegen.graphs import CapturedGraph
 from adaptc.codegen.torch_internals import without_size_memory
-from adaptc.runtime import warmup
+from adaptc.runtime import attach, warmup
 from adaptc.runtime.prologue import Capture, EntryMethod, Prologue
 
 if TYPE_CHECKING:
     from adaptc.runtime.handle import Handle
+
+
+_EPOCHS = itertools.count()
 
 
 class Captures:
@@ -66,6 +70,11 @@ class Captures:
         if self.backend is not None:
             self.counts["past_graphs"] += len(self.backend.graphs)
         self.backend, self._callables = None, {}
+        epoch = str(next(_EPOCHS))
+        for site in self.handle.sites:
+            adapters = attach.adapters_of(site.module)
+            if adapters is not None:
+                adapters.epoch = epoch
         self._signatures.clear()
         self.eager.clear()
 

@@ -168,6 +168,7 @@ def test_an_earlier_runs_folder_is_taken(tmp_path: Path) -> None:
     for name in ("loss.png", "sites.png", "metrics.json"):
         (tmp_path / name).touch()
     run.prepare_folder(tmp_path)
+    assert tmp_path.is_dir()
 
 
 def test_a_second_run_with_the_same_seed_repeats_the_first(finished: Finished) -> None:

@@ -49,7 +49,8 @@ def test_a_conflict_is_refused():
 
 
 def test_a_pass_may_conflict_with_what_comes_later():
-    Pipeline([a_pass("early", conflicts={"inserted"}), get("insert")])
+    pipeline = Pipeline([a_pass("early", conflicts={"inserted"}), get("insert")])
+    assert [one.name for one in pipeline.passes] == ["early", "insert"]
 
 
 def test_a_missing_pass_says_what_to_do():

@@ -205,3 +205,71 @@ def test_a_new_signature_is_still_announced():
     model(X)
     with pytest.warns(NewSignatureWarning):
         model.adaptc.switch(None)
+
+
+class Block(nn.Module):
+    def __init__(self, breaks):
+        super().__init__()
+        self.a, self.breaks = nn.Linear(6, 6), breaks
+
+    def forward(self, x):
+        y = torch.tanh(self.a(x))
+        if self.breaks:
+            torch._dynamo.graph_break()
+        return torch.relu_(y * 1.0)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, breaks):
+        super().__init__()
+        self.block = Block(breaks)
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("breaks", [False, True], ids=["captured", "broken"])
+@pytest.mark.parametrize("way", ["there and back", "away"])
+def test_switching_before_a_checkpoint_recomputes(backend, breaks, way):
+    model = adaptc.compile(Checkpointed(breaks), lora("a"), backend=backend)
+    model.adaptc.add("o", lora("a"))
+    x = X.clone().requires_grad_()
+
+    def gradients(switches):
+        model.zero_grad()
+        y = model(x)
+        for name in switches:
+            model.adaptc.switch(name)
+        y.square().sum().backward()
+        return [p.grad.clone() for p in model.adaptc.parameters("default")]
+
+    expected = gradients([])
+    if way == "away" and breaks:
+        with pytest.raises(torch.utils.checkpoint.CheckpointError, match="different metadata"):
+            gradients(["o"])
+        return
+    found = gradients(["o", "default"] if way == "there and back" else ["o"])
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+def test_the_users_own_capture_follows_new_sites():
+    model = compiled(lora("blk.0"))
+    captured = torch.compile(model, backend="eager", fullgraph=True)
+    inside = torch.compile(lambda x: 2 * model(x), backend="eager", fullgraph=True)
+    captured(X), inside(X)
+    model.adaptc.add("b", lora("o"))
+    model.adaptc.switch(("default", "b"))
+    torch.testing.assert_close(captured(X), eagerly(model))
+    torch.testing.assert_close(inside(X), 2 * eagerly(model))
+
+
+def test_a_module_that_returns_no_tensor_is_named():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    model = nn.Sequential(Pair(6, 4))
+    adaptc.compile(model, lora("0"), backend="eager")
+    with pytest.raises(Exception, match="a Pair returned a tuple"):
+        model(X)
