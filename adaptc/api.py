@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from adaptc.codegen import torch_internals
+from adaptc.codegen import toolchain, torch_internals
 from adaptc.codegen.backend import BackendOptions
-from adaptc.errors import AdapterNameError, UnsupportedError
+from adaptc.errors import AdaptcWarning, AdapterNameError, UnsupportedError
 from adaptc.integrations import peft_model
 from adaptc.runtime.handle import CompileOptions, Handle
 
@@ -73,6 +75,7 @@ def compile(
         return model
     if handle is not None:
         raise AdapterNameError(f"{type(model).__name__} has an attribute 'adaptc' of its own", expected="a free name")
+    wanted = dataclasses.replace(wanted, backend=_usable(wanted.backend, model))
     if plan is None and peft_model.is_peft_model(model):
         peft_model.check_name(model, name)
         return peft_model.adopt(model, wanted)  # type: ignore[return-value]  # the base, as documented
@@ -106,6 +109,18 @@ def _check_backend(name: str, mode: str | None) -> None:
         torch_internals.lookup_backend(name)
     if mode is not None:
         torch_internals.inductor_mode_options(mode)
+
+
+def _usable(options: BackendOptions, model: nn.Module) -> BackendOptions:
+    """``options``, or op-by-op execution where Inductor cannot generate code for the CPU."""
+    if options.name != "inductor" or not any(p.device.type == "cpu" for p in model.parameters()):
+        return options
+    reason = toolchain.inductor_missing()
+    if reason is None:
+        return options
+    instead = f"Inductor cannot run here: {reason}; aot_eager runs the same rewritten graphs, op by op"
+    warnings.warn(AdaptcWarning(instead), stacklevel=3)
+    return BackendOptions("aot_eager", verify=options.verify, instead=instead)
 
 
 def _compile_again(handle: Handle, plan: Any, name: str, calibration: Any, options: CompileOptions) -> None:

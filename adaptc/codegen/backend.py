@@ -31,6 +31,8 @@ class BackendOptions:
     mode: str | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     verify: bool | str = False
+    #: Why ``name`` is not the backend that was asked for, when it is not.
+    instead: str | None = None
 
 
 class AdapterBackend:

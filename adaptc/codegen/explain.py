@@ -117,6 +117,8 @@ def _parameters(handle: Handle) -> Iterator[str]:
 
 def _backend(handle: Handle) -> Iterator[str]:
     yield f"passes {handle.pipeline()}"
+    if handle.options.backend.instead:
+        yield handle.options.backend.instead
     if handle.options.backend.name not in JOINT_BACKENDS:
         yield "passes on the joint graph do not run: this backend does not show it"
     if handle.entries:

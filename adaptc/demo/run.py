@@ -7,7 +7,6 @@ import json
 import math
 import os
 import sys
-import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.console import Console
 from torch import nn
 
 import adaptc
-from adaptc.codegen import torch_internals
+from adaptc.codegen.toolchain import inductor_missing
 from adaptc.demo.data import Corpus, load_corpus
 from adaptc.demo.model import SentenceClassifier, TokenizedTexts, load_encoder, tokenize
 from adaptc.demo.pictures import draw_loss, draw_sites
@@ -195,14 +194,6 @@ def prepare_folder(out: Path) -> None:
             found=", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else ""),
             do=do,
         )
-
-
-def inductor_missing() -> str | None:
-    """Why Inductor cannot compile here, or None."""
-    if reason := torch_internals.inductor_missing():
-        return f"it needs a C++ compiler, and found none ({reason})"
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    return None if header.is_file() else f"its C++ code needs Python's headers, and there is no {header}"
 
 
 def _plan(settings: Settings) -> adaptc.Plan:

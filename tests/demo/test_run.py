@@ -14,6 +14,7 @@ from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from adaptc.codegen import toolchain
 from adaptc.demo import run
 from adaptc.demo.data import load_corpus
 from adaptc.demo.model import SentenceClassifier, load_encoder, tokenize
@@ -128,7 +129,8 @@ def test_without_inductor_another_backend_takes_its_place_and_the_reader_is_told
         asked.append(backend)
         raise KeyboardInterrupt  # the rest is as elsewhere
 
-    monkeypatch.setattr(run.torch_internals, "inductor_missing", lambda: "InvalidCxxCompiler: No working C++ compiler")
+    reason = "InvalidCxxCompiler: No working C++ compiler"
+    monkeypatch.setattr(toolchain.torch_internals, "inductor_missing", lambda: reason)
     monkeypatch.setattr(run.adaptc, "compile", compile)
     console = Console(file=io.StringIO(), width=100)
     with pytest.raises(KeyboardInterrupt):
@@ -141,11 +143,11 @@ def test_without_inductor_another_backend_takes_its_place_and_the_reader_is_told
 
 
 def test_absent_python_headers_stand_in_inductors_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run.torch_internals, "inductor_missing", lambda: None)
-    monkeypatch.setattr(run.sysconfig, "get_path", lambda _: str(tmp_path))
-    assert "Python.h" in (run.inductor_missing() or "")
+    monkeypatch.setattr(toolchain.torch_internals, "inductor_missing", lambda: None)
+    monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda _: str(tmp_path))
+    assert "Python.h" in (toolchain.inductor_missing() or "")
     (tmp_path / "Python.h").touch()
-    assert run.inductor_missing() is None
+    assert toolchain.inductor_missing() is None
 
 
 def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:

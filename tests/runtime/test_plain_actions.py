@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import adaptc
+from adaptc.codegen import toolchain
 from adaptc.errors import AdaptcWarning, NewSignatureWarning, PipelineError, SiteError, UnsupportedError
 
 pytestmark = pytest.mark.filterwarnings("ignore::adaptc.errors.NewSignatureWarning")
@@ -273,3 +274,15 @@ def test_a_module_that_returns_no_tensor_is_named():
     adaptc.compile(model, lora("0"), backend="eager")
     with pytest.raises(Exception, match="a Pair returned a tuple"):
         model(X)
+
+
+def test_without_a_compiler_the_graphs_run_op_by_op(monkeypatch):
+    monkeypatch.setattr(toolchain, "inductor_missing", lambda: "it needs a C++ compiler, and found none")
+    model = Outer()
+    with pytest.warns(AdaptcWarning, match="Inductor cannot run here: it needs a C\\+\\+ compiler.*aot_eager"):
+        adaptc.compile(model, lora("o"))
+    torch.testing.assert_close(model(X), eagerly(model))
+    report = model.adaptc.explain().to_dict()
+    assert "Inductor cannot run here" in report["backend aot_eager"][1]
+    assert "lower" in model.adaptc.graphs[0].stages
+    assert adaptc.compile(model, lora("o")) is model
