@@ -128,7 +128,7 @@ def test_sixteen_bit_arithmetic_is_as_exact_as_pefts(kind, options, size):
     for seed in range(4):
         torch.manual_seed(seed)
         for site in model.adaptc.sites:
-            site.adapters["default"].reset_parameters()
+            site.adapters["default"].reset_parameters(site.module.weight)
             site.adapters["default"].lora_B.data.mul_(size)
         twin = peft_twin(copy.deepcopy(base), model).train()
         batch = hosts.batch("llama", rows=4, length=12, seed=seed)
