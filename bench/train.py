@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import datetime
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,16 +89,26 @@ def run(arguments: argparse.Namespace) -> list[Path]:
     if unknown or not arguments.contenders:
         raise BenchError(f"unknown contenders {unknown}; known: {', '.join(BUILDERS)}")
     report.require_plotting()
-    results = measure(settings, cases, arguments.contenders)
-    return report.write(results, arguments.out, f"train-{torch.device(settings.device).type}")
+    stem = f"train-{'dora-' if settings.dora else ''}{torch.device(settings.device).type}"
+    # Written after every case, so that a run that is cut off leaves what it has.
+    results = measure(
+        settings, cases, arguments.contenders, after=lambda found: report.write(found, arguments.out, stem)
+    )
+    return report.write(results, arguments.out, stem)
 
 
-def measure(settings: Settings, cases: Sequence[Case], names: Sequence[str]) -> dict[str, Any]:
-    """The whole result as plain data, the same that is written as JSON."""
+def measure(
+    settings: Settings,
+    cases: Sequence[Case],
+    names: Sequence[str],
+    *,
+    after: Callable[[dict[str, Any]], object] = lambda found: None,
+) -> dict[str, Any]:
+    """The whole result as plain data, the same that is written as JSON; ``after`` gets it after every case."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = torch.device(settings.device)
-    return {
+    results: dict[str, Any] = {
         "table": "train",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "flags": {
@@ -115,8 +125,12 @@ def measure(settings: Settings, cases: Sequence[Case], names: Sequence[str]) -> 
             "memory": MEMORY_METHOD,
             **({"cold": COLD_METHOD} if settings.cold else {}),
         },
-        "cases": [_measure_case(settings, case, names, device) for case in cases],
+        "cases": [],
     }
+    for case in cases:
+        results["cases"].append(_measure_case(settings, case, names, device))
+        after(results)
+    return results
 
 
 def _measure_case(

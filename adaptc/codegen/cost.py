@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +28,8 @@ from adaptc.ir.dialect import Cost
 from adaptc.ir.edit import nested
 from adaptc.ir.effects import may_write
 from adaptc.ir.names import op_name
+
+log = logging.getLogger(__name__)
 
 #: Products whose contracted size is the last dimension of the first, or of the second, argument.
 _BY_FIRST = frozenset({"linear", "matmul", "mm", "bmm", "mv", "dot"})
@@ -57,7 +60,7 @@ def graph_cost(
             total += max((graph_cost(body, which, known) for body in bodies[node]), key=lambda cost: cost.flops)
         elif which is None or which(node):
             if node not in known:
-                known[node] = node_cost(node)
+                known[node] = _estimate(node)
             total += known[node]
     return total
 
@@ -67,6 +70,15 @@ def level_cost(gm: fx.GraphModule, level: str, known: dict[fx.Node, Cost]) -> Co
     joint graph were nothing recomputed, and nothing in a captured graph, whose backward does not exist yet."""
     saved = crossing_bytes(gm) if level == "joint" else 0
     return dataclasses.replace(graph_cost(gm, known=known), saved=saved)
+
+
+def _estimate(node: fx.Node) -> Cost:
+    """``node_cost``, or nothing where it fails: a model must compile whatever can be said of its costs."""
+    try:
+        return node_cost(node)
+    except Exception:
+        log.warning("no cost estimate of %s", node.format_node(), exc_info=log.isEnabledFor(logging.DEBUG))
+        return Cost()
 
 
 def node_cost(node: fx.Node) -> Cost:

@@ -320,8 +320,14 @@ def size_text(size: Any) -> str:
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """Equal for tensors that share memory, fake ones too. 2.11 to 2.15."""
-    return int(tensor.untyped_storage()._cdata)
+    """Equal for tensors that share memory, fake ones and those under vmap or grad too; its own for one that has
+    none (sparse). 2.11 to 2.15."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except NotImplementedError:
+        return id(tensor)
 
 
 def watch_calls(on_call: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]) -> Any:

@@ -1,0 +1,132 @@
+"""``python -m tests.models.survey``: every class of four tasks through adaptc and through PEFT, a line each.
+
+For each class: LoRA on all its linear layers by ``"all-linear"``, one training step, loss and every gradient against
+PEFT on the same values (against the formula in fp64 where PEFT refuses the class). ``equal``: it agrees, every site was rewritten, and there are no more graphs than the base has
+under ``torch.compile``. A class whose base does not run under PEFT, or not under ``torch.compile``, does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import adaptc
+from tests.models import zoo
+from tests.models.test_against_peft import CountingBackend, lora, peft_step, peft_twin
+from tests.reference import reference_step, relative_errors, step
+
+BASE = ("not built", "base fails", "PEFT fails", "no sites")
+
+
+def survey_one(task: str, model_type: str, *, backend: str) -> tuple[str, str]:
+    """The verdict on one class, and a detail."""
+    try:
+        plain = zoo.build(task, model_type).train()
+        batch = zoo.batch(task, plain)
+    except zoo.NotBuilt as error:
+        return "not built", str(error)
+    counting = CountingBackend()
+    try:
+        torch.compile(plain.requires_grad_(False), backend=counting)(**batch)
+    except Exception as error:
+        return "base fails", f"{type(error).__name__}: {str(error)[:200]}"
+    torch.compiler.reset()
+    try:
+        model = adaptc.compile(zoo.build(task, model_type).train(), lora(), backend=backend)
+    except adaptc.AdaptcError as error:
+        return "refused", str(error)[:300]
+    try:
+        want = peft_step(peft_twin(zoo.build(task, model_type), model).train(), batch)
+    except Exception as peft_error:
+        try:  # the formula in fp64, where PEFT does not take the class
+            base = zoo.build(task, model_type)
+            base.config._experts_implementation = "eager"  # torch has no grouped product in fp64
+            want = reference_step(model, base, batch)
+        except Exception:
+            return "PEFT fails", f"{type(peft_error).__name__}: {str(peft_error)[:200]}"
+    return _compare(model, batch, want, counting.graphs)
+
+
+def _base_trains(task: str, model_type: str, *, backend: str) -> bool:
+    """Whether a training step of the bare class goes through the backend."""
+    torch.compiler.reset()
+    plain = zoo.build(task, model_type).train()
+    try:
+        torch.compile(plain, backend=backend)(**zoo.batch(task, plain)).loss.backward()
+    except Exception:
+        return False
+    return True
+
+
+def _compare(model: Any, batch: dict[str, Any], want: Any, base_graphs: int) -> tuple[str, str]:
+    got = step(model, batch)
+    handle = model.adaptc
+    counts = f"{len(handle.sites)} sites, {len(handle.graphs)} graphs (base {base_graphs})"
+    # Gradients that are zero for PEFT (a branch that is not taken, an expert that no token reached) are zero here.
+    reached = {name: g for name, g in want[1].items() if g is not None and g.any()}
+    stray = [n for n, g in got[1].items() if n not in reached and g.any()]
+    missing = [n for n in reached if n not in got[1]]
+    if stray or missing:
+        return "unequal", f"{counts}; gradients missing {missing[:2]}, stray {stray[:2]}"
+    errors = relative_errors({n: got[1][n] for n in reached}, reached)
+    worst = max(errors, key=errors.__getitem__, default="")
+    loss = float(abs(got[0] / want[0] - 1))
+    error = errors.get(worst, 0.0)
+    counts = f"{counts}, {len(reached)} of {len(want[1])} gradients, loss {loss:.1e}, gradient {error:.1e}"
+    if loss > 1e-5 or error > 1e-3:
+        return "unequal", f"{counts} at {worst}"
+    if not reached:
+        return "unequal", f"{counts}: nothing was compared"
+    if handle.eager_sites():
+        return "eager sites", f"{counts}: {handle.eager_sites()[:3]}"
+    if len(handle.graphs) > base_graphs:
+        return "more graphs", counts
+    return "equal", counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="model types; none: all")
+    parser.add_argument("--tasks", default=",".join(zoo.TASKS))
+    parser.add_argument("--backend", default="aot_eager")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--part", default="1/1", help="k/n: every n-th class, from the k-th")
+    parser.add_argument("--traceback", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    which, parts = (int(n) for n in options.part.split("/"))
+    rows = [(task, kind) for task in options.tasks.split(",") for kind in zoo.classes(task)]
+    rows = [(task, kind) for task, kind in rows if not options.names or kind in options.names][which - 1 :: parts]
+    verdicts: dict[str, Any] = {}
+    for task, kind in rows:
+        start = time.perf_counter()
+        torch.compiler.reset()
+        try:
+            verdict, detail = survey_one(task, kind, backend=options.backend)
+        except Exception as error:
+            verdict, detail = "fails", f"{type(error).__name__}: {str(error)[:400]}"
+            if not _base_trains(task, kind, backend=options.backend):
+                verdict = "base fails"
+            elif options.traceback:
+                traceback.print_exc()
+        name = zoo.classes(task)[kind]
+        verdicts[f"{task} {name}"] = (verdict, detail)
+        print(f"{verdict:12} {task:8} {name:40} {time.perf_counter() - start:5.1f} s  {detail}", flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(verdicts, indent=1))
+    tally = collections.Counter(verdict for verdict, _ in verdicts.values())
+    counted = sum(n for verdict, n in tally.items() if verdict not in BASE)
+    print(dict(tally), f"equal: {tally['equal']} of {counted} whose base and PEFT run")
+
+
+if __name__ == "__main__":
+    main()
