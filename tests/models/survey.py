@@ -1,8 +1,9 @@
-"""``python -m tests.models.survey``: every class of four tasks through adaptc and through PEFT, a line each.
+"""``python -m tests.models.survey``: every class of several tasks through adaptc and through PEFT, a line each.
 
 For each class: LoRA on all its linear layers by ``"all-linear"``, one training step, loss and every gradient against
-PEFT on the same values (against the formula in fp64 where PEFT refuses the class). ``equal``: it agrees, every site was rewritten, and there are no more graphs than the base has
-under ``torch.compile``. A class whose base does not run under PEFT, or not under ``torch.compile``, does not count.
+PEFT on the same values (against the formula in fp64 where PEFT refuses the class). ``equal``: it agrees, every site
+was rewritten, and there are no more graphs than the base has under ``torch.compile``. A class whose base does not run
+under PEFT, or not under ``torch.compile``, does not count.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 import adaptc
+from adaptc.errors import AdaptcError
 from tests.models import zoo
 from tests.models.test_against_peft import CountingBackend, lora, peft_step, peft_twin
 from tests.reference import reference_step, relative_errors, step
@@ -31,7 +33,7 @@ def survey_one(task: str, model_type: str, *, backend: str) -> tuple[str, str]:
     try:
         plain = zoo.build(task, model_type).train()
         batch = zoo.batch(task, plain)
-    except zoo.NotBuilt as error:
+    except zoo.NotBuiltError as error:
         return "not built", str(error)
     counting = CountingBackend()
     try:
@@ -41,7 +43,7 @@ def survey_one(task: str, model_type: str, *, backend: str) -> tuple[str, str]:
     torch.compiler.reset()
     try:
         model = adaptc.compile(zoo.build(task, model_type).train(), lora(), backend=backend)
-    except adaptc.AdaptcError as error:
+    except AdaptcError as error:
         return "refused", str(error)[:300]
     try:
         want = peft_step(peft_twin(zoo.build(task, model_type), model).train(), batch)

@@ -70,6 +70,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "axk2": {"num_key_value_heads": 4},
     "bamba": {"mamba_n_heads": 16},
     "codegen": {"rotary_dim": 8},
+    "convnext": {"patch_size": 4},
+    "convnextv2": {"patch_size": 4},
     "deepseek_v32": {"num_key_value_heads": 4},
     "dots3_note": {"num_key_value_heads": 4},
     "ernie4_5_moe": {"moe_k": 2},
@@ -78,7 +80,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
-class NotBuilt(Exception):
+class NotBuiltError(Exception):
     """A class cannot be made from its fields' names; says why."""
 
 
@@ -101,6 +103,8 @@ def _shrunk(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):
         name, default = field.name, field.default
+        if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
         if name.startswith("_"):
             continue
         if name in TOKENS:
@@ -109,7 +113,9 @@ def _shrunk(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
             changes[name] = BY_FIELD[name]
         elif isinstance(default, float) and any(part in name for part in ("drop", "jitter")):
             changes[name] = 0.0
-        elif name == "depths" and isinstance(default, list | tuple):
+        elif "drop" in name and isinstance(default, list | tuple):
+            changes[name] = [0.0] * len(default)
+        elif name in ("depths", "depth") and isinstance(default, list | tuple):
             changes[name] = [1] * len(default)
     for name, inner in config_class.sub_configs.items():
         if isinstance(inner, type) and dataclasses.is_dataclass(inner):
@@ -121,7 +127,7 @@ def build(task: str, model_type: str, *, seed: int = 0) -> PreTrainedModel:
     """The tiny model of ``model_type`` for ``task``, in eval mode.
 
     Raises:
-        NotBuilt: its config or its constructor does not take the small sizes.
+        NotBuiltError: its config or its constructor does not take the small sizes.
     """
     name = classes(task)[model_type]
     cls = getattr(transformers, name)
@@ -135,13 +141,13 @@ def build(task: str, model_type: str, *, seed: int = 0) -> PreTrainedModel:
         with torch.device("meta"):
             count = sum(p.numel() for p in cls(config).parameters())
         if count > 30_000_000:
-            raise NotBuilt(f"{count} parameters")
+            raise NotBuiltError(f"{count} parameters")
         with seeded(seed):
             model = cls(config)
-    except NotBuilt:
+    except NotBuiltError:
         raise
     except Exception as error:
-        raise NotBuilt(f"{type(error).__name__}: {str(error)[:300]}") from error
+        raise NotBuiltError(f"{type(error).__name__}: {str(error)[:300]}") from error
     with seeded(seed + 1), torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
