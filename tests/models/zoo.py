@@ -63,16 +63,22 @@ SIZES: dict[int | str, tuple[str, ...]] = {
 }  # fmt: skip
 BY_FIELD = {name: size for size, names in SIZES.items() for name in names}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
+#: Shifted windows: the width doubles per stage, and its heads (3, 6, ...) divide it.
+SWIN = {"embed_dim": 48, "patch_size": 4, "window_size": 2}
 #: Model type -> what its config needs on top.
 SPECIAL: dict[str, dict[str, Any]] = {
     "audio-spectrogram-transformer": {"max_length": 24, "num_mel_bins": 16},
+    "swin": SWIN,
+    "swinv2": SWIN,
     "whisper": {"num_mel_bins": 16, "max_source_positions": 12, "suppress_tokens": None, "begin_suppress_tokens": None},
     "axk2": {"num_key_value_heads": 4},
     "bamba": {"mamba_n_heads": 16},
     "codegen": {"rotary_dim": 8},
     "convnext": {"patch_size": 4},
     "convnextv2": {"patch_size": 4},
+    "cvt": {"depth": [1, 2, 3]},  # its blocks take their drop rate by the number of the stage
     "deepseek_v32": {"num_key_value_heads": 4},
+    "donut-swin": SWIN,
     "dots3_note": {"num_key_value_heads": 4},
     "ernie4_5_moe": {"moe_k": 2},
     "gptj": {"rotary_dim": 8},
