@@ -31,8 +31,8 @@ from adaptc.ir.names import op_name
 
 log = logging.getLogger(__name__)
 
-#: Products whose contracted size is the last dimension of the first, or of the second, argument.
-_BY_FIRST = frozenset({"linear", "matmul", "mm", "bmm", "mv", "dot"})
+#: Products whose contracted size is the last dimension of the first, or of the second, argument; bitsandbytes' too.
+_BY_FIRST = frozenset({"linear", "matmul", "mm", "bmm", "mv", "dot", "gemm_4bit", "int8_scaled_mm"})
 _BY_SECOND = frozenset({"addmm", "baddbmm", "addmv"})
 #: Torch functions that contain products and have no one formula: the ATen calls that they make are counted.
 _TRACED = frozenset({"einsum", "multi_head_attention_forward", "bilinear", "tensordot", "inner", "addbmm"})
