@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import bitsandbytes as bnb
+import pytest
 import torch
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -35,6 +36,13 @@ KINDS = {
 }
 #: Heads stay dense, as transformers leaves them.
 HEADS = ("lm_head", "classifier", "score")
+
+
+@pytest.fixture(autouse=True)
+def eagerly() -> Iterator[None]:
+    """For files whose subject are not graphs: calls run without capture."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def build(kind: str, host: str = "llama", **options: Any) -> nn.Module:

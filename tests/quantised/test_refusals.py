@@ -14,6 +14,7 @@ from adaptc.errors import SiteError, UnsupportedError
 from tests.methods.in_fp64 import randomise
 from tests.models import hosts
 from tests.quantised import bases
+from tests.quantised.bases import eagerly  # noqa: F401
 
 FULL = {"match": {"targets": ["model.layers.1.mlp.up_proj"]}, "train": "full"}
 BLOCK = {"match": {"targets": ["model.layers.1"]}, "train": "full"}

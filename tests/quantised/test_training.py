@@ -20,7 +20,8 @@ LORA = adaptc.LoRA(r=3, alpha=6, init="random", targets="all-linear")
 IA3 = adaptc.Plan(
     [adaptc.IA3(targets=["k_proj", "v_proj"]), adaptc.IA3(targets=["down_proj"], feedforward=True)]
 )
-PLANS = {"lora": (LORA, 14), "ia3": (IA3, 6)}
+#: Plan, and how many modules it adapts in a Llama of one layer.
+PLANS = {"lora": (LORA, 7), "ia3": (IA3, 3)}
 
 
 class Counting:
@@ -76,11 +77,17 @@ def peft_step(twin, batch):
     return loss, found
 
 
-@pytest.mark.parametrize("method", PLANS)
-@pytest.mark.parametrize("kind", bases.KINDS)
+QUICK = {("nf4", "lora"), ("int8", "ia3"), ("torchao", "lora")}
+CASES = [
+    pytest.param(kind, method, marks=() if (kind, method) in QUICK else pytest.mark.slow)
+    for kind in bases.KINDS for method in PLANS
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, method", CASES)
 def test_a_step_is_the_formulas_and_pefts_in_one_graph(kind, method):
     plan, sites = PLANS[method]
-    base = bases.build(kind, train=True)
+    base = bases.build(kind, train=True, num_hidden_layers=1)
     batch = hosts.batch("llama")
     counting = Counting()
     alone = torch.compile(copy.deepcopy(base).requires_grad_(False), backend=counting)
