@@ -23,7 +23,12 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from adaptc.codegen import torch_internals
 from adaptc.codegen.torch_internals import (
-    HigherOrderOperator, OpOverload, is_backward, node_value, size_hint, tree_leaves,
+    HigherOrderOperator,
+    OpOverload,
+    is_backward,
+    node_value,
+    size_hint,
+    tree_leaves,
 )  # fmt: skip
 from adaptc.ir import dialect
 from adaptc.ir.dialect import Cost

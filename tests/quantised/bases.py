@@ -71,9 +71,8 @@ def _bnb_layer(module: nn.Linear, kind: str) -> nn.Module:
     else:
         nested = kind == "nf4-nested"
         new = bnb.nn.Linear4bit(*sizes, bias=bias, quant_type="nf4", compress_statistics=nested)
-        new.weight = bnb.nn.Params4bit(
-            module.weight.detach().clone(), requires_grad=False, quant_type="nf4", compress_statistics=nested, module=new
-        )
+        options = {"quant_type": "nf4", "compress_statistics": nested, "requires_grad": False, "module": new}
+        new.weight = bnb.nn.Params4bit(module.weight.detach().clone(), **options)
     if bias:
         new.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=False)
     return new.to("cpu").train(module.training)

@@ -11,15 +11,13 @@ import pytest
 import torch
 
 import adaptc
-from tests.methods.in_fp64 import formula_step, randomise
+from tests.methods.in_fp64 import errors_of, formula_step, randomise
 from tests.models import hosts
 from tests.quantised import bases
 from tests.reference import check_all_rewritten, check_steps_agree, step
 
 LORA = adaptc.LoRA(r=3, alpha=6, init="random", targets="all-linear")
-IA3 = adaptc.Plan(
-    [adaptc.IA3(targets=["k_proj", "v_proj"]), adaptc.IA3(targets=["down_proj"], feedforward=True)]
-)
+IA3 = adaptc.Plan([adaptc.IA3(targets=["k_proj", "v_proj"]), adaptc.IA3(targets=["down_proj"], feedforward=True)])
 #: Plan, and how many modules it adapts in a Llama of one layer.
 PLANS = {"lora": (LORA, 7), "ia3": (IA3, 3)}
 
@@ -104,3 +102,39 @@ def test_a_step_is_the_formulas_and_pefts_in_one_graph(kind, method):
     check_steps_agree(got, peft_step(peft_twin(base, model).train(), batch))
     check_all_rewritten(model, sites)
     assert len(model.adaptc.graphs) == counting.graphs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_inference_is_pefts_in_one_graph(kind):
+    """bitsandbytes' int8 rounds the inputs as well in eval mode: PEFT runs the same product."""
+    base = bases.build(kind, num_hidden_layers=1)
+    model = adaptc.compile(copy.deepcopy(base), LORA, backend="aot_eager")
+    got = bases.logits(model)
+    torch.testing.assert_close(got, bases.logits(peft_twin(base, model).eval()), rtol=1e-4, atol=1e-5)
+    check_all_rewritten(model, 7)
+    assert len(model.adaptc.graphs) == 1
+
+
+@pytest.mark.parametrize("kind", bases.KINDS)
+def test_every_rewrite_is_valid_in_fp64(kind):
+    net = bases.quantise(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 32)), kind)
+    plan = adaptc.LoRA(r=2, dropout=0.1, targets="all-linear")
+    model = adaptc.compile(net, plan, backend="aot_eager", verify="raise")
+    model.train()(torch.randn(3, 64)).sum().backward()
+    checked = [report.errors for report in model.adaptc.graphs[0].reports]
+    assert len(checked) == 3 and all(errors is not None for errors in checked)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", "torchao"])
+def test_sixteen_bit_arithmetic_is_as_exact_as_pefts(kind):
+    base = bases.quantise(hosts.build("llama", train=True, num_hidden_layers=1).to(torch.bfloat16), kind)
+    model = adaptc.compile(copy.deepcopy(base), LORA, backend="aot_eager")
+    assert {p.dtype for p in model.adaptc.parameters()} == {torch.float32}
+    for parameter in model.adaptc.parameters():
+        parameter.data.mul_(0.2)  # a correction that is smaller than the layer's own output, as adapters are
+    batch = hosts.batch("llama", rows=4, length=12)
+    want = formula_step(model, bases.dense(base), batch, after=after)
+    theirs = peft_step(peft_twin(base, model).train(), batch)
+    assert 0 < errors_of(*step(model, batch), want) <= 1.1 * errors_of(*theirs, want)
