@@ -66,6 +66,16 @@ def refusal(method: Method, module: nn.Module) -> Refusal | None:
     return None
 
 
+def has_codes_of_4_bits(module: nn.Module) -> bool:
+    return _bits(module._parameters.get("weight")) == 4
+
+
+def loses_gradients(module: nn.Module) -> bool:
+    """Whether bitsandbytes has repacked a 4-bit layer for inference: on a CPU with AVX512-BF16 its first call in eval
+    mode without gradients does so for good, and the product of that form has no backward."""
+    return bool(getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False))
+
+
 def numel(parameter: torch.Tensor) -> int:
     """How many weights a parameter stands for: 4-bit codes are packed into elements of another dtype."""
     packed = _bits(parameter) == 4 and getattr(parameter, "bnb_quantized", True)

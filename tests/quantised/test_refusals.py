@@ -116,6 +116,16 @@ def test_capabilities_are_the_facts(method):
     assert gradients and all(g is not None and g.isfinite().all() and g.any() for g in gradients)
 
 
+def test_a_step_without_gradients_through_the_base_is_refused():
+    """As bitsandbytes leaves a layer that ran in eval mode on a CPU with AVX512-BF16."""
+    model = adaptc.compile(bases.build("nf4", train=True), adaptc.LoRA(r=2, targets="all-linear"), backend="eager")
+    model.get_submodule(Q).weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(UnsupportedError, match=f"{Q}: bitsandbytes has repacked its weight"):
+        model(**hosts.batch("llama"))
+    model.get_submodule(Q).weight.quant_state.packing_format_for_cpu = False
+    model(**hosts.batch("llama")).loss.backward()
+
+
 @pytest.mark.parametrize("make", [bnb.nn.LinearNF4, lambda *a: bnb.nn.Linear8bitLt(*a, has_fp16_weights=False)])
 def test_a_layer_that_is_not_quantised_yet_is_refused(make):
     model = nn.Sequential(make(64, 64))
