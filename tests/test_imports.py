@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 HOOKS = {ROOT / "adaptc/codegen/torch_internals.py", ROOT / "bench/torch_internals.py"}
 HEAVY = (
     "typer", "rich", "matplotlib", "pydantic", "transformers", "peft", "triton", "sklearn", "yaml", "jinja2",
-    "accelerate",
+    "accelerate", "bitsandbytes", "torchao",
 )  # fmt: skip
 
 

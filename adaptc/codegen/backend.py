@@ -134,6 +134,7 @@ class JointStage:
         if gm is None:
             raise VerifyError("a joint graph without its module cannot be rewritten")
         torch_internals.name_joint_inputs(gm, self.graph.input_sources)
+        torch_internals.mark_backward(gm)
         self.graph.keep_stage("joint", gm)
         rewritten, reports = self.pipeline.run(
             gm,

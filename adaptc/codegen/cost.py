@@ -22,7 +22,14 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from adaptc.codegen import torch_internals
-from adaptc.codegen.torch_internals import HigherOrderOperator, OpOverload, node_value, size_hint, tree_leaves
+from adaptc.codegen.torch_internals import (
+    HigherOrderOperator,
+    OpOverload,
+    is_backward,
+    node_value,
+    size_hint,
+    tree_leaves,
+)  # fmt: skip
 from adaptc.ir import dialect
 from adaptc.ir.dialect import Cost
 from adaptc.ir.edit import nested
@@ -31,8 +38,8 @@ from adaptc.ir.names import op_name
 
 log = logging.getLogger(__name__)
 
-#: Products whose contracted size is the last dimension of the first, or of the second, argument.
-_BY_FIRST = frozenset({"linear", "matmul", "mm", "bmm", "mv", "dot"})
+#: Products whose contracted size is the last dimension of the first, or of the second, argument; bitsandbytes' too.
+_BY_FIRST = frozenset({"linear", "matmul", "mm", "bmm", "mv", "dot", "gemm_4bit", "int8_scaled_mm"})
 _BY_SECOND = frozenset({"addmm", "baddbmm", "addmv"})
 #: Torch functions that contain products and have no one formula: the ATen calls that they make are counted.
 _TRACED = frozenset({"einsum", "multi_head_attention_forward", "bilinear", "tensordot", "inner", "addbmm"})
@@ -115,10 +122,6 @@ def is_adapter(node: fx.Node) -> bool:
     if is_anchor(node) or "adaptc" in (node.meta.get("custom") or {}):
         return True
     return bool(node.meta.get("is_gradient_acc")) and any(is_adapter(n) for n in node.all_input_nodes)
-
-
-def is_backward(node: fx.Node) -> bool:
-    return node.meta.get("partitioner_tag") == "is_backward"
 
 
 @dataclasses.dataclass(frozen=True)

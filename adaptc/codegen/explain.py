@@ -13,6 +13,7 @@ from adaptc.codegen.backend import JOINT_BACKENDS
 from adaptc.codegen.fold import fold, ranges
 from adaptc.codegen.graphs import CapturedGraph
 from adaptc.ir.dialect import Cost
+from adaptc.methods import quantised
 
 if TYPE_CHECKING:
     from adaptc.passes.manager import PassReport
@@ -51,6 +52,7 @@ def explain(handle: Handle) -> Explanation:
         previewed = bool(graphs)
     sections: list[tuple[str, Iterable[str]]] = [
         (f"{type(handle.model).__name__}: {_count(len(handle.sites), 'adapted module')}", _sites(handle)),
+        ("base", _base(handle)),
         ("trained parameters", _parameters(handle)),
         (f"backend {handle.options.backend.name}", _backend(handle)),
         ("graphs of example inputs (no call yet)" if previewed else "graphs", _graphs(graphs)),
@@ -107,10 +109,21 @@ def _by_reason(pairs: Iterable[tuple[str, str]]) -> Iterator[str]:
         yield from (f"{path}: {reason}" for path in fold(paths))
 
 
+def _base(handle: Handle) -> Iterator[str]:
+    """How the base's modules are quantised; nothing where none is."""
+    kinds: dict[str, list[str]] = {}
+    for path, module in handle.model.named_modules():
+        if ".adapters." not in f".{path}." and (how := quantised.describe(module)) is not None:
+            kinds.setdefault(how, []).append(path)
+    for how, paths in kinds.items():
+        yield f"{how}: {_count(len(paths), 'module')}"
+        yield from (f"  {path}" for path in fold(paths))
+
+
 def _parameters(handle: Handle) -> Iterator[str]:
     ours = list(handle.parameters())
     trained = sum(p.numel() for p in ours)
-    base = sum(p.numel() for p in handle.model.parameters()) - trained
+    base = sum(quantised.numel(p) for p in handle.model.parameters()) - trained
     dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in ours}))
     yield f"{trained:,} beside {base:,} frozen ({trained / max(base, 1):.3%}), {dtypes}"
 

@@ -125,6 +125,8 @@ def carry_capture_metadata(source: fx.GraphModule, copy: fx.GraphModule) -> None
             new.meta[_SOURCE] = source_name(old)
 
 
+#: Metadata key of :func:`mark_backward`.
+_BACKWARD = "adaptc_backward"
 #: Metadata key of :func:`source_name`: unlike the attribute it outlives copies of the graph.
 _SOURCE = "adaptc_source"
 
@@ -185,12 +187,52 @@ def as_fake(mode: Any, value: Any) -> Any:
 def name_joint_inputs(joint: fx.GraphModule, sources: Sequence[str | None]) -> None:
     """Note on the inputs of AOTAutograd's graph where they came from; ``sources``: those of the captured graph.
 
-    AOTAutograd may merge or reorder inputs; its descriptors say which is which. 2.11 to 2.15.
+    AOTAutograd may merge or reorder inputs, and takes a tensor subclass (a quantised weight) apart; its descriptors
+    say which is which. 2.11 to 2.15.
     """
     for node in joint.graph.nodes:
-        index = getattr(node.meta.get("desc"), "idx", None) if node.op == "placeholder" else None
+        described = node.meta.get("desc") if node.op == "placeholder" else None
+        inner = ""
+        while (base := getattr(described, "base", None)) is not None:
+            described, inner = base, f".{getattr(described, 'attr', '')}{inner}"
+        index = getattr(described, "idx", None)
         if index is not None and index < len(sources):
-            node.meta[_SOURCE] = sources[index]
+            source = sources[index]
+            node.meta[_SOURCE] = source and source + inner
+
+
+def gradient_inputs(joint: fx.GraphModule) -> list[fx.Node | None] | None:
+    """For each result of AOTAutograd's joint graph, the input whose gradient it is; None for outputs of the model, and
+    for a tensor subclass, which has several inputs. None where nothing is known of the results. 2.11 to 2.15."""
+    output = next(n for n in joint.graph.nodes if n.op == "output")
+    described = output.meta.get("desc")
+    results = output.args[0]
+    if not isinstance(results, list | tuple) or not isinstance(described, list | tuple):
+        return None
+    if len(described) != len(results):
+        return None
+    inputs = {n.meta["desc"]: n for n in joint.graph.nodes if n.op == "placeholder" and "desc" in n.meta}
+    return [inputs.get(getattr(one, "grad_of", None)) for one in described]
+
+
+def mark_backward(joint: fx.GraphModule) -> None:
+    """Note on the nodes of a joint graph that AOTAutograd leaves without a mark which half they belong to.
+
+    It copies the bodies of ``torch.autograd.Function`` so; they stand where what is around them stands. AOTAutograd's
+    own mark is left as it is. 2.11 to 2.15.
+    """
+    backward = False
+    for node in joint.graph.nodes:
+        if node.op not in ("placeholder", "output", "get_attr"):
+            tag = node.meta.get("partitioner_tag")
+            backward = backward if tag is None else tag == "is_backward"
+            if tag is None and backward:
+                node.meta[_BACKWARD] = True
+
+
+def is_backward(node: fx.Node) -> bool:
+    """Whether a node of a joint graph belongs to its backward half. 2.11 to 2.15."""
+    return node.meta.get("partitioner_tag") == "is_backward" or _BACKWARD in node.meta
 
 
 def node_value(node: fx.Node) -> Any:

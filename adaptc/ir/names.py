@@ -41,6 +41,7 @@ def module_path(raw: str) -> str:
     frame's own module is the start: ``L['self'].fc`` is ``fc``. A repeated call's ``@1`` is dropped.
     """
     text = re.sub(r"^[LG]\['[^']*'\]", "", raw)
+    text = re.sub(r"\.__dict__\['_(modules|parameters|buffers)'\]\[", "[", text)
     text = re.sub(r"\.__\w+__(\[\d+\])?(\.cell_contents)?", "", text)
     text = re.sub(r"\._(modules|parameters|buffers)\[", "[", text)
     text = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", text)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.codegen.torch_internals import OpOverload, node_value, size_text
+from adaptc.codegen.torch_internals import OpOverload, gradient_inputs, is_backward, node_value, size_text
 from adaptc.ir import dialect, names
 from adaptc.ir.edit import nested
 
@@ -217,13 +217,13 @@ class _Printer:
         results = node.args[0] if isinstance(node.args[0], list | tuple) else [node.args[0]]
         inputs = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
         backward = [n for n in inputs if n.name.startswith("tangents")]
-        primals = inputs[: len(inputs) - len(backward)]
-        gradients_at = len(results) - len(primals) if backward else len(results)
+        gradients = gradient_inputs(self.gm) if backward else None
         parts: list[str] = []
         for position, value in enumerate(results):
             text = self._value(value, "")
-            if position >= gradients_at and value is not None:
-                text = f"grad {self.name(primals[position - gradients_at], '')} = {text}"
+            of = gradients[position] if gradients else None
+            if of is not None and value is not None:
+                text = f"grad {self.name(of, '')} = {text}"
             parts.append(text)
         return f"return {', '.join(_without_runs(parts, 'None'))}"
 
@@ -269,7 +269,7 @@ def _sections(gm: fx.GraphModule) -> dict[fx.Node, str]:
         if module is not None:
             path, kind = module
             current = path.rpartition(".")[0] if names.is_leaf(kind) else path
-        elif not _is_backward(node) and node_value(node) is not None:
+        elif not is_backward(node) and node_value(node) is not None:
             current = ""
         # A switch of a mode, or a gradient that is summed, has no module of its own: it stays where it was.
         found[node] = current
@@ -277,11 +277,7 @@ def _sections(gm: fx.GraphModule) -> dict[fx.Node, str]:
 
 
 def _heading(section: str, node: fx.Node) -> str:
-    return (section or _ROOT) + (" (backward)" if _is_backward(node) else "")
-
-
-def _is_backward(node: fx.Node) -> bool:
-    return node.meta.get("partitioner_tag") == "is_backward"
+    return (section or _ROOT) + (" (backward)" if is_backward(node) else "")
 
 
 def _is_anchor(node: fx.Node) -> bool:

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from adaptc.ir.dialect import DialectOp
 from adaptc.ir.edit import Edit
+from adaptc.methods import quantised
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,17 @@ class Method:
     def at(self, path: str) -> Method:
         """The method as it applies at the site ``path`` (per-site patterns resolved)."""
         return self
+
+    def why_not(self, path: str, module: nn.Module) -> str | None:
+        """Why this method cannot adapt ``module`` as it is stored, or None when it can: a quantised base, then
+        :meth:`refusal`. This is what plans ask."""
+        by_base = quantised.refusal(self, module)
+        return self.refusal(path, module) if by_base is None else by_base.reason
+
+    def reads_weight(self) -> str | None:
+        """What of this method needs the values of the frozen weight, in words of a plan; None when nothing does and it
+        works on codes and scales as well."""
+        return None if self.quantised else self.kind
 
     def refusal(self, path: str, module: nn.Module) -> str | None:
         """Why this method cannot adapt ``module``, or None when it can."""

@@ -22,6 +22,7 @@ from adaptc.ir.lora import draw_tensor
 from adaptc.methods import linear
 from adaptc.methods.base import Adapter, Method, anchor_of
 from adaptc.methods.codec import EXCLUDE, Codec, Config, Option, Part, Sites, is_bool, is_modules, optional
+from adaptc.methods.scaled import storage_dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,10 +63,8 @@ class IA3Adapter(Adapter):
         super().__init__(method, site_id)
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
-        if dtype is None:
-            dtype = torch.float32 if weight.dtype.itemsize < 4 else weight.dtype
         size = linear.features(module)[self.size_of]
-        values = torch.ones(size, dtype=dtype, device=weight.device)
+        values = torch.ones(size, dtype=storage_dtype(weight, dtype), device=weight.device)
         self.ia3_l = nn.Parameter(values if method.init == "default" else torch.randn_like(values))
 
     def apply_to(self, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from adaptc.methods import quantised
+
 
 def is_conv1d(module: nn.Module) -> bool:
     """True for transformers' ``Conv1D``: weight stored as (in, out), so its output is ``x @ weight + bias``."""
@@ -30,6 +32,6 @@ def refusal(path: str, module: nn.Module) -> str | None:
         return "nn.MultiheadAttention reads its out_proj weight without calling the module"
     if not is_linear(module):
         return f"{type(module).__name__} is not a linear layer (nn.Linear or transformers' Conv1D)"
-    if not module.weight.is_floating_point():  # type: ignore[operator]
+    if not module.weight.is_floating_point() and quantised.describe(module) is None:  # type: ignore[operator]
         return f"its weight is {module.weight.dtype}, not a floating-point tensor"
     return None

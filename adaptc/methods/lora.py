@@ -113,6 +113,11 @@ class LoRA(Method):
         alpha = _first_match(self.alpha_pattern, path, self.alpha)
         return dataclasses.replace(self, r=r, alpha=alpha, rank_pattern={}, alpha_pattern={})
 
+    def reads_weight(self) -> str | None:
+        if self.dora:
+            return "dora"
+        return f'init "{self.init}"' if lora_init.reads_weight(self.init) else None
+
     def refusal(self, path: str, module: nn.Module) -> str | None:
         if (kind := lora_sites.kind_of(module)) is not None:
             return kind.refusal(self.at(path), module)

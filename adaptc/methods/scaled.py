@@ -13,10 +13,11 @@ from adaptc.methods.base import Adapter, Method
 
 
 def storage_dtype(weight: torch.Tensor, asked: torch.dtype | None) -> torch.dtype:
-    """The dtype of factors beside ``weight``: the one asked for, else fp32 on a 16-bit base and the base's own."""
+    """The dtype of factors beside ``weight``: the one asked for, else fp32 on a 16-bit or quantised base and the base's
+    own."""
     if asked is not None:
         return asked
-    return torch.float32 if weight.dtype.itemsize < 4 else weight.dtype
+    return weight.dtype if weight.is_floating_point() and weight.dtype.itemsize >= 4 else torch.float32
 
 
 class ScaledAdapter(Adapter):

@@ -23,6 +23,7 @@ from adaptc.ir.lora import draw_tensor
 from adaptc.methods import linear
 from adaptc.methods.base import Adapter, Method, anchor_of
 from adaptc.methods.codec import LAYERS, Codec, Option, Shared, is_bool, is_number, is_probability, is_rank
+from adaptc.methods.scaled import storage_dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,9 +116,8 @@ class VeRAAdapter(Adapter):
         self.inputs, self.outputs = linear.features(module)
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
-        self.base_dtype = weight.dtype
-        if dtype is None:
-            dtype = torch.float32 if weight.dtype.itemsize < 4 else weight.dtype
+        self.base_dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        dtype = storage_dtype(weight, dtype)
         d = torch.full((method.r,), method.d_initial, dtype=dtype, device=weight.device)
         b = torch.zeros(self.outputs, dtype=dtype, device=weight.device)
         random = method.init == "random"

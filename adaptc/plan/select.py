@@ -9,6 +9,7 @@ from collections import Counter
 
 from adaptc import methods
 from adaptc.errors import PlanError, SiteError
+from adaptc.methods import quantised
 from adaptc.methods.linear import is_linear
 from adaptc.plan.all_linear import all_linear
 from adaptc.plan.match import ALL_LINEAR, is_pattern, matcher
@@ -38,7 +39,7 @@ def select(rule: Rule, number: int, tree: ModuleTree) -> Selection:
 
     A name means its modules: one that the method cannot adapt is an error. A pattern runs over everything:
     it passes over modules without weights of their own, and leaves out, with the reason, those that have
-    weights and cannot be adapted.
+    weights and cannot be adapted. What a method cannot do because the base is quantised is an error for both.
 
     Raises:
         PlanError: an entry of ``targets``, ``exclude`` or ``layers`` selects nothing.
@@ -110,8 +111,9 @@ class _Scope:
     def adaptable(self, selector: str, hits: list[str], selection: Selection) -> list[str]:
         refused = {path: reason for path in hits if (reason := self._refusal(path)) is not None}
         kept = [path for path in hits if path not in refused]
-        if refused and (not kept or not is_pattern(selector)):
-            raise self._cannot_adapt(selector, refused, some_can=bool(kept))
+        by_base = next(filter(None, (quantised.refusal(self.method, self.tree.modules[p]) for p in refused)), None)
+        if refused and (not kept or not is_pattern(selector) or by_base):
+            raise self._cannot_adapt(selector, refused, some_can=bool(kept), do=by_base and by_base.do)
         weighty = (p for p in refused if any(True for _ in self.tree.own_parameters(self.tree.modules[p])))
         for path in weighty:
             selection.left_out.setdefault(path, refused[path])
@@ -144,7 +146,9 @@ class _Scope:
                     do=f'write "{selector}.*" to exclude what is inside',
                 )
 
-    def _cannot_adapt(self, selector: str, refused: dict[str, str], *, some_can: bool) -> SiteError:
+    def _cannot_adapt(
+        self, selector: str, refused: dict[str, str], *, some_can: bool, do: str | None = None
+    ) -> SiteError:
         modules = self.tree.modules
         shown = [f"{path} ({type(modules[path]).__name__}): {why}" for path, why in refused.items()]
         if len(shown) > 5:
@@ -153,7 +157,7 @@ class _Scope:
             f'rule {self.number}: "{selector}" names {_count(list(refused))} that cannot be adapted',
             rule=self.rule,
             found="\n".join(shown),
-            do="exclude these, or name the others in full" if some_can else self._inside(selector, refused),
+            do=do or ("exclude these, or name the others in full" if some_can else self._inside(selector, refused)),
         )
 
     def _inside(self, selector: str, refused: dict[str, str]) -> str:
@@ -165,7 +169,7 @@ class _Scope:
         return f'name what is inside, "{selector}.*" or {", ".join(list(names)[:6])}'
 
     def _refusal(self, path: str) -> str | None:
-        return self.method.refusal(path, self.tree.modules[path])
+        return self.method.why_not(path, self.tree.modules[path])
 
     def _headline(self, selector: str, entries: tuple[str, ...]) -> str:
         if len(entries) == 1 and entries is self.match.targets:

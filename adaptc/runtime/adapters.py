@@ -246,7 +246,7 @@ def with_all_biases(resolution: Resolution, model: nn.Module) -> list[Assignment
             continue
         if ".adapters." in f".{path}." or any(path.startswith(f"{full}.") for full in replaced):
             continue
-        if reason := method.refusal(path, module):
+        if reason := method.why_not(path, module):
             raise SiteError(f"{path}: its bias cannot be trained (bias='all')", found=reason)
         extra.append(Assignment(path, (path,), module, rules[0], method))
     return [*resolution.sites, *extra]

@@ -8,11 +8,14 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from adaptc.codegen.backend import JOINT_BACKENDS, AdapterBackend, BackendOptions
 from adaptc.codegen.graphs import CapturedGraph
 from adaptc.codegen.torch_internals import without_size_memory
+from adaptc.errors import UnsupportedError
+from adaptc.methods import quantised
 from adaptc.runtime import attach, warmup
 from adaptc.runtime.prologue import Capture, EntryMethod, Prologue
 
@@ -35,6 +38,8 @@ class Captures:
         self.options = options or handle.options.backend
         self.backend: AdapterBackend | None = None
         self._callables: dict[str, Capture] = {}
+        #: (path, module) of layers in 4-bit codes; None: not looked for yet.
+        self._packable: list[tuple[str, nn.Module]] | None = None
         self._signatures: set[tuple[object, ...]] = set()
         #: ``id`` of the site-id tensors whose hooks ran outside a graph.
         self.eager: set[int] = set()
@@ -43,6 +48,7 @@ class Captures:
     def get(self, entry: str, function: Callable[..., Any]) -> Capture:
         """The captured form of ``function`` in this epoch, made on first use."""
         drop_embedding_hooks(self.handle.model)
+        self._check_gradients()
         if self.backend is None:
             self.note_signature()
             self.backend = AdapterBackend(self.handle.pipeline(), self.options, self.handle.site_paths)
@@ -51,6 +57,21 @@ class Captures:
         if entry not in self._callables:
             self._callables[entry] = Capture(self.handle, function, self.backend)
         return self._callables[entry]
+
+    def _check_gradients(self) -> None:
+        """Raise where a step would be computed without the gradients that flow through the base."""
+        if self._packable is None:
+            modules = self.handle.model.named_modules()
+            self._packable = [(path, m) for path, m in modules if quantised.has_codes_of_4_bits(m)]
+        if not (self._packable and self.handle.model.training and torch.is_grad_enabled()):
+            return
+        path = next((path for path, module in self._packable if quantised.loses_gradients(module)), None)
+        if path is not None:
+            raise UnsupportedError(
+                f"{path}: bitsandbytes has repacked its weight for inference on this CPU: no gradient flows through",
+                do="load the base again and set support_avx512bf16_for_cpu = False on its Linear4bit layers before"
+                " calling it in eval mode; what was trained is in the adapter (model.adaptc.save)",
+            )
 
     def note_signature(self) -> bool:
         """Remember the live adapters' signature; True when graphs were captured and none fits it."""
@@ -69,7 +90,7 @@ class Captures:
         """Forget captured graphs."""
         if self.backend is not None:
             self.counts["past_graphs"] += len(self.backend.graphs)
-        self.backend, self._callables = None, {}
+        self.backend, self._callables, self._packable = None, {}, None
         epoch = str(next(_EPOCHS))
         for site in self.handle.sites:
             adapters = attach.adapters_of(site.module)

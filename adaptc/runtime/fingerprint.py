@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from adaptc.methods import quantised
+
 #: Values per site. Training steps, other checkpoints and other seeds change nearly every weight, so a
 #: handful that agree exactly says "same weights"; an edit made to deceive is not what this is against.
 SAMPLE = 256
@@ -24,14 +26,14 @@ SMALLEST = 2.0**-24
 def fingerprint(model: nn.Module, paths: Iterable[str]) -> dict[str, Any]:
     """What the base looks like at the adapted ``paths``: class, shapes, dtypes and samples of the weights.
 
-    Costs a copy of 256 values per site. A weight without plain values (quantised, or on the meta device)
-    is described by its shape and dtype only.
+    Costs a copy of 256 values per site. A weight without plain values is described by its shape and dtype only; the
+    dtype of a quantised one is how it is quantised.
     """
     sites = {}
     for path in sorted(set(paths)):
-        weight = _weight(model.get_submodule(path))
-        if weight is not None:
-            sites[path] = _describe(weight)
+        found = _describe_weight(model.get_submodule(path))
+        if found is not None:
+            sites[path] = found
     return {"class": type(model).__name__, "sites": sites}
 
 
@@ -48,10 +50,9 @@ def compare_fingerprint(saved: Mapping[str, Any], model: nn.Module) -> list[str]
     sites = saved.get("sites") or {}
     for path, then in sites.items():
         try:
-            weight = _weight(model.get_submodule(path))
+            now = _describe_weight(model.get_submodule(path))
         except AttributeError:
-            weight = None
-        now = _describe(weight) if weight is not None else None
+            now = None
         fault = _difference(then, now)
         if fault is not None:
             faults.setdefault(fault, []).append(path)
@@ -80,6 +81,16 @@ def _weight(module: nn.Module) -> torch.Tensor | None:
     own = dict(module.named_parameters(recurse=False)) or dict(module.named_parameters())
     own = {name: tensor for name, tensor in own.items() if not name.startswith("adapters.")}
     return own.get("weight", next(iter(own.values()), None))
+
+
+def _describe_weight(module: nn.Module) -> dict[str, Any] | None:
+    weight = _weight(module)
+    how = quantised.describe(module)
+    if weight is None or how is None:
+        return None if weight is None else _describe(weight)
+    # The codes' layout is the quantiser's own and may change from call to call: only what they stand for is told.
+    shape = [module.out_features, module.in_features] if isinstance(module, nn.Linear) else list(weight.shape)
+    return {"shape": shape, "dtype": how, "hash": None, "sample": None}
 
 
 def _describe(weight: torch.Tensor) -> dict[str, Any]:

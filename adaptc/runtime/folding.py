@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from adaptc.errors import UnsupportedError
-from adaptc.methods import linear
+from adaptc.methods import linear, quantised
 from adaptc.methods.base import Adapter
 from adaptc.methods.lora import LoRA
 from adaptc.runtime.attach import SiteAdapters, adapters_of
@@ -131,7 +131,13 @@ def _check(site: Site, model: nn.Module) -> None:
     elif not linear.is_linear(site.module):
         if any(a.method.kind != "bias" for a in adapters):
             reason = f"{type(site.module).__name__} is not a linear layer"
-    elif not cast(torch.Tensor, site.module.weight).is_floating_point():
+    elif any(a.method.kind != "bias" for a in adapters) and (how := quantised.describe(site.module)):
+        raise UnsupportedError(
+            f"{site.path}: the adapter ({adapters[0].method.kind}) cannot be merged: its weight is quantised",
+            found=f"{how}: the sum would be rounded to its codes, by as much as an adapter moves a weight",
+            do="save the adapter by itself, and merge it into the base without quantisation",
+        )  # fmt: skip
+    elif not cast(torch.Tensor, site.module.weight).is_floating_point() and quantised.describe(site.module) is None:
         reason = f"its weight is {site.module.weight.dtype}"
     elif getattr(site.module, "bias", None) is None and _moves_zero(site.module, adapters):
         reason = "the adapter adds a constant, and the layer has no bias to take it"

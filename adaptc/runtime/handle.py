@@ -15,6 +15,7 @@ from torch import nn
 from adaptc.codegen.backend import BackendOptions
 from adaptc.codegen.graphs import CapturedGraph
 from adaptc.errors import AdapterNameError, NewSignatureWarning, UnsupportedError
+from adaptc.methods import quantised
 from adaptc.passes.manager import Pipeline
 from adaptc.plan import Plan
 from adaptc.runtime import captures, files, saving, warmup
@@ -282,7 +283,7 @@ class Handle:
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained, of how many, as PEFT does."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        sizes = [(quantised.numel(p), p.requires_grad) for p in self.model.parameters()]
         trained, total = sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
         share = 100 * trained / max(total, 1)
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {share:.4f}")

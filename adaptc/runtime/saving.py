@@ -7,6 +7,7 @@ the instance: on the model itself by :class:`AdapterSaver`, on parts of it that 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from adaptc.runtime.handle import Handle
 
 _METHOD = "save_pretrained"
+#: How transformers knows that a quantised model has adapters to train.
+_ADAPTED = "_hf_peft_config_loaded"
 #: Methods of a PEFT model that the handle has too.
 ALIASES = ("print_trainable_parameters", "disable_adapter", "merge_and_unload")
 #: Arguments of transformers' method that are about the files of a whole model, and the values that change nothing.
@@ -77,7 +80,7 @@ class AdapterSaver:
             CheckpointError: a merged model into a directory that holds an adapter.
         """
         model = self.handle.model
-        plain = type(model).save_pretrained.__get__(model)  # type: ignore[attr-defined]
+        plain = functools.partial(_own_save, model)
         shared = {"is_main_process": is_main_process, **options}
         if not self.handle.records:
             plain(save_directory, state_dict=state_dict, **shared)
@@ -88,6 +91,16 @@ class AdapterSaver:
             _check_state(state_dict, self.handle)
             if is_main_process:
                 save_adapters(self.handle, save_directory)
+
+
+def _own_save(model: nn.Module, *args: Any, **options: Any) -> None:
+    """The class's own ``save_pretrained``, which would ask PEFT for the adapters of a model that says it has some."""
+    says = model.__dict__.pop(_ADAPTED, None)
+    try:
+        type(model).save_pretrained(model, *args, **options)  # type: ignore[attr-defined]
+    finally:
+        if says is not None:
+            model.__dict__[_ADAPTED] = says
 
 
 class PartSaver:
@@ -131,6 +144,8 @@ def arm(handle: Handle) -> None:
     for module in model.modules():
         if module is not model and callable(getattr(type(module), _METHOD, None)):
             module.__dict__[_METHOD] = PartSaver(module)
+    if getattr(model, "is_quantized", False) and getattr(model, _ADAPTED, None) is False:
+        model.__dict__[_ADAPTED] = True  # transformers.Trainer refuses a quantised model without
     for name in ALIASES:
         if not hasattr(model, name):
             model.__dict__[name] = Alias(handle, name)
@@ -143,6 +158,7 @@ def disarm(handle: Handle) -> None:
     for module in handle.model.modules():
         if isinstance(module.__dict__.get(_METHOD), AdapterSaver | PartSaver):
             del module.__dict__[_METHOD]
+    handle.model.__dict__.pop(_ADAPTED, None)
     for name in ALIASES:
         if isinstance(handle.model.__dict__.get(name), Alias):
             del handle.model.__dict__[name]

@@ -17,6 +17,7 @@ from torch import nn
 from adaptc.codegen.torch_internals import reparametrize
 from adaptc.ir.derive import derive
 from adaptc.ir.lora import draw_tensor
+from adaptc.methods import quantised
 from adaptc.methods.base import Adapter, anchor_of
 from adaptc.methods.lora_sites.kind import SiteAdapter, only_plain
 from adaptc.methods.scaled import draw_factors, storage_dtype
@@ -94,6 +95,8 @@ class AttentionAdapter(WeightsAdapter):
             return "it reads its weights without calling a module, so dropout has no input to act on: use dropout=0"
         if type(module).forward is not nn.MultiheadAttention.forward:
             return f"{type(module).__name__} has a forward of its own, which may not read these weights"
+        if how := quantised.describe(module.out_proj):
+            return f"LoRA adds to the values of out_proj's weight, and that is quantised ({how})"
         return only_plain(method, module)
 
     def factors(self) -> Mapping[str, nn.Module]:
