@@ -45,7 +45,7 @@ class Captures:
         drop_embedding_hooks(self.handle.model)
         if self.backend is None:
             self.note_signature()
-            self.backend = AdapterBackend(self.handle.pipeline(), self.options, self.handle.site_paths)
+            self.backend = AdapterBackend(self.handle.pipeline(), self.options, self.handle.adapter_tensors)
             self.counts["epochs"] += 1
         self.counts["calls"] += 1
         if entry not in self._callables:
