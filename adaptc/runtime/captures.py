@@ -13,7 +13,7 @@ from torch import nn
 from adaptc.codegen.backend import JOINT_BACKENDS, AdapterBackend, BackendOptions
 from adaptc.codegen.graphs import CapturedGraph
 from adaptc.codegen.torch_internals import without_size_memory
-from adaptc.runtime import attach, warmup
+from adaptc.runtime import attach, output_hooks, warmup
 from adaptc.runtime.prologue import Capture, EntryMethod, Prologue
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Captures:
         """The captured form of ``function`` in this epoch, made on first use."""
         drop_embedding_hooks(self.handle.model)
         if self.backend is None:
+            output_hooks.install(self.handle.model)
             self.note_signature()
             self.backend = AdapterBackend(self.handle.pipeline(), self.options, self.handle.adapter_tensors)
             self.counts["epochs"] += 1

@@ -87,15 +87,15 @@ class Lint:
                 hook.remove()
             hooks.clear()
             if key not in self._watched:
-                self._watched.add(key)
                 # Twice: FSDP queues the end of its own work, which gives sharded parameters their gradients.
-                queue_after_backward(lambda: queue_after_backward(self._after_backward))
+                queue_after_backward(lambda: queue_after_backward(lambda: self._after_backward(key)))
 
         hooks += [output.register_hook(started) for output in outputs]  # type: ignore[no-untyped-call]
 
-    def _after_backward(self) -> None:
+    def _after_backward(self, key: tuple[int, tuple[str, ...]]) -> None:
         if not any(p.grad is not None for p in self.handle.model.parameters()):
             return  # torch.autograd.grad, which leaves nothing to look at
+        self._watched.add(key)
         idle, silent = set(self.handle.idle_sites()), {}
         for path, _ in self._without_gradient():
             silent[path] = self.stopped.get(path) or (_UNCALLED if path in idle else _UNREACHED)
@@ -111,7 +111,7 @@ class Lint:
         for site in self.handle.sites:
             for adapter in (a for name in self.handle.live for a in site.of(name)):
                 trained = [p for p in adapter.parameters() if p.requires_grad]
-                if trained and all(p.grad is None for p in trained):
+                if trained and not any(map(_has_gradient, trained)):
                     yield site.path, adapter
 
     def rows(self) -> Iterator[str]:
@@ -158,6 +158,14 @@ def dead_parameters(adapter: Adapter) -> Iterator[str]:
             stuck = zero[name] or not any(factors[other].requires_grad for other in others)
             if parameter.requires_grad and stuck and all(zero[other] for other in others):
                 yield name
+
+
+def _has_gradient(parameter: torch.Tensor) -> bool:
+    """Whether a gradient is there and not zero: what a captured graph's other outputs depend on gets a zero."""
+    gradient = parameter.grad
+    if gradient is None or processes.is_distributed(gradient):
+        return gradient is not None
+    return bool(gradient.any())
 
 
 def _parameter(adapter: Adapter, name: str) -> torch.nn.Parameter | None:
