@@ -360,7 +360,7 @@ def fake_of(values: Sequence[Any], tensor: torch.Tensor) -> torch.Tensor | None:
     inputs are fake. 2.11 to 2.15.
     """
     mode = next((value.fake_mode for value in values if is_fake(value)), None)
-    return None if mode is None else mode.fake_tensor_converter._get_memo(tensor)  # type: ignore[no-any-return]
+    return None if mode is None else mode.fake_tensor_converter._get_memo(tensor)
 
 
 def tracing_attempt() -> Any:
@@ -385,7 +385,7 @@ def sets_grad_mode(node: fx.Node) -> bool | None:
 
 def queue_after_backward(callback: Callable[[], None]) -> None:
     """Call ``callback`` when the backward that is running has ended. 2.11 to 2.15."""
-    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[no-untyped-call]
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def without_size_memory() -> Any:

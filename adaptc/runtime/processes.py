@@ -142,7 +142,7 @@ def own_class(model: nn.Module) -> type:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a sharded tensor, in every process, all of which must ask; any other as it is."""
-    return tensor.full_tensor() if is_distributed(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.full_tensor() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

@@ -13,7 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 import adaptc
 from adaptc.errors import UnsupportedError
 from tests.distributed.processes import (
-    batch, check_every_site_is_rewritten, check_gradients, formula_gradients, llama, lora, own_rows,
+    batch,
+    check_every_site_is_rewritten,
+    check_gradients,
+    formula_gradients,
+    llama,
+    lora,
+    own_rows,
 )  # fmt: skip
 from tests.reference import factors_of
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import os
 import subprocess
 import sys
@@ -33,13 +34,15 @@ def run(function: Callable[..., None], *arguments: Any) -> None:
 def _start(rank: int, store: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     # What torchrun would set, for accelerate.
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
-    try:
-        function(rank, *arguments)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
+    )
+    seconds = datetime.timedelta(seconds=100)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=seconds)
+    # Not on failure: it would wait for the other process, which waits for this one.
+    function(rank, *arguments)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def torchrun(*arguments: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 from hypothesis import given
@@ -74,7 +73,11 @@ def test_value_and_gradients(data):
     draw = data.draw
     dtype = draw(st.sampled_from(DTYPES))
     rows = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=2)))
-    k, n, ranks = draw(st.integers(1, 6)), draw(st.integers(1, 6)), draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    k, n, ranks = (
+        draw(st.integers(1, 6)),
+        draw(st.integers(1, 6)),
+        draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)),
+    )
     values = {
         "x": draw_tensor(draw, (*rows, k), dtype).requires_grad_(draw(st.booleans())),
         "y": draw_tensor(draw, (*rows, n), dtype).requires_grad_(draw(st.booleans())),

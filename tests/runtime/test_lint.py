@@ -66,7 +66,7 @@ def test_dead_parameters_are_those_whose_gradient_stays_zero(method, names, zero
     named = set(dead_parameters(adapter))
     before = {name: p.detach().clone() for name, p in zip(names, factors, strict=True)}
     optimizer = torch.optim.SGD([p for p in adapter.parameters() if p.requires_grad], lr=0.1)
-    for step in range(3):
+    for _ in range(3):
         optimizer.zero_grad()
         x = torch.randn(7, 6)
         y = adapter.apply_to(model.used, x, x.sin() @ model.used.weight.mT)

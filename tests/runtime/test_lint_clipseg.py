@@ -12,7 +12,7 @@ import transformers
 import adaptc
 from adaptc.errors import LiftedRegionWarning
 from tests.models import hosts
-from tests.reference import factors_of, loss_of, reference_loss, reference_model, relative_errors
+from tests.reference import as_double, factors_of, loss_of, reference_loss, reference_model, relative_errors
 
 
 def clipseg():
@@ -67,10 +67,10 @@ EVERYWHERE = ["q_proj", "v_proj", "fc1", "film_mul", "reduces.*"]
 
 @pytest.mark.parametrize("targets", [EVERYWHERE, ["clip.*.q_proj"]], ids=["everywhere", "in the towers alone"])
 def test_adapters_in_the_towers_get_the_gradients_of_a_model_without_the_region(monkeypatch, targets):
-    base = clipseg()
+    base = clipseg().double()  # some gradients are small differences
     model = compiled(base, targets)
     with pytest.warns(LiftedRegionWarning, match="a torch.no_grad region records gradients"):
-        loss = loss_of(model(**batch()))
+        loss = loss_of(model(**as_double(batch())))
     loss.backward()
     want_loss, want = formula(monkeypatch, model, base)
     assert abs(loss.detach().double() / want_loss - 1) < 1e-6
@@ -79,7 +79,7 @@ def test_adapters_in_the_towers_get_the_gradients_of_a_model_without_the_region(
     got = {name: gradient for name, gradient in gradients(model).items() if name in reached}
     assert len(reached) >= 8
     errors = relative_errors(got, reached)
-    assert max(errors.values()) < 5e-5, max(errors, key=errors.get)
+    assert max(errors.values()) < 1e-6, max(errors, key=errors.get)
     assert all(p.grad is None for n, p in model.named_parameters() if ".adapters." not in n)
     assert model.adaptc.eager_sites() == []
     assert "records gradients for it: clip." in str(model.adaptc.explain())
