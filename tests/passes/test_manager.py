@@ -64,7 +64,7 @@ def test_what_a_pass_needs_may_come_from_any_pass_before_it():
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(PipelineError, match="no pass named 'cannonicalise'\n  found  insert, canonicalise, lower"):
+    with pytest.raises(PipelineError, match="no pass named 'cannonicalise'\n  found  insert, lift_no_grad, canonicalise, lower"):
         get("cannonicalise")
 
 
@@ -226,7 +226,8 @@ def test_a_report_has_ops_and_costs_of_both_sides():
 
 def test_a_validated_report_has_errors():
     _, model = adapted(verify=True)
-    for report in trained_graph(model).reports:
+    reports = trained_graph(model).reports
+    for report in (r for r in reports if r.result.applied):  # nothing to compare where nothing was rewritten
         before, after = report.errors
         assert 0 < before < 1e-4 and 0 < after < 1e-4
 
