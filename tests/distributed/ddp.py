@@ -129,7 +129,7 @@ def save_and_load(rank: int, directory: str) -> None:
         other.eval().adaptc.load(f"{directory}/{name}")
         torch.testing.assert_close(other(**batch()).logits, want, rtol=0, atol=0)
         assert sorted(p.name for p in Path(directory, name).iterdir()) == [
-            "adapter_config.json", "adapter_model.safetensors", "adaptc_plan.json",
+            "adaptc_plan.json", "adapter_config.json", "adapter_model.safetensors",
         ]  # fmt: skip
     _, other = llama(rank=7)
     other.eval().load_state_dict(full)
