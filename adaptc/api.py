@@ -13,6 +13,7 @@ from adaptc.codegen import toolchain, torch_internals
 from adaptc.codegen.backend import BackendOptions
 from adaptc.errors import AdaptcWarning, AdapterNameError, UnsupportedError
 from adaptc.integrations import peft_model
+from adaptc.runtime import processes
 from adaptc.runtime.handle import CompileOptions, Handle
 
 M = TypeVar("M", bound=nn.Module)
@@ -81,6 +82,7 @@ def compile(
         return peft_model.adopt(model, wanted)  # type: ignore[return-value]  # the base, as documented
     if plan is None:
         raise UnsupportedError("adaptc.compile needs a plan", found=f"None for a {type(model).__name__}")
+    processes.check_unwrapped(model)
     _check_not_nested(model)
     handle = Handle(model, wanted)
     handle.add(name, plan, calibration=calibration)

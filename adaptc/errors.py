@@ -146,5 +146,14 @@ class NewSignatureWarning(AdaptcWarning):
     """A switch to adapters of kinds, shapes or dtypes not seen before: the next call compiles once."""
 
 
+class NoGradientWarning(AdaptcWarning):
+    """Parameters of an adapter that get no gradient: zero factors, a site that the loss does not depend on, or one
+    that runs without gradients."""
+
+
+class LiftedRegionWarning(AdaptcWarning):
+    """A ``torch.no_grad`` region of the model records gradients, because adapters are trained inside it."""
+
+
 class ResumeError(CheckpointError):
     """A trainer that does not know of adapters was told to take up training from a checkpoint of adapters."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,12 +12,14 @@ from functorch.compile import aot_module_simplified, make_boxed_func, min_cut_re
 from torch import fx
 
 from adaptc.codegen import torch_internals
+from adaptc.codegen.adapter_inputs import AdapterTensors, positions
 from adaptc.codegen.graphs import CapturedGraph
 from adaptc.errors import VerifyError
 from adaptc.ir import validate
 from adaptc.ir.edit import copy_graph_module
 from adaptc.passes.contract import Context
 from adaptc.passes.manager import Pipeline
+from adaptc.runtime.attach import note_mode
 from adaptc.runtime.recompute import mark
 
 #: Backends whose joint forward+backward graph the passes can reach.
@@ -39,27 +42,27 @@ class AdapterBackend:
     """One per capture epoch. Keeps the graphs it saw and which sites ran through them.
 
     Args:
-        site_paths: gives ``id`` of a site's ``site_id`` tensor -> module path, as it is when a graph is captured
-            (``.to()`` and friends replace buffers).
+        adapter_tensors: gives the adapters' tensors as they are when a graph is captured.
     """
 
     def __init__(
-        self, pipeline: Pipeline, options: BackendOptions, site_paths: Callable[[], Mapping[int, str]]
+        self, pipeline: Pipeline, options: BackendOptions, adapter_tensors: Callable[[], AdapterTensors]
     ) -> None:
         self.pipeline = pipeline
         self.options = options
-        self.site_paths = site_paths
+        self.adapter_tensors = adapter_tensors
         self.graphs: list[CapturedGraph] = []
         #: ``id`` of the site-id tensors that compiled graphs were called with.
         self.ran: set[int] = set()
+        #: Compilation -> the attempt at it that its graphs are from.
+        self._attempts: dict[tuple[int, int], weakref.ref[Any]] = {}
 
     def __call__(self, captured: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         # Dynamo reads its own graph again after this call returns: work on a copy.
         gm = copy_graph_module(captured)
         torch_internals.carry_capture_metadata(captured, gm)
         compile_id = torch_internals.compile_id()
-        # Dynamo starts a capture over when it learns something on the way: the first try is not run.
-        self.graphs = [g for g in self.graphs if compile_id is None or g.compile_id != compile_id]
+        self._forget_other_attempts(compile_id)
         graph = CapturedGraph(
             index=len(self.graphs),
             compile_id=compile_id,
@@ -71,21 +74,39 @@ class AdapterBackend:
         self.graphs.append(graph)
         graph.keep_stage("captured", gm)
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        paths = self.site_paths()
-        positions = [i for i, value in enumerate(inputs) if id(value) in paths]
-        sites = {placeholders[i]: paths[id(inputs[i])] for i in positions}
+        tensors = self.adapter_tensors()
+        site_ids = positions(inputs, tensors.site_ids)
+        sites = {placeholders[i]: path for i, path in site_ids.items()}
+        trained = positions(inputs, tensors.trained) if graph.training else {}
         graph.sites = sorted(sites.values())
         graph.input_sources = [torch_internals.source_name(n) for n in placeholders]
         gm, reports = self.pipeline.run(
             gm,
             "dynamo",
-            Context(sites=sites, record=bool(self.options.verify)),
+            Context(
+                sites=sites,
+                trained={placeholders[i]: path for i, path in trained.items()},
+                record=bool(self.options.verify),
+            ),
             on_stage=graph.keep_stage,
             validate=validate.validator(self.options.verify, inputs),
         )
         graph.reports += reports
         compiled = self._lower(gm, inputs, graph)
-        return _note_sites(compiled, positions, self.ran)
+        return _note_sites(compiled, list(site_ids), self.ran)
+
+    def _forget_other_attempts(self, compile_id: tuple[int, int] | None) -> None:
+        """Dynamo starts a capture over when it learns something on the way: the first try is not run.
+
+        One attempt gives several graphs where Dynamo cuts them for ``DistributedDataParallel``.
+        """
+        attempt = torch_internals.tracing_attempt()
+        if compile_id is None or attempt is None:
+            return
+        known = self._attempts.get(compile_id)
+        if known is None or known() is not attempt:
+            self.graphs = [g for g in self.graphs if g.compile_id != compile_id]
+            self._attempts[compile_id] = weakref.ref(attempt)
 
     def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], graph: CapturedGraph) -> Callable[..., Any]:
         name = self.options.name
@@ -116,8 +137,11 @@ def _note_sites(compiled: Callable[..., Any], positions: Sequence[int], ran: set
         return compiled
 
     def call(*args: Any) -> Any:
+        if torch_internals.is_fake(args[positions[0]]):
+            return compiled(*args)  # a part of a cut graph, asked for its outputs while the next part is compiled
         ids = [id(args[i]) for i in positions]
         ran.update(ids)
+        note_mode(ids)
         return mark(compiled(*args), ids)
 
     return call
@@ -170,6 +194,7 @@ def compile_aot_eager(
         joint(forward.graph)
         return make_boxed_func(forward)
 
+    torch_internals.note_aot_call()
     return aot_module_simplified(  # type: ignore[no-any-return]
         gm,
         inputs,

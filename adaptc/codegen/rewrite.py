@@ -80,11 +80,18 @@ def rewrite(
         if options is None
         else Pipeline.from_options(skip=options.skip, order=options.order, limit=options.limit)
     )
-    context = Context(sites=sites, record=bool(verify))
+    context = Context(sites=sites, trained=_trained(copied), record=bool(verify))
     result, reports = pipeline.run(copied, "dynamo", context, validate=validate.validator(verify, inputs))
     result.meta["adaptc_reports"] = reports
     result.recompile()
     return result
+
+
+def _trained(gm: fx.GraphModule) -> dict[fx.Node, str]:
+    """The nodes of tensors that an adapter trains, and the paths of their sites."""
+    parameters = {name for name, parameter in gm.named_parameters() if parameter.requires_grad}
+    tensors = {n: str(n.target) for n in gm.graph.nodes if n.op == "get_attr" and str(n.target) in parameters}
+    return {n: name.partition(".adapters.")[0] for n, name in tensors.items() if ".adapters." in name}
 
 
 class _StandIn(nn.Linear):

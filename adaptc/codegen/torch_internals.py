@@ -385,6 +385,51 @@ def watch_calls(on_call: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], N
     return Watch()  # type: ignore[no-untyped-call]
 
 
+def active_data_parallel() -> torch.nn.parallel.DistributedDataParallel | None:
+    """The ``DistributedDataParallel`` module whose forward is running, or None. 2.11 to 2.15."""
+    return torch.nn.parallel.DistributedDataParallel._active_ddp_module
+
+
+def data_parallel_parameters(ddp: torch.nn.parallel.DistributedDataParallel) -> set[int]:
+    """``id`` of every parameter that ``DistributedDataParallel`` found when it was made. 2.11 to 2.15."""
+    return {id(parameter) for parameter in ddp._module_parameters}
+
+
+def fake_of(values: Sequence[Any], tensor: torch.Tensor) -> torch.Tensor | None:
+    """The fake tensor that stands for ``tensor`` where the fakes among ``values`` come from, if it has one.
+
+    A backend gets real inputs, but for the parts into which Dynamo cuts a graph for ``DistributedDataParallel``: their
+    inputs are fake. 2.11 to 2.15.
+    """
+    mode = next((value.fake_mode for value in values if is_fake(value)), None)
+    return None if mode is None else mode.fake_tensor_converter._get_memo(tensor)
+
+
+def tracing_attempt() -> Any:
+    """An object that stands for this attempt at capturing a frame: all parts of one graph have it in common.
+    2.11 to 2.15."""
+    return torch._guards.TracingContext.try_get()
+
+
+def note_aot_call() -> None:
+    """Count a call of AOTAutograd as its own wrapper for backends does.
+
+    Where Dynamo cuts a graph for ``DistributedDataParallel`` it tells by this counter that the first call of a part
+    is to return fake tensors. 2.11 to 2.15.
+    """
+    torch._dynamo.utils.counters["aot_autograd"]["total"] += 1
+
+
+def sets_grad_mode(node: fx.Node) -> bool | None:
+    """Whether a node of a captured graph switches gradients on or off; None when it does neither. 2.11 to 2.15."""
+    return bool(node.args[0]) if node.target is torch._C._set_grad_enabled else None
+
+
+def queue_after_backward(callback: Callable[[], None]) -> None:
+    """Call ``callback`` when the backward that is running has ended. 2.11 to 2.15."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
 def without_size_memory() -> Any:
     """A context in which Dynamo neither learns from the sizes it sees nor uses what it learned: a size that
     changes between two captures of one frame becomes symbolic, for the whole process. 2.11 to 2.15."""

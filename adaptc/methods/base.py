@@ -136,6 +136,13 @@ class Adapter(nn.Module):
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Called after each optimizer step where the user asked for it (``model.adaptc.on_step``)."""
 
+    def products(self) -> Sequence[tuple[str, ...]]:
+        """Names of parameters that multiply each other: where all but one of a group are zero, its gradient is zero.
+
+        A name that the adapter does not have as a parameter is passed over.
+        """
+        return ()
+
     def peft_tensors(self) -> Mapping[str, torch.Tensor]:
         """Key suffix in adapter files (after the module path) -> the tensor stored there, in the file's shape.
 

@@ -161,6 +161,10 @@ class BottleneckAdapter(Adapter):
             self.site_id, h, residual, self.down, self.up, *biases, self.scale, self.method.activation
         )
 
+    def products(self) -> tuple[tuple[str, ...], ...]:
+        # Every activation is zero at zero; with a bias the second factor multiplies another value.
+        return () if self.method.bias else (("down", "up"),)
+
     def signature(self) -> tuple[object, ...]:
         method = self.method
         return (*super().signature(), method.placement, method.activation, method.dropout)

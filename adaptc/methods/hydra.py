@@ -153,6 +153,10 @@ class HydraAdapter(ScaledAdapter):
             total = total + B @ inner + (0 if b is None else b)
         return self.scaling * total
 
+    def products(self) -> tuple[tuple[str, ...], ...]:
+        # The second factor multiplies A x + a.
+        return tuple((f"{head}_A", f"{head}_B") for head in ("parallel", "sequential") if not self.method.bias)
+
     def signature(self) -> tuple[object, ...]:
         return (*super().signature(), self.method.dropout)
 

@@ -265,6 +265,9 @@ class LoRAAdapter(ScaledAdapter):
         """s times the bias of the second factor, the update of the layer's bias, in fp64; None without one."""
         return None if self.lora_B_bias is None else self._scaling * self.lora_B_bias.double()
 
+    def products(self) -> tuple[tuple[str, ...], ...]:
+        return (("lora_A", "lora_B"),)
+
     def peft_tensors(self) -> dict[str, torch.Tensor]:
         A, B = self.factors()  # of rank 2r where the initial product is taken off
         named = {

@@ -139,6 +139,9 @@ class VeRAAdapter(Adapter):
         B = self.projections.vera_B[: self.outputs].double()
         return (self.vera_lambda_b.double()[:, None] * B) @ (self.vera_lambda_d.double()[:, None] * A)
 
+    def products(self) -> tuple[tuple[str, ...], ...]:
+        return (("vera_lambda_d", "vera_lambda_b"),)
+
     def peft_tensors(self) -> Mapping[str, torch.Tensor]:
         return {"vera_lambda_b": self.vera_lambda_b, "vera_lambda_d": self.vera_lambda_d}
 

@@ -33,11 +33,13 @@ class Contract:
 class Context:
     """What a pass may know besides the graph.
 
-    ``sites``: placeholder or attribute node of a site id -> module path. ``budget``: how many rewrites are
+    ``sites``: placeholder or attribute node of a site id -> module path. ``trained``: node of a tensor that an adapter
+    trains -> its site's path; none where the graph runs without gradients. ``budget``: how many rewrites are
     still allowed (None: no limit). ``record``: keep cut-outs for translation validation.
     """
 
     sites: Mapping[fx.Node, str] = dataclasses.field(default_factory=dict)
+    trained: Mapping[fx.Node, str] = dataclasses.field(default_factory=dict)
     budget: int | None = None
     record: bool = False
 

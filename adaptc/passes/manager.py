@@ -30,6 +30,7 @@ from adaptc.passes.contract import Context, Contract, Level, Pass
 #: Every pass of this version in its default order: name -> "module:function"; the contract is beside it.
 _TABLE = {
     "insert": "adaptc.passes.insert:insert",
+    "lift_no_grad": "adaptc.passes.lift_no_grad:lift_no_grad",
     "canonicalise": "adaptc.passes.canonicalise:canonicalise",
     "lower": "adaptc.passes.lower:lower",
 }
@@ -197,6 +198,7 @@ class Pipeline:
                 report.rolled_back = str(error)
                 gm, cost = original, cost_before
                 context.sites = _sites_in(gm, context.sites)
+                context.trained = _sites_in(gm, context.trained)
                 _warn_undone(one, error)
             else:
                 if overall is not None:

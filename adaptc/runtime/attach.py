@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -69,6 +69,9 @@ class _CallState(threading.local):
     eager: set[int] | None = None
     #: How many prologues are active on this thread.
     depth: int = 0
+    #: Of a call with gradients: which site-id tensors' adapters ran with gradients on, and which with them off.
+    recorded: set[int] | None = None
+    stopped: set[int] | None = None
 
 
 CALL = _CallState()
@@ -103,6 +106,14 @@ def note_eager(adapter: Adapter) -> None:
     """Tell who collects them that an adapter runs outside a graph."""
     if not torch.compiler.is_compiling() and CALL.eager is not None:
         CALL.eager.add(id(adapter.site_id))
+        note_mode([id(adapter.site_id)])
+
+
+def note_mode(site_ids: Iterable[int]) -> None:
+    """Tell who collects it whether adapters (by ``id`` of their site-id tensors) run with gradients on."""
+    collected = CALL.recorded if torch.is_grad_enabled() else CALL.stopped
+    if collected is not None:
+        collected.update(site_ids)
 
 
 def run_before_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

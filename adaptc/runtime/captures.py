@@ -16,7 +16,7 @@ from adaptc.codegen.graphs import CapturedGraph
 from adaptc.codegen.torch_internals import without_size_memory
 from adaptc.errors import UnsupportedError
 from adaptc.methods import quantised
-from adaptc.runtime import attach, warmup
+from adaptc.runtime import attach, output_hooks, warmup
 from adaptc.runtime.prologue import Capture, EntryMethod, Prologue
 
 if TYPE_CHECKING:
@@ -50,8 +50,9 @@ class Captures:
         drop_embedding_hooks(self.handle.model)
         self._check_gradients()
         if self.backend is None:
+            output_hooks.install(self.handle.model)
             self.note_signature()
-            self.backend = AdapterBackend(self.handle.pipeline(), self.options, self.handle.site_paths)
+            self.backend = AdapterBackend(self.handle.pipeline(), self.options, self.handle.adapter_tensors)
             self.counts["epochs"] += 1
         self.counts["calls"] += 1
         if entry not in self._callables:

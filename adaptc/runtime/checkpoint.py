@@ -14,7 +14,8 @@ Saving replaces three files, and a file system renames only one at a time. So a 
 ``read_adapter`` prefers a file in ``.adaptc-commit``, so after a crash before step 2 it reads the old
 adapter and after a crash in step 3 the new one; the next save finishes the moves. Readers that do not know
 the journal (PEFT) can see a mixture only after a crash in step 3. The directory itself is not swapped: it
-may hold other adapters, a model card, or a trainer's files. One process at a time may save to a directory.
+may hold other adapters, a model card, or a trainer's files. Saves of several
+processes to one directory wait for each other (on POSIX, where the file system has locks).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -344,7 +345,15 @@ def write_adapter(
         raise CheckpointError(f"cannot save an adapter to {path}", expected="a directory", found="a file")
     files = _contents(path, config, tensors, plan, fingerprint, metadata or {})
     path.mkdir(parents=True, exist_ok=True)
-    _finish_commit(path)
+    with _locked(path):
+        _finish_commit(path)
+        _commit(path, files)
+        _finish_commit(path)
+    return path
+
+
+def _commit(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write the files aside, and rename their directory: steps 1 and 2 of the journal."""
     staging = path / f"{_STAGING}{uuid.uuid4().hex[:12]}"
     try:
         staging.mkdir()
@@ -359,8 +368,26 @@ def write_adapter(
         shutil.rmtree(staging, ignore_errors=True)
         raise
     _sync(path)
-    _finish_commit(path)
-    return path
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """A block that one process of a machine at a time runs for ``directory``; the others wait.
+
+    Processes that train one model together may all save it: each save is complete, and the last one stays.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _contents(

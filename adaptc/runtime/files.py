@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from adaptc.errors import AdaptcWarning, ConfigError
 from adaptc.methods.base import Adapter, Method
 from adaptc.plan import Assignment, Plan
-from adaptc.runtime import checkpoint, peft_format
+from adaptc.runtime import checkpoint, peft_format, processes
 from adaptc.runtime.adapters import with_all_biases
 
 if TYPE_CHECKING:
@@ -67,7 +68,10 @@ def add(handle: Handle, directory: Any, name: str) -> None:
 
 
 def load(handle: Handle, directory: Any, name: str) -> None:
-    """Replace the values of the adapter ``name`` by those of a folder, or add it."""
+    """Replace the values of the adapter ``name`` by those of a folder, or add it.
+
+    Where parameters are sharded all processes must call, and each keeps its part.
+    """
     if name not in handle.records:
         add(handle, directory, name)
         return
@@ -75,14 +79,17 @@ def load(handle: Handle, directory: Any, name: str) -> None:
     theirs = with_all_biases(_plan_in(files, handle.model).resolve(handle.model), handle.model)
     _check_same_sites(theirs, handle, name)
     adapters = _adapters(handle, name)
-    decoded = _decode(files, adapters, handle)
-    _warn_of_another_base(files, handle)
-    peft_format.assign(decoded, adapters)
+    with processes.gathered(handle.model, adapters.values(), write=True):
+        decoded = _decode(files, adapters, handle)
+        _warn_of_another_base(files, handle)
+        peft_format.assign(decoded, adapters)
     handle.records[name].config = files.config
 
 
 def save(handle: Handle, directory: Any, name: str) -> None:
     """Write an adapter: in PEFT's format, or in adaptc's own where PEFT has no such method.
+
+    Where parameters are sharded all processes must call, the first one writes, and the others wait for it.
 
     Raises:
         UnsupportedError: PEFT has the method, and its format no place for these sites or options.
@@ -99,13 +106,18 @@ def save(handle: Handle, directory: Any, name: str) -> None:
             original=record.config,
             model=handle.model,
         )
-    checkpoint.write_adapter(
+    adapters = _adapters(handle, name)
+    with processes.gathered(handle.model, adapters.values()):
+        tensors = peft_format.encode(adapters, config)
+    write = functools.partial(
+        checkpoint.write_adapter,
         directory,
         config=config,
-        tensors=peft_format.encode(_adapters(handle, name), config),
+        tensors=tensors,
         plan=record.plan.to_dict(),
         fingerprint=checkpoint.fingerprint(handle.model, [site.path for site in sites]),
     )
+    processes.write_once(handle.model, write)
 
 
 def _decode(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from adaptc.methods import quantised
+from adaptc.runtime.processes import own_class, whole
 
 #: Values per site. Training steps, other checkpoints and other seeds change nearly every weight, so a
 #: handful that agree exactly says "same weights"; an edit made to deceive is not what this is against.
@@ -27,14 +28,14 @@ def fingerprint(model: nn.Module, paths: Iterable[str]) -> dict[str, Any]:
     """What the base looks like at the adapted ``paths``: class, shapes, dtypes and samples of the weights.
 
     Costs a copy of 256 values per site. A weight without plain values is described by its shape and dtype only; the
-    dtype of a quantised one is how it is quantised.
+    dtype of a quantised one is how it is quantised. Sharded weights are gathered one by one: all processes must call.
     """
     sites = {}
     for path in sorted(set(paths)):
         found = _describe_weight(model.get_submodule(path))
         if found is not None:
             sites[path] = found
-    return {"class": type(model).__name__, "sites": sites}
+    return {"class": own_class(model).__name__, "sites": sites}
 
 
 def compare_fingerprint(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
@@ -44,8 +45,9 @@ def compare_fingerprint(saved: Mapping[str, Any], model: nn.Module) -> list[str]
     model, is a legitimate host. Shapes that do not fit are refused when the tensors are read.
     """
     differences = []
-    if saved.get("class") != type(model).__name__:
-        differences.append(f"saved on a {saved.get('class')}, this is a {type(model).__name__}")
+    kind = own_class(model).__name__
+    if saved.get("class") != kind:
+        differences.append(f"saved on a {saved.get('class')}, this is a {kind}")
     faults: dict[str, list[str]] = {}
     sites = saved.get("sites") or {}
     for path, then in sites.items():
@@ -102,7 +104,7 @@ def _describe(weight: torch.Tensor) -> dict[str, Any]:
     }
     if not weight.is_floating_point() or weight.is_meta or weight.numel() == 0:
         return found
-    flat = weight.detach().reshape(-1)
+    flat = whole(weight.detach()).reshape(-1)
     places = torch.linspace(0, flat.numel() - 1, SAMPLE, dtype=torch.float64).long()
     picked = flat[places.to(flat.device)].cpu()
     found["hash"] = hashlib.sha256(_bytes(picked)).hexdigest()[:32]

@@ -13,6 +13,7 @@ from adaptc.errors import UnsupportedError
 from adaptc.methods import linear, quantised
 from adaptc.methods.base import Adapter
 from adaptc.methods.lora import LoRA
+from adaptc.runtime import processes
 from adaptc.runtime.attach import SiteAdapters, adapters_of
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ def folded_state(handle: Handle) -> dict[str, torch.Tensor]:
         UnsupportedError: names the site whose adapter cannot be folded, before any work is done.
     """
     model, sites = handle.model, [site for site in handle.sites if _live(site)]
+    if processes.is_sharded(model):
+        raise UnsupportedError(
+            "a sharded model's weights cannot be merged",
+            do="model.adaptc.save(directory) in all processes, then load it into a whole model and merge there",
+        )
     for site in sites:
         _check(site, model)
     ours = tuple(f"{path}.adapters." for site in handle.sites for path in site.paths)

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from adaptc.codegen.adapter_inputs import AdapterTensors
 from adaptc.codegen.backend import BackendOptions
 from adaptc.codegen.graphs import CapturedGraph
 from adaptc.errors import AdapterNameError, NewSignatureWarning, UnsupportedError
 from adaptc.methods import quantised
 from adaptc.passes.manager import Pipeline
 from adaptc.plan import Plan
-from adaptc.runtime import captures, files, saving, warmup
+from adaptc.runtime import captures, files, processes, saving, warmup
 from adaptc.runtime.adapters import AdapterRecord, AdapterSet, Site
+from adaptc.runtime.lint import Lint
 
 if TYPE_CHECKING:
     from adaptc.codegen.explain import Explanation
@@ -76,6 +78,8 @@ class Handle:
         self._was_trainable: dict[str, bool] = {}
         #: Of the hook before the model's ``load_state_dict``.
         self.guard_handle: Any = None
+        self.check_data_parallel = processes.DataParallelCheck()
+        self.lint = Lint(self)
 
     # -- reading ---------------------------------------------------------------------------------------
 
@@ -130,6 +134,14 @@ class Handle:
     def site_paths(self) -> dict[int, str]:
         """``id`` of every adapter's site-id tensor -> module path."""
         return {id(a.site_id): site.path for site in self.sites for a in site.adapters.values()}
+
+    def adapter_tensors(self) -> AdapterTensors:
+        """The tensors by which a captured graph's inputs are told to be an adapter's."""
+        adapters = [(a, site.path) for site in self.sites for a in site.adapters.values()]
+        return AdapterTensors(
+            [(a.site_id, path) for a, path in adapters],
+            [(p, path) for a, path in adapters for p in a.parameters() if p.requires_grad],
+        )
 
     def eager_sites(self) -> list[str]:
         """Sites whose adapter ran outside a captured graph: right values, but not rewritten."""
@@ -202,13 +214,17 @@ class Handle:
             files.add(self, plan, name)
         else:
             self.install(name, files.plan_of(plan), calibration=calibration)
+        self.lint.check_values(name)
 
     def install(
         self, name: str, plan: Any, *, config: dict[str, Any] | None = None, calibration: Iterable[Any] | None = None
     ) -> None:
         """Attach fresh adapters of a ``Plan`` under ``name``."""
         pipeline_of(plan)  # refuses passes that cannot run, before anything changes
-        if self.adapters.install(name, plan, config=config, calibration=calibration):
+        processes.check_unwrapped(self.model)
+        grew = self.adapters.install(name, plan, config=config, calibration=calibration)
+        processes.note_constant_buffers(self)
+        if grew:
             self.captures.new_epoch()
 
     def remove(self, name: str) -> None:
@@ -217,7 +233,9 @@ class Handle:
         Raises:
             AdapterNameError: there is no such adapter.
         """
-        if self.adapters.remove(name):
+        shrank = self.adapters.remove(name)
+        processes.note_constant_buffers(self)
+        if shrank:
             self.captures.new_epoch()
 
     def switch(self, names: str | Sequence[str] | None) -> None:
@@ -323,7 +341,9 @@ class Handle:
         """
         if name is None and len(self.live) > 1:
             raise AdapterNameError("load: say into which adapter", found=f"live: {', '.join(self.live)}")
-        files.load(self, directory, name or (self.live[0] if self.live else "default"))
+        chosen = name or (self.live[0] if self.live else "default")
+        files.load(self, directory, chosen)
+        self.lint.check_values(chosen)
 
     # -- capture ---------------------------------------------------------------------------------------
 
@@ -348,6 +368,7 @@ class Handle:
         model = self.model
         for name in list(self.records):
             self.adapters.remove(name)
+        processes.note_constant_buffers(self)
         captures.disarm(model)
         saving.disarm(self)
         for name, parameter in model.named_parameters():
@@ -376,11 +397,14 @@ class Handle:
 
     def __getstate__(self) -> dict[str, Any]:
         # Captured code belongs to this object and process; a copy captures anew.
-        return {name: value for name, value in self.__dict__.items() if name != "captures"}
+        own = ("captures", "check_data_parallel", "lint")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.captures = captures.Captures(self)
+        self.check_data_parallel = processes.DataParallelCheck()
+        self.lint = Lint(self)
 
     def __repr__(self) -> str:
         return f"<adaptc handle of {type(self.model).__name__}: {len(self.sites)} sites, live {self.live}>"

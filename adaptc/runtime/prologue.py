@@ -42,16 +42,24 @@ class Capture:
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        previous = CALL.eager
+        previous = CALL.eager, CALL.recorded, CALL.stopped
+        records = torch.is_grad_enabled()
+        recorded: set[int] = set()
+        stopped: set[int] = set()
         CALL.eager, CALL.depth = set(), CALL.depth + 1
+        CALL.recorded, CALL.stopped = (recorded, stopped) if records else (None, None)
         try:
             with watch_recompile_limit() as limits:
-                return self.compiled(*args, **kwargs)
+                output = self.compiled(*args, **kwargs)
         finally:
-            eager, CALL.eager, CALL.depth = CALL.eager or set(), previous, CALL.depth - 1
+            eager, CALL.depth = CALL.eager or set(), CALL.depth - 1
+            CALL.eager, CALL.recorded, CALL.stopped = previous
             self.handle.captures.after_call(eager, limits)
             for message in limits:
                 warnings.warn(RecompileLimitWarning(message), stacklevel=3)
+        if records:
+            self.handle.lint.after_call(output, recorded, stopped, self.handle.graphs)
+        return output
 
 
 class Prologue:
@@ -83,6 +91,7 @@ class Prologue:
         # Inside another capture (the root's, or a torch.compile of the user) this is an ordinary module call.
         if torch.compiler.is_compiling() or CALL.depth > 0:
             return self.owner._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self.handle.check_data_parallel(self.handle)
         return self.handle.captures.get(self.entry, self.owner._call_impl)(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prologue | None:

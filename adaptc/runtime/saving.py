@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from adaptc.errors import AdapterNameError, CheckpointError, ResumeError, UnsupportedError
-from adaptc.runtime import files
+from adaptc.runtime import files, processes
 from adaptc.runtime.attach import adapters_of
 from adaptc.runtime.checkpoint import WEIGHTS, adapter_directory
 
@@ -69,8 +69,9 @@ class AdapterSaver:
         name. When several are live, each has its sub-directory. A model without adapters is written as ever.
 
         Args:
-            is_main_process: False writes nothing.
-            state_dict: the model's own tensors, if they are given at all (gathering sharded ones is not done here).
+            is_main_process: False writes nothing. Where parameters are sharded all processes call, and the first one
+                writes, whatever this says.
+            state_dict: the model's own tensors, if they are given at all.
             merge: fold the live adapters' updates into the weights, in fp64, rounded once. The model stays as it
                 is, bit for bit. Other options are then those of the class's own method.
 
@@ -88,8 +89,15 @@ class AdapterSaver:
             save_merged(self.handle, save_directory, plain, **shared)
         else:
             _check_options(options)
+            sharded = processes.is_sharded(model)
+            if sharded and state_dict is not None:
+                # Who gives one has gathered it, and may be the only process that calls.
+                raise UnsupportedError(
+                    "save_pretrained: a sharded model gathers its adapters itself, in all processes together",
+                    found="a state_dict", do="model.adaptc.save(directory), or this without state_dict, in all of them",
+                )  # fmt: skip
             _check_state(state_dict, self.handle)
-            if is_main_process:
+            if is_main_process or sharded:
                 save_adapters(self.handle, save_directory)
 
 
@@ -185,6 +193,8 @@ def save_adapters(handle: Handle, directory: str | os.PathLike[str]) -> None:
     root = Path(directory)
     for name, place in places(handle, root).items():
         files.save(handle, place, name)
+    if not processes.writes(handle.model):
+        return
     in_checkpoint = re.fullmatch(r"checkpoint-\d+", root.name) is not None
     if in_checkpoint or len(handle.records) > 1:
         (root / LIST).write_text(json.dumps({"adapters": list(handle.records), "live": handle.live}))

@@ -26,7 +26,7 @@ def run_once(model: nn.Module, inputs: Any) -> None:
     try:
         with torch.random.fork_rng(devices=list(devices)):
             output = call(model, inputs)
-            leaves = [t for t in _tensors(output) if t.requires_grad]
+            leaves = [t for t in tensors_of(output) if t.requires_grad]
             trained = [p for p in model.parameters() if p.requires_grad]
             if leaves and trained:
                 total = torch.stack([leaf.float().sum() for leaf in leaves]).sum()
@@ -40,12 +40,12 @@ def run_once(model: nn.Module, inputs: Any) -> None:
                     buffer.copy_(before)
 
 
-def _tensors(output: Any) -> Iterator[torch.Tensor]:
+def tensors_of(output: Any) -> Iterator[torch.Tensor]:
     if isinstance(output, torch.Tensor):
         yield output
     elif isinstance(output, Mapping):
         for value in output.values():
-            yield from _tensors(value)
+            yield from tensors_of(value)
     elif isinstance(output, tuple | list):
         for value in output:
-            yield from _tensors(value)
+            yield from tensors_of(value)

@@ -26,7 +26,8 @@ VERSION = (2, 13)
 def test_graph_text(stage):
     _, model = adapted(dtype=torch.bfloat16)
     graph = trained_graph(model, dtype=torch.bfloat16)
-    assert tuple(graph.stages) == STAGES
+    assert tuple(s for s in graph.stages if s != "lift_no_grad") == STAGES
+    assert graph.stage("lift_no_grad") == graph.stage("insert")
     # Between the gradients stands a None for every other input; in which order inputs come is of no interest.
     text = re.sub(r"None x \d+", "None", graph.stage(stage).rstrip() + "\n")
     path = FOLDER / f"{stage}.txt"

@@ -85,6 +85,9 @@ class ConvAdapter(SiteAdapter):
         flat = self.lora_B.double().flatten(1) @ self.lora_A.double().flatten(1)
         return self.scaling * flat.view(-1, *self.lora_A.shape[1:])
 
+    def products(self) -> tuple[tuple[str, ...], ...]:
+        return (("lora_A", "lora_B"),)
+
     def signature(self) -> tuple[object, ...]:
         return (*super().signature(), self.method.dropout)
 

@@ -79,6 +79,9 @@ class EmbeddingAdapter(SiteAdapter):
         """s (B A)^T, the update of the (V, D) weight, in fp64."""
         return self.scaling * (self.lora_embedding_B.double() @ self.lora_embedding_A.double()).mT
 
+    def products(self) -> tuple[tuple[str, ...], ...]:
+        return (("lora_embedding_A", "lora_embedding_B"),)
+
     def peft_tensors(self) -> dict[str, torch.Tensor]:
         return {"lora_embedding_A": self.lora_embedding_A, "lora_embedding_B": self.lora_embedding_B}
 

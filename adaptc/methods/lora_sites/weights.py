@@ -102,6 +102,9 @@ class AttentionAdapter(WeightsAdapter):
     def factors(self) -> Mapping[str, nn.Module]:
         return {"in_proj_weight": self, "out_proj.weight": self.out_proj}
 
+    def products(self) -> tuple[tuple[str, ...], ...]:
+        return ("lora_A", "lora_B"), ("out_proj.lora_A", "out_proj.lora_B")
+
     def peft_tensors(self) -> dict[str, torch.Tensor]:
         return {
             "lora_A.weight": self.lora_A,

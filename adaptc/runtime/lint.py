@@ -1,0 +1,180 @@
+"""Adapters that can never learn: what is said about them, and when.
+
+* Both factors of a product are zero: each one's gradient is a multiple of the other. Said when values are set.
+* The site is not called, or the loss does not depend on its output. Said after the first backward.
+* The site runs in a ``torch.no_grad`` region. In a captured graph the region is lifted (``passes.lift_no_grad``), which
+  is said once; outside of one the adapter stays as it is, which is said after the call.
+
+Everything is a warning of its own class and a row of ``explain()``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from adaptc.codegen.fold import fold
+from adaptc.codegen.torch_internals import queue_after_backward
+from adaptc.errors import LiftedRegionWarning, NoGradientWarning
+from adaptc.passes.lift_no_grad import SEPARATOR
+from adaptc.runtime import processes
+from adaptc.runtime.warmup import tensors_of
+
+if TYPE_CHECKING:
+    from adaptc.codegen.graphs import CapturedGraph
+    from adaptc.methods.base import Adapter
+    from adaptc.runtime.handle import Handle
+
+_ZERO = "both factors are zero, so each one's gradient is zero too"
+_STOPPED = "runs under torch.no_grad, outside of a captured graph"
+_UNCALLED = "was not called in any forward"
+_UNREACHED = "the loss does not depend on its output"
+
+
+class Lint:
+    """What is known of a model's adapters that cannot learn."""
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+        #: (what, path): said already.
+        self._told: set[tuple[str, str]] = set()
+        #: Adapters that are live and the number of the capture epoch, where the first backward was looked at.
+        self._watched: set[tuple[int, tuple[str, ...]]] = set()
+        #: Site path -> why it runs without gradients.
+        self.stopped: dict[str, str] = {}
+        #: Site path -> why the first backward gave it no gradient.
+        self.silent: dict[str, str] = {}
+        #: Adapter name -> its parameters that cannot learn from the values they had when they were set.
+        self.dead: dict[str, list[str]] = {}
+
+    def check_values(self, name: str) -> None:
+        """Warn of trained parameters of the adapter ``name`` whose gradient is zero for good, at these values.
+
+        Where parameters are sharded all processes must call.
+        """
+        self.dead[name] = [
+            f"{site.path}.{parameter}"
+            for site in self.handle.sites
+            for adapter in site.of(name)
+            for parameter in dead_parameters(adapter)
+        ]
+        self._warn_once(NoGradientWarning, _ZERO, self.dead[name], "load or draw other values")
+
+    def after_call(self, output: Any, recorded: set[int], stopped: set[int], graphs: Sequence[CapturedGraph]) -> None:
+        """Look at a call that was made with gradients on: which sites ran, by ``id`` of their site-id tensors."""
+        self._warn_once(
+            LiftedRegionWarning, "a torch.no_grad region records gradients, so that adapters inside it train",
+            sorted(lifted(graphs)), "leave these modules out of the plan to keep it as it was",
+        )  # fmt: skip
+        paths = self.handle.site_paths()
+        alone = sorted({paths[i] for i in stopped - recorded if i in paths})
+        self.stopped.update((path, _STOPPED) for path in alone)
+        do = "call this part of the model with gradients on, or leave it out of the plan"
+        self._warn_once(NoGradientWarning, _STOPPED, alone, do)
+        key = (self.handle.captures.counts["epochs"], self.handle.live)
+        if key not in self._watched:
+            self._watch(key, [t for t in tensors_of(output) if t.requires_grad])
+
+    def _watch(self, key: tuple[int, tuple[str, ...]], outputs: Sequence[torch.Tensor]) -> None:
+        """Look at the parameters when the first backward through ``outputs`` has ended."""
+        hooks: list[Any] = []
+
+        def started(_: torch.Tensor) -> None:
+            for hook in hooks:
+                hook.remove()
+            hooks.clear()
+            if key not in self._watched:
+                # Twice: FSDP queues the end of its own work, which gives sharded parameters their gradients.
+                queue_after_backward(lambda: queue_after_backward(lambda: self._after_backward(key)))
+
+        hooks += [output.register_hook(started) for output in outputs]  # type: ignore[no-untyped-call]
+
+    def _after_backward(self, key: tuple[int, tuple[str, ...]]) -> None:
+        if not any(p.grad is not None for p in self.handle.model.parameters()):
+            return  # torch.autograd.grad, which leaves nothing to look at
+        self._watched.add(key)
+        idle, silent = set(self.handle.idle_sites()), {}
+        for path, _ in self._without_gradient():
+            silent[path] = self.stopped.get(path) or (_UNCALLED if path in idle else _UNREACHED)
+        self.silent.update(silent)
+        for reason in dict.fromkeys(silent.values()):
+            if reason != _STOPPED:
+                found = [path for path, why in silent.items() if why == reason]
+                do = "leave it out of the plan, unless other batches or losses use it"
+                self._warn_once(NoGradientWarning, f"no gradient in the first backward: {reason}", found, do)
+
+    def _without_gradient(self) -> Iterator[tuple[str, Adapter]]:
+        """(site path, adapter) of live adapters that are trained and have no gradient."""
+        for site in self.handle.sites:
+            for adapter in (a for name in self.handle.live for a in site.of(name)):
+                trained = [p for p in adapter.parameters() if p.requires_grad]
+                if trained and not any(map(_has_gradient, trained)):
+                    yield site.path, adapter
+
+    def rows(self) -> Iterator[str]:
+        """Lines for ``explain()``."""
+        still = {path for path, _ in self._without_gradient()}
+        for path in fold(sorted(lifted(self.handle.graphs))):
+            yield f"inside a torch.no_grad region, which records gradients for it: {path}"
+        for path in fold(sorted(path for path in self.stopped if path in still)):
+            yield f"{_STOPPED}: {path}"
+        silent = {path: reason for path, reason in self.silent.items() if path in still and path not in self.stopped}
+        for reason in dict.fromkeys(silent.values()):
+            found = [path for path, why in silent.items() if why == reason]
+            yield from (f"no gradient in the first backward ({reason}): {path}" for path in fold(found))
+        for name in self.handle.live:
+            yield from (f"cannot learn ({_ZERO}): {path}" for path in fold(self.dead.get(name, [])))
+
+    def _warn_once(self, kind: type[UserWarning], what: str, paths: Sequence[str], do: str) -> None:
+        new = [path for path in paths if (what, path) not in self._told]
+        if not new:
+            return
+        self._told.update((what, path) for path in new)
+        more = f" and {len(new) - 4} more" if len(new) > 4 else ""
+        warnings.warn(kind(f"{what}: {', '.join(new[:4])}{more} ({do})"), stacklevel=5)
+
+
+def lifted(graphs: Sequence[CapturedGraph]) -> set[str]:
+    """The sites whose ``no_grad`` region was lifted in one of the graphs."""
+    reports = [r for graph in graphs for r in graph.reports if r.name == "lift_no_grad" and not r.rolled_back]
+    return {path for r in reports for rewrite in r.result.applied for path in rewrite.site.split(SEPARATOR)}
+
+
+def dead_parameters(adapter: Adapter) -> Iterator[str]:
+    """Trained parameters of products whose other factors are zero and stay so.
+
+    A factor stays zero when it is frozen, or when the gradient that could change it is zero as well.
+    """
+    for group in adapter.products():
+        factors = {name: p for name in group if (p := _parameter(adapter, name)) is not None}
+        if len(factors) < 2 or any(p.is_meta for p in factors.values()):
+            continue
+        zero = {name: _is_zero(p) for name, p in factors.items()}
+        for name, parameter in factors.items():
+            others = [other for other in factors if other != name]
+            stuck = zero[name] or not any(factors[other].requires_grad for other in others)
+            if parameter.requires_grad and stuck and all(zero[other] for other in others):
+                yield name
+
+
+def _has_gradient(parameter: torch.Tensor) -> bool:
+    """Whether a gradient is there and not zero: what a captured graph's other outputs depend on gets a zero."""
+    gradient = parameter.grad
+    if gradient is None or processes.is_distributed(gradient):
+        return gradient is not None
+    return bool(gradient.any())
+
+
+def _parameter(adapter: Adapter, name: str) -> torch.nn.Parameter | None:
+    owner, _, last = name.rpartition(".")
+    return adapter.get_submodule(owner)._parameters.get(last)
+
+
+def _is_zero(parameter: torch.Tensor) -> bool:
+    return not bool(processes.whole(parameter.detach()).any())
+
+
+__all__ = ["Lint", "dead_parameters", "lifted"]

@@ -1,0 +1,228 @@
+"""A model in several processes: what wraps or shards it, and what adapters need for that.
+
+``DistributedDataParallel`` averages the gradients of the parameters that it found when it was made, and FSDP2's
+``fully_shard`` shards those that a module had when it was called. An adapter that comes later would be trained by
+each process on its own, without an error: so adapters come first, and one that came later is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from adaptc.codegen import torch_internals
+from adaptc.errors import CheckpointError, UnsupportedError
+
+if TYPE_CHECKING:
+    from adaptc.methods.base import Adapter
+    from adaptc.runtime.handle import Handle
+
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
+#: Buffers of adapters that never differ between processes. DDP writes the first process's buffers into the others'
+#: at each forward, and a backward that is still to come has saved the scale.
+_CONSTANT = ("site_id", "scale")
+_ORDER = "adaptc.compile(model, plan) first, then {wrapper}: adapters are parameters like any other to it"
+
+
+# ------------------------------------------------------------------------------------------ refusing
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise when adapters put on ``model`` now would be unknown to what wraps or shards it.
+
+    Raises:
+        UnsupportedError: names the wrapper and what to do.
+    """
+    for path, module in model.named_modules():
+        wrapper = _wrapper(module)
+        if wrapper is not None:
+            where = path or "the model"
+            raise UnsupportedError(
+                f"{where} is wrapped by {wrapper} already, which does not know of adapters that come now",
+                expected="a model that is not wrapped yet",
+                do=_ORDER.format(wrapper=f"{wrapper}(model)"),
+            )
+    for name, parameter in model.named_parameters():
+        if is_distributed(parameter):
+            raise UnsupportedError(
+                f"{name} is sharded already, and adapters that come now would be trained by each process on its own",
+                expected="plain tensors", found=f"a DTensor, {parameter.placements}",  # type: ignore[attr-defined]
+                do=_ORDER.format(wrapper="fully_shard(layer) for its layers and fully_shard(model)"),
+            )  # fmt: skip
+
+
+def _wrapper(module: nn.Module) -> str | None:
+    """The name of the class that wraps or shards ``module``, or None."""
+    if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return type(module).__name__
+    # Nobody can have made one of these without importing its module.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return None
+    if isinstance(module, fsdp.FSDPModule):
+        return "fully_shard"
+    return "FullyShardedDataParallel" if isinstance(module, fsdp.FullyShardedDataParallel) else None
+
+
+class DataParallelCheck:
+    """Whether ``DistributedDataParallel`` averages every adapter that is trained; asked before each call."""
+
+    def __init__(self) -> None:
+        #: The wrapper that was seen last, and the trained parameters that it was made with.
+        self._wrapper: weakref.ref[nn.Module] | None = None
+        self._averaged: frozenset[int] = frozenset()
+        self._passed: object = None
+
+    def __call__(self, handle: Handle) -> None:
+        """Raise UnsupportedError for a live adapter parameter that is trained and not averaged."""
+        ddp = torch_internals.active_data_parallel()
+        if ddp is None or not torch.is_grad_enabled():
+            return
+        if self._wrapper is None or self._wrapper() is not ddp:
+            self._wrapper, self._passed = weakref.ref(ddp), None
+            self._averaged = frozenset(id(p) for p in ddp.parameters() if p.requires_grad)
+        state = (tuple(handle.records), handle.live, handle.captures.counts["epochs"])
+        if state == self._passed:
+            return
+        known = torch_internals.data_parallel_parameters(ddp) & self._averaged
+        for name in handle.live:
+            for path, parameter in handle.named_parameters(name):
+                if parameter.requires_grad and id(parameter) not in known:
+                    raise UnsupportedError(
+                        f"{path} is trained, and DistributedDataParallel does not average its gradient",
+                        expected="a parameter of the model, trained, when it was wrapped",
+                        found="one that was added, or whose requires_grad was set, afterwards",
+                        do="wrap the model again: ddp = DistributedDataParallel(model)",
+                    )
+        self._passed = state
+
+
+def note_constant_buffers(handle: Handle) -> None:
+    """Let DDP leave alone what is equal in all processes by construction."""
+    model = handle.model
+    others = [name for name in getattr(model, _IGNORED, ()) if ".adapters." not in f".{name}"]
+    ours = [
+        f"{site.path}.adapters.{entry}.{name}".removeprefix(".")
+        for site in handle.sites
+        for entry, adapter in site.adapters.items()
+        for name, _ in adapter.named_buffers()
+        if name in _CONSTANT
+    ]
+    if others or ours:
+        setattr(model, _IGNORED, [*others, *ours])
+    elif _IGNORED in model.__dict__:
+        delattr(model, _IGNORED)
+
+
+# ------------------------------------------------------------------------------------------- sharded
+
+
+def is_distributed(tensor: object) -> bool:
+    """Whether a tensor is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the processes hold parts of the model's parameters (FSDP2)."""
+    return any(_wrapper(m) == "fully_shard" for m in model.modules()) or any(map(is_distributed, model.parameters()))
+
+
+def own_class(model: nn.Module) -> type:
+    """The class of the model as its author wrote it: ``fully_shard`` puts one of its own in front."""
+    kind = type(model)
+    return kind.__mro__[2] if _wrapper(model) == "fully_shard" else kind
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a sharded tensor, in every process, all of which must ask; any other as it is."""
+    return tensor.full_tensor() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module, adapters: Iterable[Adapter], *, write: bool = False) -> Iterator[None]:
+    """Within the block sharded parameters of ``adapters`` are whole; all processes must enter.
+
+    Args:
+        write: what was written to them in the block, the same in all processes, goes into the shards.
+    """
+    if not is_sharded(model):
+        yield
+        return
+    for module in model.modules():
+        # Parameters that were left whole after a forward are copies: writes to them would be lost.
+        if _wrapper(module) == "fully_shard":
+            module.reshard()  # type: ignore[operator]
+    swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
+    full: dict[int, nn.Parameter] = {}
+    try:
+        for adapter in adapters:
+            for module in adapter.modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    if is_distributed(parameter):
+                        swapped.append((module, name, parameter))
+                        if id(parameter) not in full:
+                            full[id(parameter)] = nn.Parameter(whole(parameter.detach()), parameter.requires_grad)
+                        module._parameters[name] = full[id(parameter)]
+        yield
+        if write:
+            for module, name, parameter in swapped:
+                _scatter(parameter, module._parameters[name])
+    finally:
+        for module, name, parameter in swapped:
+            module._parameters[name] = parameter
+
+
+@torch.no_grad()
+def _scatter(shards: Any, value: Any) -> None:
+    """Put this process's part of ``value`` into ``shards``; nothing is sent."""
+    from torch.distributed.tensor import distribute_tensor
+
+    part = distribute_tensor(value.detach(), shards.device_mesh, shards.placements, src_data_rank=None)
+    shards.detach().to_local().copy_(part.to_local())
+
+
+def writes(model: nn.Module) -> bool:
+    """Whether this process writes files: every one that is asked, or the first one where the model is sharded."""
+    return not is_sharded(model) or torch.distributed.get_rank() == 0
+
+
+def write_once(model: nn.Module, write: Callable[[], object]) -> None:
+    """Call ``write``; where the model is sharded, in the first process alone, while the others wait.
+
+    Raises:
+        CheckpointError: in the other processes, when the first one raised.
+    """
+    if not is_sharded(model):
+        write()
+        return
+    failed: list[str | None] = [None]
+    try:
+        if writes(model):
+            write()
+    except BaseException as error:
+        failed = [f"{type(error).__name__}: {error}"]
+        raise
+    finally:
+        torch.distributed.broadcast_object_list(failed, src=0)
+    if failed[0] is not None:
+        raise CheckpointError("the first process could not write the adapter", found=failed[0])
+
+
+__all__ = [
+    "DataParallelCheck",
+    "check_unwrapped",
+    "gathered",
+    "is_sharded",
+    "note_constant_buffers",
+    "own_class",
+    "whole",
+    "write_once",
+    "writes",
+]
