@@ -25,7 +25,7 @@ from tests.reference import factors_of
 
 
 def one_step(rank: int) -> None:
-    base, model = llama(rank=rank)
+    base, model = llama(layers=1, rank=rank)
     ddp = DistributedDataParallel(model)
     ddp(**own_rows(rank)).loss.backward()
     # DDP has given every process the values of the first one.

@@ -69,9 +69,9 @@ def lora(**options: Any) -> adaptc.LoRA:
     return adaptc.LoRA(**{"r": 3, "alpha": 6, "init": "random", "targets": "all-linear", **options})
 
 
-def llama(plan: Any = None, *, rank: int = 0, **options: Any) -> tuple[Any, Any]:
+def llama(plan: Any = None, *, rank: int = 0, layers: int = 2, **options: Any) -> tuple[Any, Any]:
     """(base, compiled copy); initial adapter values differ between processes unless ``rank`` is 0 in all."""
-    base = hosts.build("llama")
+    base = hosts.build("llama", num_hidden_layers=layers)
     with hosts.seeded(3 + rank):
         model = adaptc.compile(copy.deepcopy(base), plan or lora(), **{"backend": "aot_eager", **options})
     return base, model.train()

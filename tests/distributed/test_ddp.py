@@ -8,18 +8,13 @@ from tests.distributed import ddp
 from tests.distributed.processes import run
 
 
-def everything_in_one_start(rank: int) -> None:
-    ddp.one_step(rank)
-    ddp.switch(rank)
-
-
-def test_gradients_sites_and_switching():
-    run(everything_in_one_start)
+def test_gradients_and_sites():
+    run(ddp.one_step)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", [
-    ddp.cut_at_buckets, ddp.two_forwards_before_a_backward, ddp.accumulate_without_sync,
+    ddp.cut_at_buckets, ddp.two_forwards_before_a_backward, ddp.accumulate_without_sync, ddp.switch,
     ddp.refuse_what_is_not_averaged, ddp.accelerate_prepare,
 ], ids=lambda check: check.__name__)  # fmt: skip
 def test_in_two_processes(check):
