@@ -84,10 +84,13 @@ def _sites(handle: Handle) -> Iterator[str]:
     for name, record in handle.records.items():
         yield f"adapter {name!r} ({'live' if name in handle.live else 'not live'})"
         resolution = record.plan.resolve(handle.model)
+        modules = {path for path, _ in handle.model.named_modules()}
         tied = {site.path: site.tied_to for site in resolution.sites if site.tied_to and site.train is None}
         for number, rule in enumerate(record.plan.rules):
             paths = [path for path, _, index, _ in record.sites if index == number]
-            yield f"  rule {number + 1}: {rule}: {_count(len(paths), 'module')}"
+            inside = sum(path not in modules for path in paths)
+            noun = "module" if inside == 0 else "parameter" if inside == len(paths) else "site"
+            yield f"  rule {number + 1}: {rule}: {_count(len(paths), noun)}"
             yield from (f"    {path}" for path in fold(paths))
             for path in (p for p in paths if p in tied):
                 yield f"    {path}: shares {', '.join(tied[path])}, which stays as it is"

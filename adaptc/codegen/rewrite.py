@@ -183,6 +183,8 @@ def _check_called(
     """Every site must be called, and each of its weight's readers must be one of the calls."""
     known = {y for pairs in calls.values() for _, y in pairs}
     for assignment in assignments:
+        if assignment.parameter is not None:
+            raise _inside_its_forward(assignment)
         if not any(path in calls for path in assignment.paths):
             raise SiteError(
                 f"{assignment.path} is not called in this graph",
@@ -215,6 +217,14 @@ def _weight_readers(gm: fx.GraphModule, paths: Sequence[str]) -> list[fx.Node]:
     return readers
 
 
+def _inside_its_forward(assignment: Assignment) -> SiteError:
+    return SiteError(
+        f"{assignment.path}: {type(assignment.module).__name__} is adapted inside its forward,"
+        " which a graph does not have",
+        do="leave it out of the plan, or use adaptc.compile",
+    )
+
+
 def _build(assignments: Sequence[Assignment]) -> list[Adapter]:
     adapters = []
     for number, assignment in enumerate(assignments):
@@ -223,13 +233,9 @@ def _build(assignments: Sequence[Assignment]) -> list[Adapter]:
                 f"{assignment.path}: {assignment.method.kind} is to start from the covariance of its inputs",
                 expected="another init: rewrite has no calibration batches",
             )
-        adapter = assignment.method.build(assignment.path, assignment.module, dtype=None, site_id=number)
+        adapter = assignment.build(dtype=None, site_id=number)
         if adapter.acts_inside:
-            raise SiteError(
-                f"{assignment.path}: {type(assignment.module).__name__} is adapted inside its forward,"
-                " which a graph does not have",
-                do="leave it out of the plan, or use adaptc.compile",
-            )
+            raise _inside_its_forward(assignment)
         adapters.append(adapter)
     for kind in dict.fromkeys(type(a.method) for a in adapters):
         kind.link([a for a in adapters if type(a.method) is kind])

@@ -11,7 +11,7 @@ from torch import nn
 
 from adaptc.errors import AdaptcError, AdapterNameError, UnsupportedError
 from adaptc.plan.files import read_peft_config
-from adaptc.runtime import peft_format
+from adaptc.runtime import peft_format, peft_keys
 from adaptc.runtime.checkpoint import adapter_directory, check_adapter_name
 from adaptc.runtime.handle import CompileOptions, Handle
 
@@ -93,7 +93,7 @@ def _wrappers(base: nn.Module) -> Iterator[Wrapper]:
 def _live(model: Any, wrappers: list[Wrapper]) -> tuple[str, ...]:
     """The adapters that act now: PEFT's active ones, or none while they are disabled."""
     for wrapper in wrappers:
-        if merged := getattr(wrapper.layer, "merged_adapters", None):
+        if merged := [name for layer in _layers(wrapper) for name in getattr(layer, "merged_adapters", None) or ()]:
             raise UnsupportedError(
                 f"{wrapper.path}: PEFT has merged {', '.join(merged)} into the base weight",
                 expected="a PEFT model with nothing merged", do="model.unmerge_adapter() first",
@@ -108,14 +108,24 @@ def _live(model: Any, wrappers: list[Wrapper]) -> tuple[str, ...]:
 
 def _take_scales(handle: Handle, wrapper: Wrapper) -> None:
     """PEFT's scale of a layer can have been changed since it was made (``set_scale``)."""
-    scales = getattr(wrapper.layer, "scaling", None)
     site = next((s for s in handle.sites if s.module is wrapper.plain), None)
-    if site is None or not isinstance(scales, dict):
+    if site is None:
         return
-    for name, scale in scales.items():
-        for adapter in site.of(name):
-            if getattr(adapter, "scaling", scale) != scale:
-                adapter.scaling = scale
+    for layer in _layers(wrapper):
+        scales = getattr(layer, "scaling", None)
+        for name, scale in scales.items() if isinstance(scales, dict) else ():
+            for adapter in site.of(name):
+                same = adapter.parameter == getattr(layer, "parameter_name", None)
+                if same and getattr(adapter, "scaling", scale) != scale:
+                    adapter.scaling = scale
+
+
+def _layers(wrapper: Wrapper) -> Iterator[Any]:
+    """The layers between a wrapper and its plain module: one for each adapted parameter, else one."""
+    layer = wrapper.layer
+    while layer is not wrapper.plain and layer is not None:
+        yield layer
+        layer = getattr(layer, "base_layer", None) if hasattr(layer, "parameter_name") else None
 
 
 def _take_requires_grad(handle: Handle, trained: dict[str, bool], live: tuple[str, ...]) -> None:
@@ -123,15 +133,15 @@ def _take_requires_grad(handle: Handle, trained: dict[str, bool], live: tuple[st
     taken = set()
     for name in handle.records:
         flags = {_plain_key(key, name): flag for key, flag in trained.items()}
-        adapters = {site.path: adapter for site in handle.sites for adapter in site.of(name)}
+        adapters = {path: adapter for site in handle.sites for path, adapter in site.parts(name)}
         keys = {tensor.data_ptr(): key for key, tensor in peft_format.encode(adapters).items()}
         for parameter in handle.parameters(name):
             key = keys.get(parameter.data_ptr())
             taken.add(key)
             parameter.requires_grad_(name in live if key is None else flags.get(key, False) and name in live)
     ours = {name for name, _ in handle.named_parameters()}
-    flags = {key.replace(".base_layer.", "."): flag for key, flag in trained.items()}
-    adapted = {str(key).replace(".base_layer.", ".") for key in taken}
+    flags = {peft_keys.plain_name(key): flag for key, flag in trained.items()}
+    adapted = {peft_keys.plain_name(str(key)) for key in taken}
     for name, parameter in handle.model.named_parameters():
         key = f"base_model.model.{name}"
         if name not in ours and key not in adapted:

@@ -24,13 +24,16 @@ _WRITERS = frozenset({"setitem", "delitem", "setattr", "batch_norm", "instance_n
 _NAMED_BY_RULE = frozenset({"torch", "math", "builtins", "adaptc"})
 
 
-def barrier(first: fx.Node, second: fx.Node) -> str | None:
-    """Why a read at ``first`` may not be moved to ``second``, later in the same graph, or None."""
+def barrier(first: fx.Node, second: fx.Node, *, modes: bool = True) -> str | None:
+    """Why a read at ``first`` may not be moved to ``second``, later in the same graph, or None.
+
+    ``modes``: what reads there depends on grad mode and autocast.
+    """
     node = first.next
     while node is not second:
         if may_write(node):
             return f"{node.name} may write to memory"
-        if _changes_mode(node):
+        if modes and _changes_mode(node):
             return f"{node.name} switches a mode of torch"
         node = node.next
     return None

@@ -29,6 +29,7 @@ TABLE = {
 SITES = (
     "adaptc.methods.lora_sites.conv",
     "adaptc.methods.lora_sites.embedding",
+    "adaptc.methods.lora_sites.experts",
     "adaptc.methods.lora_sites.weights",
 )
 

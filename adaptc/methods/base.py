@@ -76,6 +76,16 @@ class Method:
         """A freshly initialised adapter for ``module``, on its device; ``dtype`` None means the default."""
         raise NotImplementedError(f"{type(self).__name__}.build")
 
+    def parameter_refusal(self, path: str, module: nn.Module, name: str) -> str | None:
+        """Why this method cannot adapt the parameter ``name`` of ``module``, or None when it can; ``path``: its own."""
+        return f"{self.kind} adapts modules, not parameters"
+
+    def build_parameter(
+        self, path: str, module: nn.Module, name: str, *, dtype: torch.dtype | None, site_id: int
+    ) -> Adapter:
+        """As :meth:`build`, for the parameter ``name`` of ``module``; the adapter has ``parameter`` set."""
+        raise NotImplementedError(f"{type(self).__name__}.build_parameter")
+
     @property
     def needs_covariance(self) -> bool:
         """Whether fresh adapters are given the covariance of their module's inputs (``Adapter.set_covariance``)."""
@@ -88,7 +98,8 @@ class Method:
 
 
 class Adapter(nn.Module):
-    """The tensors of one method at one site; lives at ``<site>.adapters.<name>``.
+    """The tensors of one method at one site; lives at ``<site>.adapters.<name>``, one for a parameter of the module at
+    ``<site>.adapters.<name>~<parameter>``.
 
     ``site_id`` (int64, shape (1,)) says at run time which site a graph works for: graphs are shared between equal
     layers, so a Python constant in the graph would not do.
@@ -103,6 +114,8 @@ class Adapter(nn.Module):
     acts_before: ClassVar[bool] = False
     #: True when the adapter acts on what the module's forward reads or computes on the way.
     acts_inside: ClassVar[bool] = False
+    #: The module's own parameter that the adapter is for; None: the module.
+    parameter: str | None = None
 
     def __init__(self, method: Method, site_id: int) -> None:
         super().__init__()

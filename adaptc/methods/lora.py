@@ -133,6 +133,14 @@ class LoRA(Method):
         kind = lora_sites.kind_of(module) or LoRAAdapter
         return kind(self, module, dtype=dtype, site_id=site_id)
 
+    def parameter_refusal(self, path: str, module: nn.Module, name: str) -> str | None:
+        return lora_sites.parameter_kind_of(module).parameter_refusal(self.at(path), module, name)
+
+    def build_parameter(
+        self, path: str, module: nn.Module, name: str, *, dtype: torch.dtype | None, site_id: int
+    ) -> Adapter:
+        return lora_sites.parameter_kind_of(module)(self, module, name, dtype=dtype, site_id=site_id)
+
 
 def _require(name: str, value: object, ok: bool, expected: str) -> None:
     if not ok:

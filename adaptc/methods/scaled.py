@@ -60,7 +60,7 @@ class ScaledAdapter(Adapter):
         return torch.tensor([self._scaling], dtype=torch.float64, device=device)
 
 
-def draw_factors(init: str, r: int, A: nn.Parameter, B: nn.Parameter) -> None:
+def draw_factors(init: str, r: int, A: torch.Tensor, B: torch.Tensor) -> None:
     """LoRA's initial values: A kaiming-uniform or normal with std 1/r, B zero or (init "random") drawn like A."""
     with torch.no_grad():
         if init == "gaussian":

@@ -29,6 +29,7 @@ HEAD_NAMES = LANGUAGE_HEADS | {
     "score",
 }
 ROUTER = "MoE router"
+FUSED = "fused expert weights, not linear layers"
 
 
 def all_linear(tree: ModuleTree) -> tuple[list[str], dict[str, str]]:
@@ -47,8 +48,9 @@ def all_linear(tree: ModuleTree) -> tuple[list[str], dict[str, str]]:
                 left_out[path] = reason
         elif path in routers and any(True for _ in tree.own_parameters(module)):
             left_out[path] = ROUTER
-        elif path.endswith("experts") and any(p.dim() > 2 for _, p in tree.own_parameters(module)):
-            left_out[path] = f"{type(module).__name__} holds fused expert weights, not linear layers"
+        elif path.endswith("experts"):
+            fused = [name for name, p in tree.own_parameters(module) if p.dim() > 2]
+            left_out.update({f"{path}.{name}": f'{FUSED}: name them, "experts.{name}"' for name in fused})
     return taken, left_out
 
 

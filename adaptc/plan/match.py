@@ -1,4 +1,4 @@
-"""Selectors: which modules a rule means, written against dotted module paths.
+"""Selectors: which modules, or which parameters of modules, a rule means, written against their dotted paths.
 
 =====================================  ===============================================================
 ``"q_proj"``, ``"self_attn.q_proj"``   the path itself, or its last components
@@ -6,6 +6,9 @@
 ``"re:.*mlp\\.(gate|up)_proj"``        a regular expression on the whole path
 ``"all-linear"``                       every linear layer but output heads and MoE routers (``all_linear``)
 =====================================  ===============================================================
+
+A selector means modules. Where it fits none that the method can adapt it means parameters, for a method that adapts
+some: ``"experts.gate_up_proj"``.
 
 ``exclude`` takes the same forms, ``"all-linear"`` excepted. An excluded container does not exclude what is
 inside it, as in PEFT: write ``"classifier.*"``.

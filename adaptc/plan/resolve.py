@@ -6,11 +6,12 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import nn
 
 from adaptc import methods
 from adaptc.errors import PlanError, SiteError
-from adaptc.methods.base import Method
+from adaptc.methods.base import Adapter, Method
 from adaptc.plan.rules import Plan, Rule
 from adaptc.plan.select import Selection, select
 from adaptc.plan.tree import ModuleTree, self_and_parents
@@ -18,15 +19,17 @@ from adaptc.plan.tree import ModuleTree, self_and_parents
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """One method at one module.
+    """One method at one module, or at one parameter of a module.
 
     Attributes:
-        path: the module's first path; paths: all of them (a shared module object is one site).
+        path: the first path of the module or parameter; paths: all of them (a shared module object is one site).
+        module: the module, or the one that owns the parameter.
         rule: index of the rule in the plan.
         method: as it applies at this site (``Full`` for ``train: full``).
         train: "full" when a copy of the module is trained.
         stacked: this comes on top of what an earlier rule put on the module.
         tied_to: parameters elsewhere in the model that are the same object as one of this module's.
+        parameter: the parameter's name in the module; None for a module.
     """
 
     path: str
@@ -37,6 +40,23 @@ class Assignment:
     train: str | None = None
     stacked: bool = False
     tied_to: tuple[str, ...] = ()
+    parameter: str | None = None
+
+    @property
+    def module_path(self) -> str:
+        """The module's first path."""
+        return self.module_paths[0]
+
+    @property
+    def module_paths(self) -> tuple[str, ...]:
+        """Every path of the module."""
+        return self.paths if self.parameter is None else tuple(path.rpartition(".")[0] for path in self.paths)
+
+    def build(self, *, dtype: torch.dtype | None, site_id: int) -> Adapter:
+        """A fresh adapter for the site."""
+        if self.parameter is None:
+            return self.method.build(self.path, self.module, dtype=dtype, site_id=site_id)
+        return self.method.build_parameter(self.path, self.module, self.parameter, dtype=dtype, site_id=site_id)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +89,7 @@ def resolve(plan: Plan, model: nn.Module) -> Resolution:
     winners, shadowed = _first_matches(plan.rules, selections)
     _check_shared(tree, plan.rules, selections, winners)
     winners, inside = _enclosed(plan.rules, winners)
-    order = {path: position for position, path in enumerate(tree.modules)}
+    order = tree.order
     sites = list(_assignments(tree, plan.rules, winners))
     sites.sort(key=lambda site: (order[site.path], site.stacked, site.rule))
     left_out = {path: reason for s in reversed(selections) for path, reason in s.left_out.items()}
@@ -105,7 +125,7 @@ def _first_matches(rules: Iterable[Rule], selections: list[Selection]) -> tuple[
 def _check_shared(tree: ModuleTree, rules: tuple[Rule, ...], selections: list[Selection], winners: _Winners) -> None:
     """One module object at several paths is one site: every rule must mean all of it."""
     for path, acting in winners.items():
-        for other in tree.paths_of(tree.modules[path]):
+        for other in tree.same(path):
             if other == path:
                 continue
             for index in acting:
@@ -128,7 +148,8 @@ def _rules(indices: list[int]) -> str:
 
 
 def _shared_error(tree: ModuleTree, path: str, other: str, found: str) -> PlanError:
-    kind = type(tree.modules[path]).__name__
+    module, name = tree.owner(path)
+    kind = type(module).__name__ if name is None else f"parameter of a {type(module).__name__}"
     return PlanError(
         f"{path} and {other} are one shared {kind}, and the plan treats them differently",
         expected="one method for all paths of a shared module",
@@ -179,13 +200,13 @@ def _order_error(rules: tuple[Rule, ...], outer: str, winner: int, path: str, in
 
 
 def _assignments(tree: ModuleTree, rules: tuple[Rule, ...], winners: _Winners) -> Iterator[Assignment]:
-    done: set[int] = set()
+    done: set[tuple[int, str | None]] = set()
     for path, acting in winners.items():
-        module = tree.modules[path]
-        if id(module) in done:
+        module, name = tree.owner(path)
+        if (id(module), name) in done:
             continue
-        done.add(id(module))
-        paths, tied = tree.paths_of(module), tree.tied_to(module)
+        done.add((id(module), name))
+        paths, tied = tree.same(path), tree.tied_to(module, name)
         for position, index in enumerate(acting):
             rule = rules[index]
             if rule.train and tied:
@@ -196,4 +217,4 @@ def _assignments(tree: ModuleTree, rules: tuple[Rule, ...], winners: _Winners) -
                     do="untie it (tie_word_embeddings=False), train a module that holds both, or adapt it",
                 )
             method = methods.get("full")() if rule.method is None else rule.method.at(path)
-            yield Assignment(paths[0], paths, module, index, method, rule.train, position > 0, tied)
+            yield Assignment(paths[0], paths, module, index, method, rule.train, position > 0, tied, name)

@@ -1,4 +1,4 @@
-"""The modules that one rule selects, and the errors of a rule that does not fit the model."""
+"""The modules and parameters that one rule selects, and the errors of a rule that does not fit the model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections import Counter
 from adaptc import methods
 from adaptc.errors import PlanError, SiteError
 from adaptc.methods import quantised
+from adaptc.methods.base import Method
 from adaptc.methods.linear import is_linear
 from adaptc.plan.all_linear import all_linear
 from adaptc.plan.match import ALL_LINEAR, is_pattern, matcher
@@ -35,6 +36,9 @@ class Selection:
 def select(rule: Rule, number: int, tree: ModuleTree) -> Selection:
     """Apply the rule's match, entry by entry; each entry must match something in the rule's layers.
 
+    An entry means modules. One that fits none that the method can adapt means parameters, where it fits such ones:
+    ``"experts.gate_up_proj"``, the fused weights of a mixture of experts.
+
     An entry may lose all of its modules to ``exclude``, which says so in so many words; a rule may not.
 
     A name means its modules: one that the method cannot adapt is an error. A pattern runs over everything:
@@ -59,7 +63,7 @@ def select(rule: Rule, number: int, tree: ModuleTree) -> Selection:
         raise scope.all_excluded(covered)
     scope.check_layers(covered)
     scope.check_excludes(covered)
-    selection.taken = [path for path in tree.modules if path in taken]
+    selection.taken = [path for path in tree.order if path in taken]
     return selection
 
 
@@ -78,9 +82,30 @@ class _Scope:
         else:
             matches = matcher(selector)
             hits = [path for path in self.tree.modules if matches(path)]
+            if not any(self._refusal(path) is None for path in hits):
+                hits = self._parameters(selector) or hits
+            elif not is_pattern(selector):
+                selection.left_out.update(self._beside(selector))
         if not hits:
             raise self._matches_nothing(selector)
         return hits
+
+    def _parameters(self, selector: str) -> list[str]:
+        """The parameters that a selector fits, if the method adapts parameters.
+
+        Of a pattern only those that it can adapt, and that no module stands for which it can adapt.
+        """
+        if type(self.method).parameter_refusal is Method.parameter_refusal:
+            return []
+        found = [path for path in self.tree.parameters if matcher(selector)(path)]
+        if not is_pattern(selector):
+            return found
+        return [p for p in found if self._refusal(p) is None and self._refusal(self.tree.parameters[p][0]) is not None]
+
+    def _beside(self, name: str) -> dict[str, str]:
+        """Parameters that could be adapted and have the name of modules, which are meant by it."""
+        alone = [p for p in self._parameters(name) if self._refusal(p) is None and "." in p]
+        return {p: f'a parameter, and "{name}" means modules here: name it "{_short(p)}"' for p in alone}
 
     def in_layers(self, selector: str, hits: list[str], selection: Selection) -> list[str]:
         kept = [path for path in hits if self.match.in_layers(path)]
@@ -111,10 +136,11 @@ class _Scope:
     def adaptable(self, selector: str, hits: list[str], selection: Selection) -> list[str]:
         refused = {path: reason for path in hits if (reason := self._refusal(path)) is not None}
         kept = [path for path in hits if path not in refused]
-        by_base = next(filter(None, (quantised.refusal(self.method, self.tree.modules[p]) for p in refused)), None)
+        modules = [path for path in refused if path in self.tree.modules]
+        by_base = next(filter(None, (quantised.refusal(self.method, self.tree.modules[p]) for p in modules)), None)
         if refused and (not kept or not is_pattern(selector) or by_base):
             raise self._cannot_adapt(selector, refused, some_can=bool(kept), do=by_base and by_base.do)
-        weighty = (p for p in refused if any(True for _ in self.tree.own_parameters(self.tree.modules[p])))
+        weighty = (p for p in modules if any(True for _ in self.tree.own_parameters(self.tree.modules[p])))
         for path in weighty:
             selection.left_out.setdefault(path, refused[path])
         return kept
@@ -134,7 +160,7 @@ class _Scope:
     def check_excludes(self, covered: set[str]) -> None:
         for selector in self.match.exclude:
             matches = matcher(selector)
-            hits = [path for path in self.tree.modules if matches(path)]
+            hits = [path for path in self.tree.order if path and matches(path)]
             if not hits:
                 raise self._matches_nothing(selector, exclude=True)
             inside = [path for path in covered if any(path.startswith(f"{hit}.") for hit in hits)]
@@ -149,27 +175,42 @@ class _Scope:
     def _cannot_adapt(
         self, selector: str, refused: dict[str, str], *, some_can: bool, do: str | None = None
     ) -> SiteError:
-        modules = self.tree.modules
-        shown = [f"{path} ({type(modules[path]).__name__}): {why}" for path, why in refused.items()]
+        shown = [f"{path} ({self._what(path)}): {why}" for path, why in refused.items()]
         if len(shown) > 5:
             shown[5:] = [f"... and {len(shown) - 5} more"]
+        noun = "module" if any(path in self.tree.modules for path in refused) else "parameter"
         return SiteError(
-            f'rule {self.number}: "{selector}" names {_count(list(refused))} that cannot be adapted',
+            f'rule {self.number}: "{selector}" names {_count(list(refused), noun)} that cannot be adapted',
             rule=self.rule,
             found="\n".join(shown),
             do=do or ("exclude these, or name the others in full" if some_can else self._inside(selector, refused)),
         )
 
+    def _what(self, path: str) -> str:
+        module, name = self.tree.owner(path)
+        kind = type(module).__name__
+        return kind if name is None else f"parameter of {kind}"
+
     def _inside(self, selector: str, refused: dict[str, str]) -> str:
         """What to write instead of a container: what it holds."""
+        if not any(path in self.tree.modules for path in refused):
+            return "leave it out, or give it a rule of its own"
         inner = [p for p in self.tree.modules if any(p.startswith(f"{outer}.") for outer in refused)]
         names = dict.fromkeys(p.rpartition(".")[2] for p in inner if self._refusal(p) is None)
+        owned = [p for p, (holder, _) in self.tree.parameters.items() if holder in refused and self._refusal(p) is None]
+        if not names and owned and not is_pattern(selector):
+            return f"name its parameters, {', '.join(list(dict.fromkeys(map(_short, owned)))[:6])}"
         if not names or is_pattern(selector):
             return "name other modules"
         return f'name what is inside, "{selector}.*" or {", ".join(list(names)[:6])}'
 
     def _refusal(self, path: str) -> str | None:
-        return self.method.why_not(path, self.tree.modules[path])
+        module, name = self.tree.owner(path)
+        if name is None:
+            return self.method.why_not(path, module)
+        if module is self.tree.root:
+            return "the model itself owns it, and adapters lie on the modules inside"
+        return self.method.parameter_refusal(path, module, name)
 
     def _headline(self, selector: str, entries: tuple[str, ...]) -> str:
         if len(entries) == 1 and entries is self.match.targets:
@@ -197,7 +238,8 @@ class _Scope:
         name = selector.rpartition(".")[2]
         for path, module in self.tree.modules.items():
             if name in module._parameters:
-                return f"{name} is a parameter of {path} ({type(module).__name__}), not a module"
+                kind = type(module).__name__
+                return f"{name} is a parameter of {path} ({kind}), and {self.method.kind} adapts modules"
         return None
 
     def _nearest(self, selector: str, *, everything: bool) -> str:
@@ -226,6 +268,11 @@ def _close(words: list[str], names: list[str], selector: str) -> list[str]:
     for word in dict.fromkeys([selector, *reversed(words)]):
         found += [lower[n] for n in difflib.get_close_matches(word.lower(), sorted(lower), n=3, cutoff=0.6)]
     return list(dict.fromkeys(found))[:5]
+
+
+def _short(path: str) -> str:
+    """The last two components of a path."""
+    return ".".join(path.split(".")[-2:])
 
 
 def _count(paths: list[str], noun: str = "module") -> str:

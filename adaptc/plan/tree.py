@@ -1,4 +1,4 @@
-"""The modules of a base model by dotted path, with what is shared and tied among them."""
+"""The modules and parameters of a base model by dotted path, with what is shared and tied among them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,18 @@ class ModuleTree:
         self._paths: dict[int, list[str]] = defaultdict(list)
         for path, module in self.modules.items():
             self._paths[id(module)].append(path)
+        #: path of a parameter -> (path of the module that owns it, its name there)
+        self.parameters: dict[str, tuple[str, str]] = {}
+        #: every path, in model order: a module, its own parameters, what is inside it
+        self.order: dict[str, int] = {}
         # parameter -> (owning module, path of the parameter), one entry per owner
         self._owners: dict[int, dict[int, str]] = defaultdict(dict)
         for path, module in self.with_root():
+            self.order.setdefault(path, len(self.order))
             for name, parameter in self.own_parameters(module):
                 full = f"{path}.{name}" if path else name
+                self.parameters[full] = (path, name)
+                self.order.setdefault(full, len(self.order))
                 self._owners[id(parameter)].setdefault(id(module), full)
 
     def with_root(self) -> Iterator[tuple[str, nn.Module]]:
@@ -33,6 +40,19 @@ class ModuleTree:
     def module(self, path: str) -> nn.Module:
         return self.modules[path] if path else self.root
 
+    def owner(self, path: str) -> tuple[nn.Module, str | None]:
+        """The module at a path and None, or the module that owns the parameter there and its name."""
+        if path in self.modules:
+            return self.modules[path], None
+        holder, name = self.parameters[path]
+        return self.module(holder), name
+
+    def same(self, path: str) -> tuple[str, ...]:
+        """Every path of the module, or of the parameter of one module, at ``path``."""
+        module, name = self.owner(path)
+        paths = self.paths_of(module)
+        return paths if name is None else tuple(f"{p}.{name}" for p in paths) or (path,)
+
     def paths_of(self, module: nn.Module) -> tuple[str, ...]:
         """Every path of one module object; more than one when the model shares it."""
         return tuple(self._paths.get(id(module), ()))
@@ -41,11 +61,11 @@ class ModuleTree:
     def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in module._parameters.items() if p is not None)
 
-    def tied_to(self, module: nn.Module) -> tuple[str, ...]:
-        """Parameters outside ``module`` that are the same object as one inside it, by path."""
+    def tied_to(self, module: nn.Module, name: str | None = None) -> tuple[str, ...]:
+        """Parameters outside ``module`` that are the same object as one inside it (as ``name``, if given), by path."""
         inside = {id(module), *(id(child) for _, child in _walk(module, ""))}
         tied: list[str] = []
-        for parameter in module.parameters():
+        for parameter in module.parameters() if name is None else [module.get_parameter(name)]:
             owners = self._owners.get(id(parameter), {})
             tied.extend(path for owner, path in owners.items() if owner not in inside)
         return tuple(dict.fromkeys(tied))

@@ -21,7 +21,10 @@ from adaptc.runtime.checkpoint import check_adapter_name
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One adapted module. ``paths``: every path of it, when it is used in several places."""
+    """One module with adapters, for itself or for parameters of it.
+
+    ``paths``: every path of it, when it is used in several places.
+    """
 
     path: str
     paths: tuple[str, ...]
@@ -38,13 +41,17 @@ class Site:
         """Everything that the adapter called ``name`` has at this site, in order."""
         return [a for entry, a in self.adapters.items() if attach.adapter_name(entry) == name]
 
+    def parts(self, name: str) -> list[tuple[str, Adapter]]:
+        """As :meth:`of`, each with its path: the module's, or that of the module's parameter."""
+        return [(self.path if a.parameter is None else f"{self.path}.{a.parameter}", a) for a in self.of(name)]
+
 
 @dataclasses.dataclass
 class AdapterRecord:
     """What is known of one named adapter: its plan, and where it came from."""
 
     plan: Plan
-    #: (site path, entry, index of the rule, method as it applies there), in model order.
+    #: (path of the module or parameter, entry, index of the rule, method as it applies there), in model order.
     sites: list[tuple[str, str, int, Method]]
     #: ``adapter_config.json`` as it was read, for an adapter loaded from PEFT's format.
     config: dict[str, Any] | None = None
@@ -99,24 +106,23 @@ class AdapterSet:
         sites, next_id = dict(self._sites), self._next_site_id
         stacked: dict[str, int] = {}
         for assignment in assignments:
-            path = assignment.path
+            path = assignment.module_path
             if path not in sites:
-                sites[path], next_id = (next_id, assignment.paths), next_id + 1
-            level = stacked[path] = stacked.get(path, -1) + 1
-            self._check_free(path, assignment.module, attach.entry(name, level))
+                sites[path], next_id = (next_id, assignment.module_paths), next_id + 1
+            level = stacked[assignment.path] = stacked.get(assignment.path, -1) + 1
+            entry = attach.entry(name, level, assignment.parameter)
+            self._check_free(path, assignment.module, entry)
             # Parameters made in inference mode could never be trained.
             with torch.inference_mode(False):
-                adapter = assignment.method.build(
-                    path, assignment.module, dtype=self.dtype, site_id=sites[path][0]
-                )
+                adapter = assignment.build(dtype=self.dtype, site_id=sites[path][0])
             own_forward = adapter.replaces_forward or adapter.acts_inside
             attach.check_attachable(path, assignment.module, own_forward=own_forward)
-            built.append((assignment, attach.entry(name, level), adapter))
+            built.append((assignment, entry, adapter))
         for kind in dict.fromkeys(type(adapter.method) for _, _, adapter in built):
             with torch.inference_mode(False):
                 kind.link([adapter for _, _, adapter in built if type(adapter.method) is kind])
         self._calibrate([(a, adapter) for a, _, adapter in built if adapter.method.needs_covariance], calibration)
-        changed = [attach.attach(a.path, a.module, entry, adapter) for a, entry, adapter in built]
+        changed = [attach.attach(a.module_path, a.module, entry, adapter) for a, entry, adapter in built]
         grew = len(sites) > len(self._sites) or any(changed)
         order = {path: i for i, (path, _) in enumerate(self.model.named_modules(remove_duplicate=False))}
         self._sites, self._next_site_id = dict(sorted(sites.items(), key=lambda s: order[s[0]])), next_id

@@ -52,9 +52,11 @@ class SiteAdapters(nn.ModuleDict):
         self.standin = next((a for a in adapters if a.replaces_forward), None)
 
 
-def entry(name: str, level: int) -> str:
-    """The key of an adapter at a site: its name, and a number for what stacked rules added."""
-    return name if level == 0 else f"{name}~{level}"
+def entry(name: str, level: int, parameter: str | None = None) -> str:
+    """The key of an adapter at a site: its name, the module's parameter that it is for, and a number for what stacked
+    rules added."""
+    parts = [name, *([] if parameter is None else [parameter]), *([] if level == 0 else [str(level)])]
+    return "~".join(parts)
 
 
 def adapter_name(entry: str) -> str:

@@ -26,6 +26,7 @@ class _Saved:
     path: str
     module: torch.nn.Module
     method: Method
+    parameter: str | None = None
 
 
 def is_adapter_directory(source: object) -> bool:
@@ -53,9 +54,7 @@ def add(handle: Handle, directory: Any, name: str) -> None:
     # Built once aside, to check the tensors before anything is attached.
     with torch.random.fork_rng(devices=[]):
         trial = {
-            site.path: site.method.build(
-                site.path, site.module, dtype=handle.options.adapter_dtype, site_id=0
-            )
+            site.path: site.build(dtype=handle.options.adapter_dtype, site_id=0)
             for site in with_all_biases(plan.resolve(handle.model), handle.model)
         }
         for kind in dict.fromkeys(type(adapter.method) for adapter in trial.values()):
@@ -96,7 +95,8 @@ def save(handle: Handle, directory: Any, name: str) -> None:
     """
     record = handle.adapters.record(name)
     checkpoint.check_adapter_name(name, [p for p, _ in handle.model.named_modules() if ".adapters" not in p])
-    sites = [_Saved(s.path, s.module, a.method_now()) for s in handle.sites for a in s.of(name)]
+    parts = [(site, path, adapter) for site in handle.sites for path, adapter in site.parts(name)]
+    sites = [_Saved(path, s.module, a.method_now(), a.parameter) for s, path, a in parts]
     config = None
     if peft_format.codec_of_sites(sites) is not None:
         config = peft_format.plan_to_config(
@@ -115,7 +115,7 @@ def save(handle: Handle, directory: Any, name: str) -> None:
         config=config,
         tensors=tensors,
         plan=record.plan.to_dict(),
-        fingerprint=checkpoint.fingerprint(handle.model, [site.path for site in sites]),
+        fingerprint=checkpoint.fingerprint(handle.model, [site.path for site, _, _ in parts]),
     )
     processes.write_once(handle.model, write)
 
@@ -128,11 +128,11 @@ def _decode(
 
 
 def _adapters(handle: Handle, name: str) -> dict[str, Adapter]:
-    return {site.path: adapter for site in handle.sites for adapter in site.of(name)}
+    return {path: adapter for site in handle.sites for path, adapter in site.parts(name)}
 
 
 def _check_same_sites(theirs: list[Assignment], handle: Handle, name: str) -> None:
-    ours = {site.path: peft_format.comparable(a.method) for site in handle.sites for a in site.of(name)}
+    ours = {path: peft_format.comparable(a.method) for site in handle.sites for path, a in site.parts(name)}
     found = {site.path: peft_format.comparable(site.method) for site in theirs}
     different = sorted(path for path in ours.keys() | found.keys() if ours.get(path) != found.get(path))
     if different:

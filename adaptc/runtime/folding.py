@@ -13,6 +13,7 @@ from adaptc.errors import UnsupportedError
 from adaptc.methods import linear, quantised
 from adaptc.methods.base import Adapter
 from adaptc.methods.lora import LoRA
+from adaptc.methods.lora_sites.weights import WeightsAdapter
 from adaptc.runtime import processes
 from adaptc.runtime.attach import SiteAdapters, adapters_of
 
@@ -65,6 +66,8 @@ def folded(site: Site) -> dict[str, torch.Tensor]:
     standin = cast(SiteAdapters, adapters_of(module)).standin
     if standin is not None:
         return dict(cast(nn.Module, standin.copy).state_dict())
+    if all(isinstance(a, WeightsAdapter) for a in adapters):
+        return _with_updates(module, cast(list[WeightsAdapter], adapters))
     if all(a.method.kind == "bias" for a in adapters):
         return {"bias": _rounded(cast(torch.Tensor, adapters[-1].bias), module.bias)}
     run = _map(module, adapters)
@@ -79,6 +82,15 @@ def folded(site: Site) -> dict[str, torch.Tensor]:
     if getattr(module, "bias", None) is not None:
         values["bias"] = bias
     return {name: _rounded(value, getattr(module, name)) for name, value in values.items()}
+
+
+def _with_updates(module: nn.Module, adapters: Sequence[WeightsAdapter]) -> dict[str, torch.Tensor]:
+    """The weights that such adapters change, by their names in the module."""
+    total: dict[str, torch.Tensor] = {}
+    for adapter in adapters:
+        for name, update in adapter.deltas().items():
+            total[name] = total.get(name, module.get_parameter(name).detach().double()) + update
+    return {name: _rounded(value, module.get_parameter(name)) for name, value in total.items()}
 
 
 def _map(module: nn.Module, adapters: Sequence[Adapter]) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -134,6 +146,10 @@ def _check(site: Site, model: nn.Module) -> None:
         reason = f"{fixed[0].method.kind} cannot be folded into a weight"
     elif any(a.replaces_forward for a in adapters):
         reason = "other adapters act around a fully trained module" if len(adapters) > 1 else None
+    elif all(isinstance(a, WeightsAdapter) for a in adapters):
+        pass
+    elif any(isinstance(a, WeightsAdapter) for a in adapters):
+        reason = "adapters act both on its output and on weights inside it"
     elif not linear.is_linear(site.module):
         if any(a.method.kind != "bias" for a in adapters):
             reason = f"{type(site.module).__name__} is not a linear layer"
@@ -163,7 +179,8 @@ def _moves_zero(module: nn.Module, adapters: Sequence[Adapter]) -> bool:
 
 def _tied(site: Site, model: nn.Module) -> str | None:
     """Another name of one of the site's own tensors, or None."""
-    own = {id(p) for p in site.module.parameters(recurse=any(a.replaces_forward for a in _live(site)))}
+    inner = any(a.replaces_forward or a.acts_inside for a in _live(site))
+    own = {id(p) for p in site.module.parameters(recurse=inner)}
     inside = tuple(f"{path}." for path in site.paths)
     named = model.named_parameters(remove_duplicate=False)
     return next((name for name, p in named if id(p) in own and not name.startswith(inside)), None)

@@ -13,7 +13,7 @@ from adaptc.errors import UnsupportedError
 from adaptc.methods.base import Method
 from adaptc.methods.codec import Codec, Sites, codec_of
 from adaptc.methods.linear import is_conv1d
-from adaptc.plan.match import Match, is_pattern
+from adaptc.plan.match import ALL_LINEAR, Match, is_pattern, matcher
 from adaptc.plan.rules import Plan
 from adaptc.runtime import peft_matching as peft
 from adaptc.runtime.peft_import import exactly, means
@@ -37,6 +37,8 @@ class Assignment(Protocol):
     def module(self) -> nn.Module: ...
     @property
     def method(self) -> Method | None: ...
+    @property
+    def parameter(self) -> str | None: ...
 
 
 #: Methods that PEFT's configs have beside the adapter's own: ``modules_to_save`` and ``bias``.
@@ -51,6 +53,13 @@ class _Sites:
     adapted: dict[str, Method]
     modules: dict[str, nn.Module]
     full: list[str]
+    #: Those of ``adapted`` that are parameters.
+    parameters: list[str]
+
+    @property
+    def wanted(self) -> list[str]:
+        """Those of ``adapted`` that are modules."""
+        return [path for path in self.adapted if path not in self.parameters]
 
 
 def plan_to_config(
@@ -66,8 +75,8 @@ def plan_to_config(
 
     Args:
         plan: what the user wrote; its own names are kept where they mean the same to PEFT.
-        assignments: objects with ``path``, ``module`` and ``method`` (kind "full" or None for a
-            module that is trained as a whole).
+        assignments: objects with ``path``, ``module``, ``method`` (kind "full" or None for a module that is
+            trained as a whole) and ``parameter`` (its name where the path is that of a parameter of the module).
         base_model_name: ``base_model_name_or_path``; None takes it from ``original``.
         task_type: PEFT's task. PEFT trains the classifier of a classification task always, so the task is
             left out (with ``auto_mapping`` in its place) when the plan does not train it.
@@ -89,7 +98,11 @@ def plan_to_config(
     config["inference_mode"] = True
     config["modules_to_save"] = _names_to_save(sites, model)
     config.update(_targets_of(sites, plan, config, model))
-    config["fan_in_fan_out"] = all(is_conv1d(sites.modules[path]) for path in sites.adapted)
+    if sites.parameters:
+        config["target_parameters"] = _parameters_of(sites, model)
+    # PEFT refuses it beside parameters, and corrects it where it is missing.
+    transposed = [is_conv1d(sites.modules[path]) for path in sites.wanted]
+    config["fan_in_fan_out"] = bool(transposed) and all(transposed) and not sites.parameters
     config.update(_values_of(sites, plan, config, original))
     if base_model_name is not None:
         config["base_model_name_or_path"] = base_model_name
@@ -127,8 +140,15 @@ def _sort_sites(assignments: Iterable[Assignment]) -> _Sites:
     full: list[str] = []
     assignments = list(assignments)
     codec = codec_of_sites(assignments)
+    parameters = [a.path for a in assignments if a.parameter is not None]
+    owners = {path: path.rpartition(".")[0] for path in parameters}
     for assignment in assignments:
         method, path = assignment.method, assignment.path
+        if path in owners.values():
+            raise UnsupportedError(
+                f"PEFT's format has no place for an adapter of {path} beside one of its parameters",
+                do="save them as two adapters",
+            )
         modules[path] = assignment.module
         if method is None or method.kind == _FULL:
             full.append(path)
@@ -143,7 +163,7 @@ def _sort_sites(assignments: Iterable[Assignment]) -> _Sites:
             f"PEFT's format cannot say which biases are trained, only those of all modules: {loose[0]}",
             expected='LoRA(bias="all")', do='use bias="lora_only" or "all", or save with another format',
         )  # fmt: skip
-    return _Sites(codec, adapted, modules, full)
+    return _Sites(codec, adapted, modules, full, parameters)
 
 
 def _values_of(
@@ -216,9 +236,14 @@ def _targets_of(
     sites: _Sites, plan: Plan, config: Mapping[str, Any], model: nn.Module | None
 ) -> dict[str, Any]:
     """The shortest selection that means exactly the adapted sites, by PEFT's rules."""
-    wanted = set(sites.adapted)
-    paths = list(sites.modules) if model is None else list(peft.module_paths(model))
-    for candidate in _candidates(sorted(wanted), plan, sites.codec.kind, named=model is not None):
+    wanted = set(sites.wanted)
+    if not wanted:
+        return {"target_modules": []}
+    known = [path for path in sites.modules if path not in sites.parameters]
+    paths = known if model is None else list(peft.module_paths(model))
+    for candidate in _candidates(
+        sorted(wanted), plan, sites.codec.kind, named=model is not None, partly=bool(sites.parameters)
+    ):
         # A kind of PEFT's that cannot exclude modules, or choose layers, has no such key.
         if any(value and key not in config for key, value in candidate.items()):
             continue
@@ -233,10 +258,17 @@ def _targets_of(
     )
 
 
-def _candidates(wanted: list[str], plan: Plan, kind: str, *, named: bool) -> Iterator[dict[str, Any]]:
-    """Selections to try, the most readable first; the last one is exact whatever the names are."""
+def _candidates(
+    wanted: list[str], plan: Plan, kind: str, *, named: bool, partly: bool
+) -> Iterator[dict[str, Any]]:
+    """Selections to try, the most readable first; the last one is exact whatever the names are.
+
+    ``partly``: the plan has rules, or entries of one, that mean parameters.
+    """
     if named:
         matches = [rule.match for rule in plan.rules if rule.method and rule.method.kind == kind]
+        if partly:
+            matches = [fitting for match in matches if (fitting := _fitting(match, wanted)) is not None]
         if len(matches) == 1:
             yield from _as_written(matches[0])
         last = sorted({path.rpartition(".")[2] for path in wanted})
@@ -246,6 +278,23 @@ def _candidates(wanted: list[str], plan: Plan, kind: str, *, named: bool) -> Ite
             yield {"target_modules": last, "layers_to_transform": layers}
     yield {"target_modules": wanted}
     yield {"target_modules": exactly(wanted)}
+
+
+def _fitting(match: Match, paths: Sequence[str]) -> Match | None:
+    """The match with those of its targets that fit one of ``paths``; None without any."""
+    targets = tuple(t for t in match.targets if t == ALL_LINEAR or any(map(matcher(t), paths)))
+    return dataclasses.replace(match, targets=targets) if targets else None
+
+
+def _parameters_of(sites: _Sites, model: nn.Module | None) -> list[str]:
+    """The shortest names that mean exactly the adapted parameters, by PEFT's rules."""
+    full = sorted(sites.parameters)
+    paths = full if model is None else peft.parameter_paths(model)
+    for depth in (2, 1) if model is not None else ():
+        names = sorted({".".join(path.split(".")[-depth:]) for path in full})
+        if set(peft.target_parameters(names, paths)) == set(full):
+            return names
+    return full
 
 
 def _as_written(match: Match) -> Iterator[dict[str, Any]]:

@@ -44,14 +44,36 @@ def config_to_plan(
     added = () if loading else peft.classifier_names(config.get("task_type"))
     saved = list(dict.fromkeys([*(used["modules_to_save"] or ()), *added]))
     parts = codec.rules(used)
+    adapted: list[Rule] = []
+    if used["target_modules"]:
+        adapted = _as_written(used, parts)
+        if model is None:
+            _check_names(adapted)
+        else:
+            adapted = _rules_on(model, used, parts, config.get("task_type"))
     if model is not None:
-        adapted = _rules_on(model, used, parts, config.get("task_type"))
         saved = _present(saved, "modules_to_save", peft.saved_paths, list(peft.module_paths(model)))
-    else:
-        adapted = [Rule(_match_as_written(_of_part(used, part)), part.method) for part in parts]
-        _check_names(adapted)
+    if used.get("target_parameters"):
+        adapted.append(Rule(_parameter_match(used["target_parameters"], model), parts[0].method))
     rules = [Rule(Match(_saved_selectors(saved, model)), train="full")] if saved else []
     return Plan([*rules, *adapted])
+
+
+def _as_written(used: Mapping[str, Any], parts: Sequence[Part]) -> list[Rule]:
+    return [Rule(_match_as_written(_of_part(used, part)), part.method) for part in parts]
+
+
+def _parameter_match(names: Sequence[str], model: nn.Module | None) -> Match:
+    """What selects the parameters that PEFT takes for ``names``, whose last components they are; no modules."""
+    written = Match(tuple(dict.fromkeys(names)))
+    if model is None:
+        return written
+    paths, modules = peft.parameter_paths(model), list(peft.module_paths(model))
+    found = _present(list(written.targets), "target_parameters", _suffixed, paths)
+    # Where such a name is also a module's, it means the module to adaptc.
+    if not found or (all(map(is_name, found)) and not _suffixed(found, modules)):
+        return Match(tuple(found) or written.targets)
+    return Match((f"re:{exactly(peft.target_parameters(found, paths))}",))
 
 
 def _of_part(used: Mapping[str, Any], part: Part) -> Mapping[str, Any]:
@@ -85,7 +107,7 @@ def _rules_on(
             rules.append(Rule(_match_on(model, chosen, written, own, taken), part.method))
             taken.update(own)
     # When nothing is matched: resolving the plan names near misses.
-    return rules or [Rule(_match_as_written(_of_part(used, part)), part.method) for part in parts]
+    return rules or _as_written(used, parts)
 
 
 def _match_as_written(used: Mapping[str, Any]) -> Match:
@@ -141,7 +163,8 @@ def _present(names: list[str], key: str, select: Any, paths: list[str]) -> list[
     told = [name for name in absent if name not in task_names]
     if told:
         warnings.warn(
-            f"{key} of the adapter's config names modules that this model does not have, which PEFT ignores: "
+            f"{key} of the adapter's config names {key.split('_')[-1] if key == 'target_parameters' else 'modules'} "
+            f"that this model does not have, which PEFT ignores: "
             f"{', '.join(told)}",
             AdaptcWarning,
             stacklevel=4,

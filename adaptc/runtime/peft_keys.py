@@ -2,6 +2,8 @@
 
 ====================================================  ==================================================
 ``base_model.model.<path>.lora_A.weight``             a tensor of the method at ``<path>``
+``base_model.model.<module>.lora_A.weight``           of the parameter of ``<module>`` that is adapted; of several
+                                                      the last, and ``.base_layer`` once more for each before it
 ``base_model.<name>``                                 a tensor that the adapter has once (VeRA's projections)
 ``base_model.model.<path>.base_layer.bias``           a trained bias of a module that PEFT has wrapped
 ``base_model.model.<path>.bias``                      a trained bias of any other module
@@ -19,6 +21,8 @@ the model's.
 from __future__ import annotations
 
 import difflib
+import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
@@ -34,6 +38,7 @@ PREFIX = "base_model.model."
 #: The path under which ``decode`` gives tensors that belong to no site, by their whole key.
 SHARED = ""
 _SHARED_PREFIX = "base_model."
+_BASE_LAYER = ".base_layer"
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 Decoded = dict[str, dict[str, torch.Tensor]]
 
@@ -72,8 +77,9 @@ def encode(
 
     ``config``: the one written beside them, which can say that tensors that the adapter has once are left out.
     """
+    wrapped = _wrapped(adapters)
     own = {
-        PREFIX + _key(path, suffix, adapter): tensor.detach()
+        PREFIX + _key(wrapped[path], suffix, adapter): tensor.detach()
         for path, adapter in adapters.items()
         for suffix, tensor in tensors_of(adapter).items()
     }
@@ -104,8 +110,9 @@ def decode(
         UnexpectedKeyError: a tensor that belongs nowhere (nearest keys are named), or twice in the file.
         MissingKeyError, TensorShapeError, NonFiniteError: a tensor is not there, or does not fit.
     """
+    wrapped = _wrapped(adapters)
     places = {
-        _key(path, suffix, adapter): _Place(path, suffix, own)
+        _key(wrapped[path], suffix, adapter): _Place(path, suffix, own)
         for path, adapter in adapters.items()
         for suffix, own in tensors_of(adapter).items()
     }
@@ -185,6 +192,27 @@ def _is_aside(hit: tuple[str, str]) -> bool:
     return ".modules_to_save." in hit[1]
 
 
+def _wrapped(adapters: Mapping[str, Adapter]) -> dict[str, str]:
+    """Path of each adapter -> the path in its keys: PEFT wraps a module once for each parameter, the last outermost.
+
+    ``adapters`` are in model order.
+    """
+    found, depth = {}, Counter[str]()
+    for path, adapter in reversed(list(adapters.items())):
+        if adapter.parameter is None:
+            found[path] = path
+        else:
+            holder = path.rpartition(".")[0]
+            found[path] = holder + depth[holder] * _BASE_LAYER
+            depth[holder] += 1
+    return found
+
+
+def plain_name(key: str) -> str:
+    """A key without the names of wrappers between a module and what it holds."""
+    return re.sub(rf"({re.escape(_BASE_LAYER)})+\.", ".", key)
+
+
 def _key(path: str, suffix: str, adapter: Adapter) -> str:
     """The key without its prefix. PEFT finds the bias of a wrapped layer below ``base_layer``."""
     wrapped = suffix == "bias" and codec_of(adapter.method.kind) is not None
@@ -243,7 +271,7 @@ def _is_frozen_copy(
         return True  # PEFT never computes with it while the adapter is on
     if model is None:
         return False
-    name = key.replace(".base_layer.", ".")
+    name = plain_name(key)
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}.get(name)
     if own is None:
         return False

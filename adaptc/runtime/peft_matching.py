@@ -49,12 +49,24 @@ def _is_target(config: Mapping[str, Any], path: str) -> bool:
     # PEFT reads these names as expressions, and protects everything inside such a module.
     if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in config.get("modules_to_save") or ()):
         return False
-    targets = config["target_modules"]
+    targets = config["target_modules"] or []
     if isinstance(targets, str):
         return re.fullmatch(targets, path) is not None
     if path in targets:
         return True
     return any(has_suffix(path, name) for name in targets) and _in_layers(config, path)
+
+
+def parameter_paths(model: nn.Module) -> list[str]:
+    """The parameters of the base model's modules by the paths of :func:`module_paths`."""
+    tree = ModuleTree(model)
+    first = set(module_paths(model))
+    return [path for path, (holder, _) in tree.parameters.items() if holder in first]
+
+
+def target_parameters(names: Sequence[str] | None, paths: Iterable[str]) -> list[str]:
+    """The parameters that PEFT adapts: layers and excluded modules do not matter to it here."""
+    return [path for path in paths if any(has_suffix(path, name) for name in names or ())]
 
 
 def has_suffix(path: str, name: str) -> bool:

@@ -37,7 +37,7 @@ def check_config(config: Mapping[str, Any], *, loading: bool) -> tuple[Codec, di
             )  # fmt: skip
     used = {key: config.get(key, option.default) for key, option in keys.items() if option.role == "used"}
     codec.check(used, loading)
-    _check_layers(used)
+    _check_layers(used, loading=loading)
     return codec, used
 
 
@@ -75,7 +75,7 @@ def _check_option(key: str, value: Any, option: Option, codec: Codec, *, loading
         )  # fmt: skip
 
 
-def _check_layers(used: Mapping[str, Any]) -> None:
+def _check_layers(used: Mapping[str, Any], *, loading: bool) -> None:
     """PEFT's own rules on the combination of targets and layers."""
     layers = used.get("layers_to_transform") not in (None, [])
     pattern = used.get("layers_pattern") not in (None, [], "")
@@ -86,7 +86,9 @@ def _check_layers(used: Mapping[str, Any]) -> None:
         )  # fmt: skip
     if pattern and not layers:
         raise ConfigTypeError("layers_pattern without layers_to_transform", do="give both, or neither")
-    if not used["target_modules"]:
+    # Without target_modules PEFT takes those that it knows for the architecture, beside the parameters too.
+    only_parameters = used.get("target_parameters") and (used["target_modules"] == [] or loading)
+    if not used["target_modules"] and not only_parameters:
         raise ConfigTypeError(
             "target_modules is empty: PEFT would choose the modules by the model's architecture",
             found=repr(used["target_modules"]), do='name the modules, or use "all-linear"',

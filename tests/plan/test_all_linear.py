@@ -15,6 +15,7 @@ from adaptc.plan import Resolution
 from tests.models import hosts
 
 HEAD = "output head: the model's output embeddings"
+FUSED = 'fused expert weights, not linear layers: name them, "experts.{}"'
 #: Host -> the layers that PEFT adapts and adaptc leaves out.
 PEFT_ALSO = {"roberta": {"classifier.dense", "classifier.out_proj"}}
 LEFT_OUT = {
@@ -28,9 +29,11 @@ LEFT_OUT = {
     "t5": {"lm_head": HEAD},
     "mixtral": {
         "model.layers.0.mlp.gate": "MoE router",
-        "model.layers.0.mlp.experts": "MixtralExperts holds fused expert weights, not linear layers",
+        "model.layers.0.mlp.experts.gate_up_proj": FUSED.format("gate_up_proj"),
+        "model.layers.0.mlp.experts.down_proj": FUSED.format("down_proj"),
         "model.layers.1.mlp.gate": "MoE router",
-        "model.layers.1.mlp.experts": "MixtralExperts holds fused expert weights, not linear layers",
+        "model.layers.1.mlp.experts.gate_up_proj": FUSED.format("gate_up_proj"),
+        "model.layers.1.mlp.experts.down_proj": FUSED.format("down_proj"),
         "lm_head": HEAD,
     },
     "albert": {"classifier": 'output head: it is named "classifier"'},

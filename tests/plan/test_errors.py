@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from adaptc import LoRA, Match, Plan, Rule
+from adaptc import IA3, LoRA, Match, Plan, Rule
 from adaptc.errors import AdaptcError, CheckpointNotFoundError, ConfigError, PlanError, SiteError
 from adaptc.plan import Passes
 from tests.models import hosts
@@ -32,8 +32,8 @@ from tests.models import hosts
         ("llama", Rule(Match("nrom"), train="full"), "adaptable modules; nearest names: norm (1)"),
         (
             "mixtral",
-            LoRA(targets="gate_up_proj"),
-            "found  gate_up_proj is a parameter of model.layers.0.mlp.experts (MixtralExperts), not a module",
+            IA3(targets="gate_up_proj"),
+            "found  gate_up_proj is a parameter of model.layers.0.mlp.experts (MixtralExperts), and ia3 adapts modules",
         ),
         ("llama", LoRA(targets="q_proj", exclude="v_porj"), 'rule 2: exclude "v_porj" matches nothing'),
         (

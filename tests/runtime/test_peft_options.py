@@ -52,7 +52,6 @@ def test_a_config_without_a_kind() -> None:
 
 
 REFUSED = {
-    "target_parameters": ["experts.gate_up_proj"],
     "trainable_token_indices": [1, 2],
     "layer_replication": [[0, 2]],
     "alora_invocation_tokens": [1],

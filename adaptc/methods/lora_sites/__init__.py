@@ -1,6 +1,7 @@
 """LoRA at sites that are not linear layers: what the update of each kind of module is, one file a kind.
 
-Each kind is an adapter class with ``refusal(method, module)``: why LoRA with these options cannot adapt the module.
+Each kind is an adapter class with ``refusal(method, module)``: why LoRA with these options cannot adapt the module, or
+for a parameter of a module ``parameter_refusal(method, module, name)``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from torch import nn
 
 from adaptc.methods.lora_sites.conv import CONVOLUTIONS, ConvAdapter
 from adaptc.methods.lora_sites.embedding import EmbeddingAdapter
+from adaptc.methods.lora_sites.experts import ExpertsAdapter, is_experts
+from adaptc.methods.lora_sites.parameters import ParameterAdapter
 from adaptc.methods.lora_sites.weights import AttentionAdapter
 
 if TYPE_CHECKING:
@@ -26,3 +29,8 @@ def kind_of(module: nn.Module) -> type[SiteAdapter] | None:
     if isinstance(module, CONVOLUTIONS):
         return ConvAdapter
     return None
+
+
+def parameter_kind_of(module: nn.Module) -> type[ParameterAdapter]:
+    """The adapter class of LoRA for a parameter of ``module``."""
+    return ExpertsAdapter if is_experts(module) else ParameterAdapter

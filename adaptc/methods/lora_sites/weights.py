@@ -1,6 +1,6 @@
 """LoRA on weights that a module's forward reads without calling the module that owns them.
 
-    W' = W + s * B A        W (N, K), A (r, K), B (N, r)
+    W' = W + s * B A        W (..., N, K), A (..., r, K), B (..., N, r)
 
 The forward runs on W' in the place of W. The sum is made in fp32 (fp64 on an fp64 weight) and rounded once. There is
 no dropout: nothing here sees the input of the product.
@@ -41,31 +41,28 @@ class WeightsAdapter(SiteAdapter):
 
     acts_inside = True
 
-    def factors(self) -> Mapping[str, nn.Module]:
-        """Path of a weight below the module -> what holds its ``lora_A`` and ``lora_B``."""
+    def factors(self) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Path of a weight below the module -> A and B of its update s B A."""
         raise NotImplementedError(f"{type(self).__name__}.factors")
 
     def reset_parameters(self) -> None:
         """Draw the initial values (the method's ``init``)."""
-        for held in self.factors().values():
-            draw_factors(self.method.init, self.method.r, held.lora_A, held.lora_B)  # type: ignore[arg-type]
+        for A, B in self.factors().values():
+            draw_factors(self.method.init, self.method.r, A, B)
 
     def run_inside(self, module: nn.Module, adapters: Sequence[Adapter], *args: Any, **kwargs: Any) -> Any:
         weights: dict[str, torch.Tensor] = {}
         for adapter in adapters:
             assert isinstance(adapter, WeightsAdapter)
-            for name, held in adapter.factors().items():
+            for name, (A, B) in adapter.factors().items():
                 weight = weights[name] if name in weights else module.get_parameter(name)
-                weights[name] = weight_site(adapter.site_id, weight, held.lora_A, held.lora_B, adapter.scale)
+                weights[name] = weight_site(adapter.site_id, weight, A, B, adapter.scale)
         with reparametrize(module, weights):
             return type(module).forward(module, *args, **kwargs)
 
     def deltas(self) -> dict[str, torch.Tensor]:
         """Path of a weight below the module -> s B A, its update, in fp64."""
-        return {
-            name: self.scaling * (held.lora_B.double() @ held.lora_A.double())  # type: ignore[operator]
-            for name, held in self.factors().items()
-        }
+        return {name: self.scaling * (B.double() @ A.double()) for name, (A, B) in self.factors().items()}
 
 
 class AttentionAdapter(WeightsAdapter):
@@ -99,8 +96,9 @@ class AttentionAdapter(WeightsAdapter):
             return f"LoRA adds to the values of out_proj's weight, and that is quantised ({how})"
         return only_plain(method, module)
 
-    def factors(self) -> Mapping[str, nn.Module]:
-        return {"in_proj_weight": self, "out_proj.weight": self.out_proj}
+    def factors(self) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
+        inner = self.out_proj
+        return {"in_proj_weight": (self.lora_A, self.lora_B), "out_proj.weight": (inner.lora_A, inner.lora_B)}
 
     def products(self) -> tuple[tuple[str, ...], ...]:
         return ("lora_A", "lora_B"), ("out_proj.lora_A", "out_proj.lora_B")
@@ -115,7 +113,7 @@ class AttentionAdapter(WeightsAdapter):
 
 
 def body(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """weight (N, K) + scale * B A, rounded once to the dtype of ``weight``."""
+    """weight (..., N, K) + scale * B A, rounded once to the dtype of ``weight``."""
     wide = torch.float32 if weight.dtype.itemsize < 4 else weight.dtype
     return (weight.to(wide) + scale.to(wide) * (B.to(wide) @ A.to(wide))).to(weight.dtype)
 
@@ -124,10 +122,11 @@ def sample(draw: Any) -> tuple[Any, ...]:
     from hypothesis import strategies as st
 
     rows, columns, r = (draw(st.integers(1, 7)) for _ in range(3))
+    stack = tuple(draw(st.lists(st.integers(1, 3), max_size=1)))
     dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
     wide = dtype if dtype.itemsize >= 4 else draw(st.sampled_from([dtype, torch.float32]))
-    factors = draw_tensor(draw, (r, columns), wide), draw_tensor(draw, (rows, r), wide)
-    return draw_tensor(draw, (rows, columns), dtype), *factors, draw_tensor(draw, (1,), torch.float64)
+    factors = draw_tensor(draw, (*stack, r, columns), wide), draw_tensor(draw, (*stack, rows, r), wide)
+    return draw_tensor(draw, (*stack, rows, columns), dtype), *factors, draw_tensor(draw, (1,), torch.float64)
 
 
 WEIGHT = derive("lora_weight", "(Tensor weight, Tensor A, Tensor B, Tensor scale) -> Tensor", body, sample=sample)

@@ -1,5 +1,6 @@
 """Bring inserted adapters into the one form that later passes match. Only what is always right.
 
+    read_low_rank  a weight with an update is read as the frozen weight and a low-rank product beside it
     drop_dropout   a dropout that does nothing is removed
     sink_casts     casts of factors go into the op, where they act on r-sized tensors
     sink_scale     the scale multiplies the M x r bottleneck instead of the M x N product
@@ -13,6 +14,7 @@ from torch import fx
 from adaptc.ir.edit import Result, nested
 from adaptc.passes.canonicalise.drop_dropout import drop_dropout
 from adaptc.passes.canonicalise.join_adapters import join_adapters
+from adaptc.passes.canonicalise.read_low_rank import read_low_rank
 from adaptc.passes.canonicalise.sink_casts import sink_casts
 from adaptc.passes.canonicalise.sink_scale import sink_scale
 from adaptc.passes.contract import Context, Contract
@@ -24,7 +26,7 @@ CONTRACT = Contract(
     provides=frozenset({"canonical"}),
 )
 
-REWRITES = (drop_dropout, sink_casts, sink_scale, join_adapters)
+REWRITES = (read_low_rank, drop_dropout, sink_casts, sink_scale, join_adapters)
 
 
 def canonicalise(gm: fx.GraphModule, context: Context) -> Result:
