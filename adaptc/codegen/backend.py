@@ -72,7 +72,7 @@ class AdapterBackend:
         )
         graph.is_recompile = any(_same_frame(graph, earlier) for earlier in self.graphs)
         self.graphs.append(graph)
-        graph.keep_stage("captured", gm)
+        start = graph.keep_stage("captured", gm)
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         tensors = self.adapter_tensors()
         site_ids = positions(inputs, tensors.site_ids)
@@ -88,6 +88,7 @@ class AdapterBackend:
                 trained={placeholders[i]: path for i, path in trained.items()},
                 record=bool(self.options.verify),
             ),
+            start=start,
             on_stage=graph.keep_stage,
             validate=validate.validator(self.options.verify, inputs),
         )
@@ -159,11 +160,12 @@ class JointStage:
             raise VerifyError("a joint graph without its module cannot be rewritten")
         torch_internals.name_joint_inputs(gm, self.graph.input_sources)
         torch_internals.mark_backward(gm)
-        self.graph.keep_stage("joint", gm)
+        start = self.graph.keep_stage("joint", gm)
         rewritten, reports = self.pipeline.run(
             gm,
             "joint",
             Context(record=bool(self.options.verify)),
+            start=start,
             on_stage=self.graph.keep_stage,
             validate=validate.validator(self.options.verify, None),
         )

@@ -47,36 +47,28 @@ _TRACED = frozenset({"einsum", "multi_head_attention_forward", "bilinear", "tens
 _ATEN_NAMES = {"truediv": "div", "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div"}
 
 
-def graph_cost(
-    gm: fx.GraphModule,
-    which: Callable[[fx.Node], bool] | None = None,
-    known: dict[fx.Node, Cost] | None = None,
-) -> Cost:
+def graph_cost(gm: fx.GraphModule, which: Callable[[fx.Node], bool] | None = None) -> Cost:
     """The cost of running ``gm`` once, bodies of higher-order ops included; of the nodes that ``which`` picks.
 
-    Of several bodies of one op (the branches of a condition) the dearest counts. ``known`` keeps the costs of
-    nodes between calls: a pass changes few of them, and never the sizes that a node works on.
+    Of several bodies of one op (the branches of a condition) the dearest counts.
     """
-    known = {} if known is None else known
     bodies: dict[fx.Node, list[fx.GraphModule]] = {}
     for call, body, _ in nested(gm):
         bodies.setdefault(call, []).append(body)
     total = Cost()
     for node in gm.graph.nodes:
         if node in bodies:
-            total += max((graph_cost(body, which, known) for body in bodies[node]), key=lambda cost: cost.flops)
+            total += max((graph_cost(body, which) for body in bodies[node]), key=lambda cost: cost.flops)
         elif which is None or which(node):
-            if node not in known:
-                known[node] = _estimate(node)
-            total += known[node]
+            total += _estimate(node)
     return total
 
 
-def level_cost(gm: fx.GraphModule, level: str, known: dict[fx.Node, Cost]) -> Cost:
+def level_cost(gm: fx.GraphModule, level: str) -> Cost:
     """``graph_cost`` with the bytes saved for the backward as far as the level shows them: what crosses in a
     joint graph were nothing recomputed, and nothing in a captured graph, whose backward does not exist yet."""
     saved = crossing_bytes(gm) if level == "joint" else 0
-    return dataclasses.replace(graph_cost(gm, known=known), saved=saved)
+    return dataclasses.replace(graph_cost(gm), saved=saved)
 
 
 def _estimate(node: fx.Node) -> Cost:

@@ -10,7 +10,7 @@ from torch import fx
 
 from adaptc.errors import PipelineError
 from adaptc.ir import show
-from adaptc.ir.edit import copy_graph_module
+from adaptc.ir.edit import snapshot
 
 if TYPE_CHECKING:
     from adaptc.passes.manager import PassReport
@@ -46,11 +46,13 @@ class CapturedGraph:
     def stages(self) -> list[str]:
         return list(self._stages)
 
-    def keep_stage(self, name: str, gm: fx.GraphModule) -> None:
-        self._stages[name] = copy_graph_module(gm)
+    def keep_stage(self, name: str, gm: fx.GraphModule) -> fx.GraphModule:
+        """Keep a copy of ``gm`` as stage ``name``; returns it."""
+        kept = self._stages[name] = snapshot(gm)
+        return kept
 
     def keep_parts(self, forward: fx.GraphModule, backward: fx.GraphModule) -> None:
-        self.parts = copy_graph_module(forward), copy_graph_module(backward)
+        self.parts = snapshot(forward), snapshot(backward)
 
     def graph_module(self, name: str) -> fx.GraphModule:
         """The graph after stage ``name``.

@@ -349,6 +349,13 @@ def reparametrize(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) 
     return stateless._reparametrize_module(module, dict(tensors))
 
 
+def lazy_graph_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """A graph module that writes its code at first use. 2.11 to 2.15."""
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    return _LazyGraphModule(root, graph)
+
+
 def size_hint(size: int | torch.SymInt) -> int:
     """The size that a graph was captured with, without adding a guard; 1 when only data decides it. 2.11 to 2.15."""
     if isinstance(size, int):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.codegen.torch_internals import fake_mode_of, node_value, tree_leaves
+from adaptc.codegen.torch_internals import fake_mode_of, lazy_graph_module, node_value, tree_leaves
 
 #: What a new node takes over from the node it stands before: where it comes from, and on a joint graph whether it
 #: belongs to the forward or the backward.
@@ -225,15 +225,24 @@ def extract(
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy whose graphs (nested ones too) can be changed freely; tensors and node values are shared."""
+    return _copy(gm, fx.GraphModule)
+
+
+def snapshot(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy to read: its code is written when somebody runs or prints it."""
+    return _copy(gm, lazy_graph_module)
+
+
+def _copy(gm: fx.GraphModule, make: Callable[[fx.GraphModule, fx.Graph], fx.GraphModule]) -> fx.GraphModule:
     graph = fx.Graph()
     env: dict[fx.Node, Any] = {}
     output = graph.graph_copy(gm.graph, env)
     old_output = next(n for n in gm.graph.nodes if n.op == "output")
     graph.output(output, getattr(old_output, "type", None)).meta = dict(old_output.meta)
-    new = fx.GraphModule(gm, graph)
+    new = make(gm, graph)
     for name, child in gm.named_children():
         if isinstance(child, fx.GraphModule):
-            setattr(new, name, copy_graph_module(child))
+            setattr(new, name, _copy(child, make))
     return new
 
 

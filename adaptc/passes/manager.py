@@ -64,16 +64,24 @@ class PassReport:
     ops_before: Mapping[str, int]
     ops_after: Mapping[str, int]
     seconds: float
-    cost_before: Cost
-    cost_after: Cost
+    #: Give the costs of the graph before and after. Called when somebody asks: compiling does not wait for them.
+    costs: tuple[Callable[[], Cost], Callable[[], Cost]] = dataclasses.field(repr=False)
     #: Why the pass was undone, when translation validation found it wrong.
     rolled_back: str | None = None
     #: Errors of the graphs before and after against fp64, when validated: (largest before, largest after).
     errors: tuple[float, float] | None = None
 
+    @property
+    def cost_before(self) -> Cost:
+        return self.costs[0]()
 
-#: (pass name, graph after the pass) for every stage, in order.
-StageListener = Callable[[str, fx.GraphModule], None]
+    @property
+    def cost_after(self) -> Cost:
+        return self.costs[1]()
+
+
+#: (pass name, graph after the pass) for every stage, in order; returns a copy of the graph if it keeps one.
+StageListener = Callable[[str, fx.GraphModule], fx.GraphModule | None]
 
 
 class Validator(Protocol):
@@ -162,21 +170,22 @@ class Pipeline:
         level: Level,
         context: Context,
         *,
+        start: fx.GraphModule | None = None,
         on_stage: StageListener | None = None,
         validate: Validator | None = None,
     ) -> tuple[fx.GraphModule, list[PassReport]]:
         """Run the passes of ``level`` on ``gm`` (changed in place); returns the graph to go on with.
 
         The structure of the graph is checked after every pass. With ``validate`` a pass that fails either check
-        is undone, reported and warned of, unless ``validate.raises``.
+        is undone, reported and warned of, unless ``validate.raises``. ``start``: a copy of ``gm`` as it is now,
+        if one is kept.
 
         Raises:
             VerifyError: a pass is wrong, and is not to be undone.
         """
         reports = []
         overall = self.limits.get("*")
-        known: dict[fx.Node, Cost] = {}
-        cost = level_cost(gm, level, known)
+        cost = _cost_of(gm, start, level)
         for one in self.at(level):
             own = self.limits.get(one.name)
             context.budget = own if overall is None else overall if own is None else min(own, overall)
@@ -186,8 +195,7 @@ class Pipeline:
             start = time.perf_counter()
             result = one.run(gm, context)
             seconds = time.perf_counter() - start
-            cost_before, cost = cost, level_cost(gm, level, known)
-            report = PassReport(one.name, level, result, before, op_counts(gm), seconds, cost_before, cost)
+            report = PassReport(one.name, level, result, before, op_counts(gm), seconds, (cost, cost))
             try:
                 structure.check_structure(one, gm, signature, result)
                 if validate and original is not None:
@@ -196,17 +204,25 @@ class Pipeline:
                 if original is None or validate is None or validate.raises:
                     raise
                 report.rolled_back = str(error)
-                gm, cost = original, cost_before
+                gm = original
                 context.sites = _sites_in(gm, context.sites)
                 context.trained = _sites_in(gm, context.trained)
                 _warn_undone(one, error)
             else:
                 if overall is not None:
                     overall = max(0, overall - len(result.applied))
-                if on_stage:
-                    on_stage(one.name, gm)
+                kept = on_stage(one.name, gm) if on_stage else None
+                report.costs = (cost, cost := _cost_of(gm, kept, level))
             reports.append(report)
         return gm, reports
+
+
+def _cost_of(gm: fx.GraphModule, kept: fx.GraphModule | None, level: Level) -> Callable[[], Cost]:
+    """The cost of ``gm`` as it is now: when asked for, if a copy of it is kept."""
+    if kept is not None:
+        return functools.cache(functools.partial(level_cost, kept, level))
+    now = level_cost(gm, level)
+    return lambda: now
 
 
 def copy_for_undo(gm: fx.GraphModule) -> fx.GraphModule:
