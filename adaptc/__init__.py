@@ -11,11 +11,15 @@ if TYPE_CHECKING:
     from adaptc import methods as methods
     from adaptc.api import compile as compile
     from adaptc.codegen.rewrite import rewrite as rewrite
+    from adaptc.methods.adaptformer import AdaptFormer as AdaptFormer
     from adaptc.methods.bias import Bias as Bias
     from adaptc.methods.bottleneck import Bottleneck as Bottleneck
+    from adaptc.methods.conv_adapter import ConvAdapter as ConvAdapter
     from adaptc.methods.hydra import Hydra as Hydra
     from adaptc.methods.ia3 import IA3 as IA3
     from adaptc.methods.lora import LoRA as LoRA
+    from adaptc.methods.prefix import Prefix as Prefix
+    from adaptc.methods.prompt import Prompt as Prompt
     from adaptc.methods.ssf import SSF as SSF
     from adaptc.methods.vera import VeRA as VeRA
     from adaptc.plan import Match as Match
@@ -33,12 +37,16 @@ _TABLE = {
 __all__ = [
     "IA3",
     "SSF",
+    "AdaptFormer",
     "Bias",
     "Bottleneck",
+    "ConvAdapter",
     "Hydra",
     "LoRA",
     "Match",
     "Plan",
+    "Prefix",
+    "Prompt",
     "Rule",
     "VeRA",
     "compile",

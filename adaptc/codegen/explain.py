@@ -91,7 +91,7 @@ def _sites(handle: Handle) -> Iterator[str]:
             inside = sum(path not in modules for path in paths)
             noun = "module" if inside == 0 else "parameter" if inside == len(paths) else "site"
             yield f"  rule {number + 1}: {rule}: {_count(len(paths), noun)}"
-            yield from (f"    {path}" for path in fold(paths))
+            yield from (f"    {path or 'the model itself'}" for path in fold(paths))
             for path in (p for p in paths if p in tied):
                 yield f"    {path}: shares {', '.join(tied[path])}, which stays as it is"
             shadowed: dict[int, list[str]] = {}

@@ -443,6 +443,15 @@ def without_size_memory() -> Any:
     return torch._dynamo.config.patch(automatic_dynamic_shapes=False)
 
 
+def state_across_modules() -> Any:
+    """A context in which a checkpointed block may keep a value between two of its modules and drop it again.
+
+    Dynamo refuses what it cannot repeat in the recomputation; a value that does not outlive the block is no such thing.
+    2.11 to 2.15.
+    """
+    return torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
+
+
 def replace_calls(run: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Any:
     """A context in which ``run(op, args, kwargs)`` is called instead of every ATen op. 2.11 to 2.15."""
     from torch.utils._python_dispatch import TorchDispatchMode

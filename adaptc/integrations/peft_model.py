@@ -135,15 +135,19 @@ def _take_requires_grad(handle: Handle, trained: dict[str, bool], live: tuple[st
         flags = {_plain_key(key, name): flag for key, flag in trained.items()}
         adapters = {path: adapter for site in handle.sites for path, adapter in site.parts(name)}
         keys = {tensor.data_ptr(): key for key, tensor in peft_format.encode(adapters).items()}
+        # Prompts are no part of the wrapped model: PEFT has them, or an encoder of them, beside it.
+        beside = {id(p) for adapter in adapters.values() if adapter.method.on_model for p in adapter.parameters()}
         for parameter in handle.parameters(name):
             key = keys.get(parameter.data_ptr())
             taken.add(key)
-            parameter.requires_grad_(name in live if key is None else flags.get(key, False) and name in live)
+            trains = True if key is None or id(parameter) in beside else flags.get(key, False)
+            parameter.requires_grad_(trains and name in live)
     ours = {name for name, _ in handle.named_parameters()}
     flags = {peft_keys.plain_name(key): flag for key, flag in trained.items()}
     adapted = {peft_keys.plain_name(str(key)) for key in taken}
+    on_model = any(a.method.on_model for site in handle.sites for a in site.adapters.values())
     for name, parameter in handle.model.named_parameters():
-        key = f"base_model.model.{name}"
+        key = f"base_model.{name}" if on_model else f"base_model.model.{name}"
         if name not in ours and key not in adapted:
             parameter.requires_grad_(flags.get(key, False))
 

@@ -22,6 +22,10 @@ TABLE = {
     "vera": "adaptc.methods.vera:VeRA",
     "ssf": "adaptc.methods.ssf:SSF",
     "bottleneck": "adaptc.methods.bottleneck:Bottleneck",
+    "adaptformer": "adaptc.methods.adaptformer:AdaptFormer",
+    "conv_adapter": "adaptc.methods.conv_adapter:ConvAdapter",
+    "prompt": "adaptc.methods.prompt:Prompt",
+    "prefix": "adaptc.methods.prefix:Prefix",
     "bias": "adaptc.methods.bias:Bias",
     "full": "adaptc.methods.full:Full",
 }

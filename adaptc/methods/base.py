@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -31,6 +32,8 @@ class Method:
     batchable: ClassVar[bool] = False
     sparse: ClassVar[bool] = False
     quantised: ClassVar[bool] = False
+    #: True when the method acts on a model as a whole: a plan names no modules for it.
+    on_model: ClassVar[bool] = False
 
     targets: tuple[str, ...] | str | None = None
     exclude: tuple[str, ...] | str | None = None
@@ -72,6 +75,10 @@ class Method:
         """Why this method cannot adapt ``module``, or None when it can."""
         raise NotImplementedError(f"{type(self).__name__}.refusal")
 
+    def place(self, model: nn.Module) -> str:
+        """Path of the module whose call is changed (only where ``on_model``); "" for the model itself."""
+        raise NotImplementedError(f"{type(self).__name__}.place")
+
     def build(self, path: str, module: nn.Module, *, dtype: torch.dtype | None, site_id: int) -> Adapter:
         """A freshly initialised adapter for ``module``, on its device; ``dtype`` None means the default."""
         raise NotImplementedError(f"{type(self).__name__}.build")
@@ -97,6 +104,15 @@ class Method:
         sites share tensors, here they get them."""
 
 
+class Tapped(threading.local):
+    """What a tap holds between the module that it reads and the module that it acts on: one value per thread."""
+
+    value: torch.Tensor | None = None
+
+    def __reduce__(self) -> tuple[type[Tapped], tuple[()]]:
+        return Tapped, ()  # copies of a model start without a value
+
+
 class Adapter(nn.Module):
     """The tensors of one method at one site; lives at ``<site>.adapters.<name>``, one for a parameter of the module at
     ``<site>.adapters.<name>~<parameter>``.
@@ -116,11 +132,15 @@ class Adapter(nn.Module):
     acts_inside: ClassVar[bool] = False
     #: The module's own parameter that the adapter is for; None: the module.
     parameter: str | None = None
+    #: Name of another module, whose input ``apply_to`` gets in the place of the site's own: two taps far apart. It is
+    #: looked up below the site, then below what encloses it, outwards, and must run before the site's output is there.
+    tap: str | None = None
 
     def __init__(self, method: Method, site_id: int) -> None:
         super().__init__()
         self.method = method
         self._site_id = site_id
+        self.tapped = Tapped()
         self.register_buffer("site_id", torch.tensor([site_id], dtype=torch.int64), persistent=False)
 
     def replace(self, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ class Bottleneck(Method):
         r: width of the bottleneck; dropout: probability on its input, in training.
         placement: "series_in", "series_out" or "parallel".
         activation: "relu", "gelu", "gelu_tanh", "silu", "tanh" or "identity".
-        scale: s in the formula.
+        scale: s in the formula; learn_scale: s is trained, from this value on (LLM-Adapters, AdaptFormer).
         bias: whether d and u are there.
         init: "default" (D kaiming-uniform with a = sqrt(5), U zero: the identity), "bert" (both normal with std
             0.02, LLM-Adapters), "houlsby" (both normal with std 1e-3, cut at two) or "random" (both
@@ -55,6 +55,7 @@ class Bottleneck(Method):
     activation: str = "relu"
     dropout: float = 0.0
     scale: float = 1.0
+    learn_scale: bool = False
     bias: bool = True
     init: str = "default"
     features: int | None = None
@@ -66,6 +67,7 @@ class Bottleneck(Method):
         _require("activation", self.activation, self.activation in ACTIVATIONS, " or ".join(ACTIVATIONS))
         _require("dropout", self.dropout, 0.0 <= self.dropout < 1.0, "a number in [0, 1)")
         _require("scale", self.scale, math.isfinite(self.scale), "a finite number")
+        _require("learn_scale", self.learn_scale, isinstance(self.learn_scale, bool), "true or false")
         _require("bias", self.bias, isinstance(self.bias, bool), "true or false")
         _require("init", self.init, self.init in INITS, " or ".join(INITS))
         known = self.features is None or (type(self.features) is int and self.features > 0)
@@ -96,20 +98,21 @@ def _require(name: str, value: object, ok: bool, expected: str) -> None:
         raise PlanError(f"Bottleneck: {name} is not legal", expected=expected, found=repr(value))
 
 
-class BottleneckAdapter(Adapter):
-    """``down`` (r, K), ``up`` (N, r) and, with biases, ``down_bias`` (r,), ``up_bias`` (N,) of one site."""
+class Branch(Adapter):
+    """The factors of a two-layer network: ``down`` (r, K), ``up`` (N, r), with biases ``down_bias`` (r,) and
+    ``up_bias`` (N,), and its ``scale`` (1,): trained, or a number of the graph.
 
-    takes_any_output: ClassVar[bool] = True
+    ``method`` has r, scale, learn_scale, bias and init as in :class:`Bottleneck`.
+    """
 
-    method: Bottleneck
     scale: torch.Tensor
+    down_bias: torch.Tensor | None
+    up_bias: torch.Tensor | None
 
     def __init__(
-        self, method: Bottleneck, module: nn.Module, *, dtype: torch.dtype | None = None, site_id: int = 0
+        self, method: Any, module: nn.Module, widths: tuple[int, int], *, dtype: torch.dtype | None, site_id: int
     ) -> None:
         super().__init__(method, site_id)
-        widths = method.widths(module)
-        assert widths is not None  # asked by refusal
         model = next(module.parameters(), None)
         device = torch.device("cpu") if model is None else model.device
         if dtype is None:
@@ -121,13 +124,15 @@ class BottleneckAdapter(Adapter):
         for name, size in (("down_bias", method.r), ("up_bias", outputs)):
             bias = nn.Parameter(torch.zeros(size, dtype=dtype, device=device)) if method.bias else None
             self.register_parameter(name, bias)
+        if method.learn_scale:
+            self.scale = nn.Parameter(torch.full((1,), method.scale, dtype=dtype, device=device))
+        else:
+            self.register_buffer("scale", self._scale_tensor(method.scale), persistent=False)
         self.reset_parameters()
-        self._dropout = repr(method.dropout)  # as text: see LoRAAdapter
-        self.register_buffer("scale", self._scale_tensor(), persistent=False)
 
     def reset_parameters(self) -> None:
         """Draw the initial values (the method's ``init``)."""
-        init = self.method.init
+        init = self.method.init  # type: ignore[attr-defined]
         for weight in (self.down, self.up):
             if init == "bert":
                 nn.init.normal_(weight, std=0.02)
@@ -138,13 +143,30 @@ class BottleneckAdapter(Adapter):
         if init == "default":
             nn.init.zeros_(self.up)
 
-    def _scale_tensor(self) -> torch.Tensor:
-        return torch.tensor([self.method.scale], dtype=torch.float64, device=self.down.device)
+    def _scale_tensor(self, scale: float) -> torch.Tensor:
+        return torch.tensor([scale], dtype=torch.float64, device=self.down.device)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> BottleneckAdapter:
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.scale = self._scale_tensor()  # a number, not a weight: never cast
+        if not isinstance(self.scale, nn.Parameter):  # a number, not a weight: never cast
+            self.scale = self._scale_tensor(self.method.scale)  # type: ignore[attr-defined]
         return self
+
+
+class BottleneckAdapter(Branch):
+    """``down`` (r, K), ``up`` (N, r) and, with biases, ``down_bias`` (r,), ``up_bias`` (N,) of one site."""
+
+    takes_any_output: ClassVar[bool] = True
+
+    method: Bottleneck
+
+    def __init__(
+        self, method: Bottleneck, module: nn.Module, *, dtype: torch.dtype | None = None, site_id: int = 0
+    ) -> None:
+        widths = method.widths(module)
+        assert widths is not None  # asked by refusal
+        super().__init__(method, module, widths, dtype=dtype, site_id=site_id)
+        self._dropout = repr(method.dropout)  # as text: see LoRAAdapter
 
     def apply_to(self, module: nn.Module, x: torch.Tensor, y: Any) -> Any:
         if isinstance(y, tuple):  # a whole block
@@ -200,6 +222,28 @@ def activate(z: torch.Tensor, activation: str) -> torch.Tensor:
     raise UnsupportedError(f"no activation {activation!r}", expected=", ".join(ACTIVATIONS))
 
 
+def branch(
+    h: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """mask * act(h (..., K) down^T + down_bias) up^T + up_bias: products in ``dtype``, the rest in fp32 or wider."""
+    wide = torch.float32 if dtype.itemsize < 4 else dtype
+    z = (h.to(dtype) @ down.to(dtype).mT).to(wide)
+    if down_bias is not None:
+        z = z + down_bias.to(wide)
+    z = activate(z, activation)
+    if mask is not None:
+        z = z * mask.to(wide)
+    out = (z.to(dtype) @ up.to(dtype).mT).to(wide)
+    return out if up_bias is None else out + up_bias.to(wide)
+
+
 def body(
     h: torch.Tensor,
     residual: torch.Tensor,
@@ -216,12 +260,7 @@ def body(
     """
     dtype = residual.dtype
     wide = torch.float32 if dtype.itemsize < 4 else dtype
-    z = (h.to(dtype) @ down.to(dtype).mT).to(wide)
-    if down_bias is not None:
-        z = z + down_bias.to(wide)
-    out = (activate(z, activation).to(dtype) @ up.to(dtype).mT).to(wide)
-    if up_bias is not None:
-        out = out + up_bias.to(wide)
+    out = branch(h, down, up, down_bias, up_bias, activation, dtype)
     return (residual.to(wide) + scale.to(wide) * out).to(dtype)
 
 

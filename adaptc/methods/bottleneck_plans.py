@@ -8,6 +8,8 @@
 ``series``    (LLM-Adapters, Hu et al. 2023) before the first feed-forward products and after the last.
 ``series_last``  the last only (LLM-Adapters' AdapterP).
 ``parallel``  (LLM-Adapters) beside the query, key and value products.
+
+    plan = petl_ast_plan("pfeiffer", r=24)        adapters of PETL-AST on an Audio Spectrogram Transformer or a ViT
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from torch import nn
 
 from adaptc.errors import PlanError
 from adaptc.methods.bottleneck import Bottleneck
-from adaptc.plan.rules import Plan
+from adaptc.methods.conv_adapter import ConvAdapter
+from adaptc.plan.match import Match
+from adaptc.plan.rules import Plan, Rule
 
 #: The options of each publication; ``r`` and everything else can be given.
 STYLES: dict[str, dict[str, Any]] = {
@@ -97,3 +101,21 @@ def bottleneck_plan(style: str, model: nn.Module, **options: Any) -> Plan:
     last = Bottleneck(targets=(layout.last,), **after)
     first = Bottleneck(targets=layout.first, placement="series_in", **chosen)
     return Plan([last] if style == "series_last" else [first, last])
+
+
+def petl_ast_plan(placement: str = "pfeiffer", **options: Any) -> Plan:
+    """PETL-AST's adapters (Cappellazzo et al. 2024, section 3): after or beside the feed-forward half of each block
+    ("pfeiffer"), or both halves ("houlsby"); with the norms in front of them, the last norm and the head trained.
+
+    ``options``: of :class:`ConvAdapter`. Modules are named as in transformers' AST and ViT.
+
+    Raises:
+        PlanError: an unknown placement.
+    """
+    if placement not in ("pfeiffer", "houlsby"):
+        raise PlanError("no such placement of PETL-AST", expected="pfeiffer, houlsby", found=repr(placement))
+    both = placement == "houlsby"
+    norms = ("layernorm_before", "layernorm_after") if both else ("layernorm_after",)
+    halves = ("attention", "mlp") if both else ("mlp",)
+    trained = Match((*norms, "layernorm", "classifier"))
+    return Plan([Rule(trained, train="full"), ConvAdapter(targets=halves, **options)])

@@ -25,6 +25,8 @@ keys of tensors and files are common to all rows. The smallest row::
 * Tensors of a site: ``Adapter.peft_tensors``, key suffix -> tensor in the shape that PEFT stores. Where the
   parameter has another shape, give a view (``self.ia3_l.detach()[:, None]``): loading writes through it. Where no
   view does, override ``Adapter.set_peft_tensors`` too.
+* ``on_model``: the adapter acts on the whole model: its config names no modules, and the suffixes of its tensors are
+  their keys.
 * A trained bias of the adapted layer has the suffix "bias"; ``method.bias == "all"`` also trains the others.
 
 A method without a row is saved in adaptc's own format: the same files without ``adapter_config.json``.
@@ -153,6 +155,9 @@ _COMMON: dict[str, Option] = {
     "inference_mode": Option(False, "ignored", "true or false", is_bool),
 }  # fmt: skip
 
+#: Those that a config without modules does not have.
+_OF_MODULES = ("target_modules", "fan_in_fan_out")
+
 EXCLUDE: dict[str, Option] = {
     "exclude_modules": Option(
         None, "used", "a list of names, a regular expression or null", optional(is_modules)
@@ -229,6 +234,7 @@ class Codec:
         check: raises for combinations that mean nothing; the second argument says that values will be loaded.
         stored: a site's method (or a rule's, with patterns) -> the one whose tensors are in the file.
         shared: tensors that the adapter has once.
+        on_model: the adapter acts on the whole model, not on modules.
     """
 
     peft_type: str
@@ -241,13 +247,15 @@ class Codec:
     check: Callable[[Config, bool], None] = _nothing_to_check
     stored: Callable[[Method], Method] = _as_it_is
     shared: Shared | None = None
+    on_model: bool = False
 
     def keys(self) -> dict[str, Option]:
         """Every key that PEFT writes for this kind."""
         kind = Option(
             self.peft_type, "used", f'"{self.peft_type}"', lambda value: value == self.peft_type
         )  # fmt: skip
-        return {"peft_type": kind, **_COMMON, **self.options}
+        common = {key: o for key, o in _COMMON.items() if not (self.on_model and key in _OF_MODULES)}
+        return {"peft_type": kind, **common, **self.options}
 
     def method(self, used: Config, **changes: Any) -> Method:
         """The method of a config's fields.

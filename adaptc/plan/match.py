@@ -5,6 +5,7 @@
 ``"layers.*.mlp"``, ``"*_proj"``       the same, where ``*`` stands for any characters, dots included
 ``"re:.*mlp\\.(gate|up)_proj"``        a regular expression on the whole path
 ``"all-linear"``                       every linear layer but output heads and MoE routers (``all_linear``)
+``"."``                                the model itself, for methods that act on it as a whole
 =====================================  ===============================================================
 
 A selector means modules. Where it fits none that the method can adapt it means parameters, for a method that adapts
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterable
 from adaptc.errors import PlanError
 
 ALL_LINEAR = "all-linear"
+MODEL = "."
 _REGEX = "re:"
 Span = tuple[int, int | None]
 

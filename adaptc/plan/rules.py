@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from adaptc import methods
 from adaptc.errors import PlanError
 from adaptc.methods.base import Method
-from adaptc.plan.match import Match, strings
+from adaptc.plan.match import MODEL, Match, strings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,6 +60,8 @@ class Rule:
     @classmethod
     def of(cls, method: Method) -> Rule:
         """The rule that a method with ``targets``, ``exclude`` and ``layers`` stands for."""
+        if method.targets is None and method.on_model:
+            method = dataclasses.replace(method, targets=(MODEL,))
         if method.targets is None:
             name = type(method).__name__
             raise PlanError(

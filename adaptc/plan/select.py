@@ -13,7 +13,7 @@ from adaptc.methods import quantised
 from adaptc.methods.base import Method
 from adaptc.methods.linear import is_linear
 from adaptc.plan.all_linear import all_linear
-from adaptc.plan.match import ALL_LINEAR, is_pattern, matcher
+from adaptc.plan.match import ALL_LINEAR, MODEL, is_pattern, matcher
 from adaptc.plan.rules import Rule
 from adaptc.plan.tree import ModuleTree
 
@@ -76,7 +76,9 @@ class _Scope:
         self.method = methods.get("full")() if rule.method is None else rule.method
 
     def hits(self, selector: str, selection: Selection) -> list[str]:
-        if selector == ALL_LINEAR:
+        if selector == MODEL or self.method.on_model:
+            hits = self._on_model(selector)
+        elif selector == ALL_LINEAR:
             hits, left_out = all_linear(self.tree)
             selection.left_out.update(left_out)
         else:
@@ -107,6 +109,21 @@ class _Scope:
         alone = [p for p in self._parameters(name) if self._refusal(p) is None and "." in p]
         return {p: f'a parameter, and "{name}" means modules here: name it "{_short(p)}"' for p in alone}
 
+    def _on_model(self, selector: str) -> list[str]:
+        """Where a method that acts on the whole model does so."""
+        kind = self.method.kind
+        if selector != MODEL:
+            raise PlanError(
+                f"rule {self.number}: {kind} acts on the model as a whole",
+                rule=self.rule, expected=f'targets="{MODEL}", or none', found=f'"{selector}"',
+            )  # fmt: skip
+        if not self.method.on_model:
+            raise PlanError(
+                f"rule {self.number}: {kind} acts on modules, not on the model as a whole",
+                rule=self.rule, do='name the modules, or use "all-linear"',
+            )  # fmt: skip
+        return [self.method.place(self.tree.root)]
+
     def in_layers(self, selector: str, hits: list[str], selection: Selection) -> list[str]:
         kept = [path for path in hits if self.match.in_layers(path)]
         outside = set(hits).difference(kept)
@@ -136,11 +153,11 @@ class _Scope:
     def adaptable(self, selector: str, hits: list[str], selection: Selection) -> list[str]:
         refused = {path: reason for path in hits if (reason := self._refusal(path)) is not None}
         kept = [path for path in hits if path not in refused]
-        modules = [path for path in refused if path in self.tree.modules]
-        by_base = next(filter(None, (quantised.refusal(self.method, self.tree.modules[p]) for p in modules)), None)
+        modules = [path for path in refused if self.tree.owner(path)[1] is None]
+        by_base = next(filter(None, (quantised.refusal(self.method, self.tree.module(p)) for p in modules)), None)
         if refused and (not kept or not is_pattern(selector) or by_base):
             raise self._cannot_adapt(selector, refused, some_can=bool(kept), do=by_base and by_base.do)
-        weighty = (p for p in modules if any(True for _ in self.tree.own_parameters(self.tree.modules[p])))
+        weighty = (p for p in modules if any(True for _ in self.tree.own_parameters(self.tree.module(p))))
         for path in weighty:
             selection.left_out.setdefault(path, refused[path])
         return kept

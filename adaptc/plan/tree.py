@@ -16,7 +16,7 @@ class ModuleTree:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self.modules: dict[str, nn.Module] = dict(_walk(root, ""))
-        self._paths: dict[int, list[str]] = defaultdict(list)
+        self._paths: dict[int, list[str]] = defaultdict(list, {id(root): [""]})
         for path, module in self.modules.items():
             self._paths[id(module)].append(path)
         #: path of a parameter -> (path of the module that owns it, its name there)
@@ -42,8 +42,8 @@ class ModuleTree:
 
     def owner(self, path: str) -> tuple[nn.Module, str | None]:
         """The module at a path and None, or the module that owns the parameter there and its name."""
-        if path in self.modules:
-            return self.modules[path], None
+        if path in self.modules or not path:
+            return self.module(path), None
         holder, name = self.parameters[path]
         return self.module(holder), name
 
@@ -51,7 +51,7 @@ class ModuleTree:
         """Every path of the module, or of the parameter of one module, at ``path``."""
         module, name = self.owner(path)
         paths = self.paths_of(module)
-        return paths if name is None else tuple(f"{p}.{name}" for p in paths) or (path,)
+        return paths if name is None else tuple(f"{p}.{name}".lstrip(".") for p in paths)
 
     def paths_of(self, module: nn.Module) -> tuple[str, ...]:
         """Every path of one module object; more than one when the model shares it."""

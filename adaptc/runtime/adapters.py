@@ -121,10 +121,17 @@ class AdapterSet:
         for kind in dict.fromkeys(type(adapter.method) for _, _, adapter in built):
             with torch.inference_mode(False):
                 kind.link([adapter for _, _, adapter in built if type(adapter.method) is kind])
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        taps = [
+            (a.module, adapter.tap, attach.find_tap(a.path, adapter.tap, modules))
+            for a, _, adapter in built
+            if adapter.tap is not None
+        ]
         self._calibrate([(a, adapter) for a, _, adapter in built if adapter.method.needs_covariance], calibration)
         changed = [attach.attach(a.module_path, a.module, entry, adapter) for a, entry, adapter in built]
+        changed += [attach.add_tap(*tap) for tap in taps]
         grew = len(sites) > len(self._sites) or any(changed)
-        order = {path: i for i, (path, _) in enumerate(self.model.named_modules(remove_duplicate=False))}
+        order = {path: i for i, path in enumerate(modules)}
         self._sites, self._next_site_id = dict(sorted(sites.items(), key=lambda s: order[s[0]])), next_id
         recorded = [(a.path, entry, a.rule, adapter.method) for a, entry, adapter in built]
         self.records[name] = AdapterRecord(plan, recorded, config)
@@ -200,6 +207,12 @@ class AdapterSet:
                     f"{site.path} is replaced by {replacing[0]!r}, inside of which {inside[0]!r} cannot act",
                     do="make one of them live",
                 )
+            kinds = {type(a).run_inside: a.method.kind for n in names for a in site.of(n) if a.acts_inside}
+            if len(kinds) > 1:
+                raise SiteError(
+                    f"{site.path or 'the model'}: {' and '.join(kinds.values())} cannot act inside one module together",
+                    do="make one of them live",
+                )
         self._check_enclosed(names)
         for site in self.sites:
             found = attach.adapters_of(site.module)
@@ -220,6 +233,11 @@ class AdapterSet:
                     do="make one of them live",
                 )
 
+    @property
+    def has_taps(self) -> bool:
+        """Whether some adapter reads the input of another module than its own."""
+        return any(a.tap is not None for site in self.sites for a in site.adapters.values())
+
     def signature(self) -> tuple[object, ...]:
         """What captured graphs depend on: for every site, the signatures of its live adapters."""
         return tuple(tuple(a.signature() for n in self.live for a in site.of(n)) for site in self.sites)
@@ -232,7 +250,7 @@ class AdapterSet:
             for entry, adapter in site.adapters.items():
                 if name is None or attach.adapter_name(entry) == name:
                     for local, parameter in adapter.named_parameters():
-                        yield f"{site.path}.adapters.{entry}.{local}", parameter
+                        yield f"{site.path}.adapters.{entry}.{local}".lstrip("."), parameter
 
 
 def with_all_biases(resolution: Resolution, model: nn.Module) -> list[Assignment]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -37,6 +38,8 @@ class SiteAdapters(nn.ModuleDict):
         self.epoch = ""
         self.hook_handle: Any = None
         self.pre_hook_handle: Any = None
+        #: Name of a tap -> the module whose input it reads.
+        self.taps: dict[str, nn.Module] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         # `standin` is an alias of an entry: registering it again would double its state_dict keys.
@@ -50,6 +53,16 @@ class SiteAdapters(nn.ModuleDict):
         self.live = tuple(a for a in adapters if not a.replaces_forward)
         self.inside = tuple(a for a in self.live if a.acts_inside)
         self.standin = next((a for a in adapters if a.replaces_forward), None)
+
+
+class Taps:
+    """On a module whose input adapters elsewhere read, in its ``__dict__``: who reads it, and under which name."""
+
+    KEY = "_adaptc_taps"
+
+    def __init__(self, hook_handle: Any) -> None:
+        self.readers: list[tuple[SiteAdapters, str]] = []
+        self.hook_handle = hook_handle
 
 
 def entry(name: str, level: int, parameter: str | None = None) -> str:
@@ -98,10 +111,32 @@ def run_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
                 expected=f"a tensor, which {adapter.method.kind} corrects", do="leave this module out of the plan",
             )  # fmt: skip
         note_eager(adapter)
-        output = adapter.apply_to(module, x, output)
+        output = adapter.apply_to(module, x if adapter.tap is None else _take(module, adapter), output)
     if not torch.compiler.is_compiling():
         output = mark(output, [id(adapter) for adapter in live])
     return output
+
+
+def run_tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of modules whose input adapters elsewhere read: keep it for those that are live."""
+    x = args[0] if args else next(iter(kwargs.values()))
+    for found, name in module.__dict__[Taps.KEY].readers:
+        for adapter in found.live:
+            if adapter.tap == name:
+                adapter.tapped.value = x
+
+
+def _take(module: nn.Module, adapter: Adapter) -> torch.Tensor:
+    """The input that the adapter's tap kept; it is kept no longer."""
+    value = adapter.tapped.value
+    adapter.tapped.value = None
+    if value is None:
+        raise SiteError(
+            f"{adapter.method.kind} at a {type(module).__name__} reads the input of {adapter.tap}, which has not run",
+            expected=f"{adapter.tap} called before the {type(module).__name__} returns, once each time",
+            do="name a tap that runs first",
+        )  # fmt: skip
+    return value
 
 
 def note_eager(adapter: Adapter) -> None:
@@ -146,6 +181,15 @@ def run_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return inside[0].run_inside(module, inside, *args, **kwargs)
 
 
+class SiteForward(functools.partial[Any]):
+    """What replaces a module's forward, with the signature that it had: generation and trainers ask for it."""
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        module = self.args[0]
+        return inspect.signature(type(module).forward.__get__(module))
+
+
 def adapters_of(module: nn.Module) -> SiteAdapters | None:
     """The adapters attached to ``module``, or None."""
     found = module._modules.get("adapters")
@@ -169,7 +213,7 @@ def attach(path: str, module: nn.Module, name: str, adapter: Adapter) -> bool:
     found[name] = adapter
     changed = False
     if (adapter.replaces_forward or adapter.acts_inside) and "forward" not in module.__dict__:
-        module.forward = functools.partial(run_forward, module)
+        module.forward = SiteForward(run_forward, module)
         changed = True
     if adapter.replaces_forward:
         return changed
@@ -184,6 +228,53 @@ def attach(path: str, module: nn.Module, name: str, adapter: Adapter) -> bool:
         found.pre_hook_handle = module.register_forward_pre_hook(run_before_site, with_kwargs=True)
         changed = True
     return changed
+
+
+def find_tap(path: str, tap: str, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """The module called ``tap`` that is nearest to the site ``path``: below it, or below what encloses it.
+
+    Raises:
+        SiteError: there is none.
+    """
+    around = path
+    while True:
+        found = modules.get(f"{around}.{tap}" if around else tap)
+        if found is not None:
+            return found
+        if not around:
+            near = [name for name, _ in modules[path.rpartition(".")[0]].named_children() if name != "adapters"]
+            raise SiteError(
+                f"{path}: no module {tap!r} to read from, at the site or around it",
+                found=f"beside it: {', '.join(near)}", do="say tap=, the module whose input is read",
+            )  # fmt: skip
+        around = around.rpartition(".")[0]
+
+
+def add_tap(module: nn.Module, name: str, tapped: nn.Module) -> bool:
+    """Let the adapters of ``module`` whose tap is ``name`` read the input of ``tapped``. True when it is a new tap."""
+    found = adapters_of(module)
+    assert found is not None  # attached before
+    if name in found.taps:
+        return False
+    taps = tapped.__dict__.get(Taps.KEY)
+    if taps is None:
+        # Before hooks of the user and before adapters on the tapped module: what its caller passed is read.
+        taps = Taps(tapped.register_forward_pre_hook(run_tap, prepend=True, with_kwargs=True))
+        tapped.__dict__[Taps.KEY] = taps
+    taps.readers.append((found, name))
+    found.taps[name] = tapped
+    return True
+
+
+def _remove_unused_taps(found: SiteAdapters) -> None:
+    """Stop reading for adapters that are gone."""
+    for name in [n for n in found.taps if not any(a.tap == n for a in found.values())]:
+        tapped = found.taps.pop(name)
+        taps = tapped.__dict__[Taps.KEY]
+        taps.readers = [reader for reader in taps.readers if reader[0] is not found or reader[1] != name]
+        if not taps.readers:
+            taps.hook_handle.remove()
+            del tapped.__dict__[Taps.KEY]
 
 
 def check_attachable(path: str, module: nn.Module, *, own_forward: bool = False) -> None:
@@ -222,6 +313,7 @@ def remove(module: nn.Module, name: str) -> None:
     if found.pre_hook_handle is not None and not any(a.acts_before for a in found.values()):
         found.pre_hook_handle.remove()
         found.pre_hook_handle = None
+    _remove_unused_taps(found)
     if len(found) == 0:
         del module._modules["adapters"]
 

@@ -94,7 +94,7 @@ def save(handle: Handle, directory: Any, name: str) -> None:
         UnsupportedError: PEFT has the method, and its format no place for these sites or options.
     """
     record = handle.adapters.record(name)
-    checkpoint.check_adapter_name(name, [p for p, _ in handle.model.named_modules() if ".adapters" not in p])
+    checkpoint.check_adapter_name(name, [p for p, _ in handle.model.named_modules() if ".adapters" not in f".{p}"])
     parts = [(site, path, adapter) for site in handle.sites for path, adapter in site.parts(name)]
     sites = [_Saved(path, s.module, a.method_now(), a.parameter) for s, path, a in parts]
     config = None

@@ -39,7 +39,7 @@ def folded_state(handle: Handle) -> dict[str, torch.Tensor]:
         )
     for site in sites:
         _check(site, model)
-    ours = tuple(f"{path}.adapters." for site in handle.sites for path in site.paths)
+    ours = tuple(f"{path}.adapters.".lstrip(".") for site in handle.sites for path in site.paths)
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(ours)}
     for site in sites:
         for local, value in folded(site).items():

@@ -97,17 +97,23 @@ def plan_to_config(
     config["peft_type"] = sites.codec.peft_type
     config["inference_mode"] = True
     config["modules_to_save"] = _names_to_save(sites, model)
-    config.update(_targets_of(sites, plan, config, model))
+    if not sites.codec.on_model:
+        config.update(_targets_of(sites, plan, config, model))
+        # PEFT refuses it beside parameters, and corrects it where it is missing.
+        transposed = [is_conv1d(sites.modules[path]) for path in sites.wanted]
+        config["fan_in_fan_out"] = bool(transposed) and all(transposed) and not sites.parameters
     if sites.parameters:
         config["target_parameters"] = _parameters_of(sites, model)
-    # PEFT refuses it beside parameters, and corrects it where it is missing.
-    transposed = [is_conv1d(sites.modules[path]) for path in sites.wanted]
-    config["fan_in_fan_out"] = bool(transposed) and all(transposed) and not sites.parameters
     config.update(_values_of(sites, plan, config, original))
     if base_model_name is not None:
         config["base_model_name_or_path"] = base_model_name
     if task_type is None and original is not None:
         task_type = original.get("task_type")
+    if sites.codec.on_model:
+        task = task_type or _task_of(model)
+        # For a classifier PEFT reads its head from the file; without one it is a model like any other.
+        config["task_type"] = task if _task_fits(task, sites, model) else "FEATURE_EXTRACTION"
+        return config
     config["task_type"] = task_type if _task_fits(task_type, sites, model) else None
     if config["task_type"] is not None:
         config["auto_mapping"] = None
@@ -316,6 +322,24 @@ def _written(selectors: Sequence[str]) -> list[str] | str | None:
     if len(selectors) == 1 and selectors[0].startswith("re:"):
         return selectors[0].removeprefix("re:")
     return sorted(selectors) if selectors and not any(map(is_pattern, selectors)) else None
+
+
+#: What the name of a model's class ends in -> PEFT's task.
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def _task_of(model: nn.Module | None) -> str | None:
+    """PEFT's task for a model; PEFT gives the model its prompts by it, so a config of such a kind must say it."""
+    name = type(model).__name__
+    found = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+    if found is not None or model is None:
+        return found
+    can_generate = getattr(model, "can_generate", None)
+    return "CAUSAL_LM" if callable(can_generate) and can_generate() else "FEATURE_EXTRACTION"
 
 
 def _task_fits(task_type: str | None, sites: _Sites, model: nn.Module | None) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 
 from adaptc.errors import AdaptcWarning, ConfigTypeError
 from adaptc.methods.codec import Part
-from adaptc.plan.match import ALL_LINEAR, Match, matcher
+from adaptc.plan.match import ALL_LINEAR, MODEL, Match, matcher
 from adaptc.plan.rules import Plan, Rule
 from adaptc.runtime import peft_matching as peft
 from adaptc.runtime.peft_options import check_config
@@ -45,7 +45,9 @@ def config_to_plan(
     saved = list(dict.fromkeys([*(used["modules_to_save"] or ()), *added]))
     parts = codec.rules(used)
     adapted: list[Rule] = []
-    if used["target_modules"]:
+    if codec.on_model:
+        adapted = [Rule(Match((MODEL,)), part.method) for part in parts]
+    elif used["target_modules"]:
         adapted = _as_written(used, parts)
         if model is None:
             _check_names(adapted)

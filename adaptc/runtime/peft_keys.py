@@ -8,6 +8,8 @@
 ``base_model.model.<path>.base_layer.bias``           a trained bias of a module that PEFT has wrapped
 ``base_model.model.<path>.bias``                      a trained bias of any other module
 ``base_model.model.<path>.<name>``                    the parameters and buffers of a fully trained module
+``prompt_embeddings``                                 the tensor of a method that acts on the whole model; fully
+                                                      trained modules have ``base_model.<path>.<name>`` beside it
 ====================================================  ==================================================
 
 Read, not written: a key with the adapter's name inside (``lora_A.default.weight``, ``ia3_l.default``, from a
@@ -36,7 +38,7 @@ from adaptc.runtime.tensor_file import check_finite
 
 PREFIX = "base_model.model."
 #: The path under which ``decode`` gives tensors that belong to no site, by their whole key.
-SHARED = ""
+SHARED = "(shared)"
 _SHARED_PREFIX = "base_model."
 _BASE_LAYER = ".base_layer"
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -44,11 +46,12 @@ Decoded = dict[str, dict[str, torch.Tensor]]
 
 
 class _Place(NamedTuple):
-    """Where a tensor of the file belongs: ``own``, which is ``suffix`` of the adapter at ``path``."""
+    """Where the tensor ``key`` of the file belongs: ``own``, which is ``suffix`` of the adapter at ``path``."""
 
     path: str
     suffix: str
     own: torch.Tensor
+    key: str
 
 
 def tensors_of(adapter: Adapter) -> dict[str, torch.Tensor]:
@@ -77,12 +80,7 @@ def encode(
 
     ``config``: the one written beside them, which can say that tensors that the adapter has once are left out.
     """
-    wrapped = _wrapped(adapters)
-    own = {
-        PREFIX + _key(wrapped[path], suffix, adapter): tensor.detach()
-        for path, adapter in adapters.items()
-        for suffix, tensor in tensors_of(adapter).items()
-    }
+    own = {place.key: place.own.detach() for place in _places(adapters).values()}
     shared, once = shared_of(adapters)
     if shared is None or not shared.required(config or {}):
         return own
@@ -110,16 +108,11 @@ def decode(
         UnexpectedKeyError: a tensor that belongs nowhere (nearest keys are named), or twice in the file.
         MissingKeyError, TensorShapeError, NonFiniteError: a tensor is not there, or does not fit.
     """
-    wrapped = _wrapped(adapters)
-    places = {
-        _key(wrapped[path], suffix, adapter): _Place(path, suffix, own)
-        for path, adapter in adapters.items()
-        for suffix, own in tensors_of(adapter).items()
-    }
+    places = _places(adapters)
     shared, once = shared_of(adapters)
-    places.update({key: _Place(SHARED, key, own) for key, own in once.items()})
+    places.update({key: _Place(SHARED, key, own, key) for key, own in once.items()})
     full = {path for path, adapter in adapters.items() if adapter.replaces_forward}
-    found = _sort_keys(tensors, places, full, model, source)
+    found = _sort_keys(tensors, places, full, model, source, _prefix(adapters))
     if shared is not None and not shared.required(config or {}) and not any(key in found for key in once):
         places = {key: place for key, place in places.items() if key not in once}
     _check_complete(found, places, source)
@@ -148,19 +141,41 @@ def assign(decoded: Decoded, adapters: Mapping[str, Adapter]) -> None:
         shared.assign(adapters, {key.removeprefix(_SHARED_PREFIX): tensor for key, tensor in once})
 
 
+def _places(adapters: Mapping[str, Adapter]) -> dict[str, _Place]:
+    """Key without its prefix -> the adapter's tensor."""
+    wrapped = _wrapped(adapters)
+    places: dict[str, _Place] = {}
+    for path, adapter in adapters.items():
+        for suffix, own in tensors_of(adapter).items():
+            short = _key(wrapped[path], suffix, adapter)
+            whole = short if _acts_on_model(adapter) else _prefix(adapters) + short
+            places[short] = _Place(path, suffix, own, whole)
+    return places
+
+
+def _acts_on_model(adapter: Adapter) -> bool:
+    return adapter.method.on_model
+
+
+def _prefix(adapters: Mapping[str, Adapter]) -> str:
+    """PEFT wraps a model to put adapters into it, but not for prompts."""
+    return _SHARED_PREFIX if any(map(_acts_on_model, adapters.values())) else PREFIX
+
+
 def _sort_keys(
     tensors: Mapping[str, torch.Tensor],
     places: Mapping[str, _Place],
     full: set[str],
     model: nn.Module | None,
     source: str,
+    prefix: str,
 ) -> dict[str, str]:
     """Key as written here -> key in the file; raises when a key of the file belongs nowhere."""
     hits: list[tuple[str, str]] = []
     names: dict[str, str] = {}
     strange = []
     for key in sorted(tensors):
-        short = _without_wrappers(key, places)
+        short = _without_wrappers(key, places, prefix)
         place, name = _find_place(short, places, full)
         if name is not None:
             names.setdefault(name, key)
@@ -215,21 +230,19 @@ def plain_name(key: str) -> str:
 
 def _key(path: str, suffix: str, adapter: Adapter) -> str:
     """The key without its prefix. PEFT finds the bias of a wrapped layer below ``base_layer``."""
+    if _acts_on_model(adapter):
+        return suffix
     wrapped = suffix == "bias" and codec_of(adapter.method.kind) is not None
     return f"{path}.base_layer.bias" if wrapped else f"{path}.{suffix}"
 
 
-def _whole_key(key: str) -> str:
-    return key if key.startswith(_SHARED_PREFIX) else PREFIX + key
-
-
-def _without_wrappers(key: str, places: Mapping[str, _Place]) -> str:
+def _without_wrappers(key: str, places: Mapping[str, _Place], prefix: str) -> str:
     """The key without its prefix and, where the host has no such names itself, those of wrappers."""
-    plain = key.removeprefix(PREFIX)
+    plain = key.removeprefix(prefix)
     if plain in places:
         return plain
     bare = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
-    return bare.removeprefix("module.").removeprefix(PREFIX)
+    return bare.removeprefix("module.").removeprefix(prefix)
 
 
 def _find_place(key: str, places: Mapping[str, _Place], full: set[str]) -> tuple[str | None, str | None]:
@@ -285,7 +298,7 @@ def _is_frozen_copy(
 
 
 def _raise_unexpected(strange: list[str], places: Mapping[str, _Place], source: str) -> NoReturn:
-    known = [_whole_key(key) for key in places]
+    known = [place.key for place in places.values()]
     lines = []
     for key in strange[:5]:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
@@ -301,7 +314,7 @@ def _raise_unexpected(strange: list[str], places: Mapping[str, _Place], source: 
 
 
 def _check_complete(found: Mapping[str, str], places: Mapping[str, _Place], source: str) -> None:
-    missing = [_whole_key(key) for key in places if key not in found]
+    missing = [place.key for key, place in places.items() if key not in found]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise MissingKeyError(

@@ -37,7 +37,8 @@ def check_config(config: Mapping[str, Any], *, loading: bool) -> tuple[Codec, di
             )  # fmt: skip
     used = {key: config.get(key, option.default) for key, option in keys.items() if option.role == "used"}
     codec.check(used, loading)
-    _check_layers(used, loading=loading)
+    if not codec.on_model:
+        _check_layers(used, loading=loading)
     return codec, used
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from adaptc.codegen.backend import AdapterBackend
-from adaptc.codegen.torch_internals import compile_isolated, watch_recompile_limit
+from adaptc.codegen.torch_internals import compile_isolated, state_across_modules, watch_recompile_limit
 from adaptc.errors import RecompileLimitWarning
 from adaptc.runtime.attach import CALL
 
@@ -27,6 +28,7 @@ class Capture:
 
     def __init__(self, handle: Handle, function: Callable[..., Any], backend: AdapterBackend) -> None:
         self.handle = handle
+        self.across = handle.adapters.has_taps
 
         # A frame of ours as the root: Dynamo skips frames of torch's own containers, so that a model that is
         # an nn.Sequential or an nn.TransformerEncoder would capture nothing.
@@ -49,7 +51,7 @@ class Capture:
         CALL.eager, CALL.depth = set(), CALL.depth + 1
         CALL.recorded, CALL.stopped = (recorded, stopped) if records else (None, None)
         try:
-            with watch_recompile_limit() as limits:
+            with watch_recompile_limit() as limits, state_across_modules() if self.across else nullcontext():
                 output = self.compiled(*args, **kwargs)
         finally:
             eager, CALL.depth = CALL.eager or set(), CALL.depth - 1

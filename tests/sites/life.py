@@ -42,7 +42,7 @@ def check_life(build: Callable[[], nn.Module], plan: Any, batch: Any, *, sites: 
     assert sorted(grads) == sorted(names), "adapter parameters have gradients, and nothing else"
     assert all(g.any() for g in grads.values())
     assert not torch.equal(loss, plain)
-    assert [k for k in model.state_dict() if ".adapters." not in k] == keys
+    assert [k for k in model.state_dict() if ".adapters." not in f".{k}"] == keys
 
     # Another adapter of the same signature: no recompilation; then none, which is the base model.
     model.adaptc.add("other", plan)
@@ -68,7 +68,7 @@ def check_life(build: Callable[[], nn.Module], plan: Any, batch: Any, *, sites: 
         assert torch.equal(got, loss)
         assert all(torch.equal(got_grads[n], g) for n, g in grads.items())
         assert twin.adaptc.idle_sites() == [] and twin.adaptc.metrics()["graphs"] == graphs
-        next(twin.adaptc.parameters()).data.add_(1.0)
+        next(twin.adaptc.parameters()).data.mul_(-2.0).add_(1.0)
         assert not torch.equal(run(twin, batch), loss)
         assert torch.equal(run(model, batch), loss), "a copy has parameters of its own"
 

@@ -1,0 +1,199 @@
+"""Prompt tuning: trained embeddings in front of the input's (Lester et al. 2021, section 2).
+
+    h = [P; E[ids]]        P (n, d), ids (batch, tokens) -> h (batch, n + tokens, d)
+
+A causal language model computes h at its root: labels get n rows that do not count, so that the last prompt row
+predicts the first token, as in PEFT; its logits and hidden states come back without the prompt's rows. Other models
+compute it in their backbone, whose last hidden state comes back without the prompt's rows, so that heads read the
+caller's tokens; a pooler of the first row reads the prompt's first, as in PEFT. Attention weights keep all rows.
+
+Unlike PEFT: position ids that the caller gives are shifted, not dropped, so that padding on the left changes nothing;
+token type ids are continued with zeros.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from adaptc.errors import UnsupportedError
+from adaptc.ir.derive import derive
+from adaptc.ir.lora import draw_tensor
+from adaptc.methods import tokens
+from adaptc.methods.base import Adapter, anchor_of
+from adaptc.methods.codec import Codec, Option
+from adaptc.methods.scaled import storage_dtype
+from adaptc.methods.tokens import TokenAdapter, TokenMethod
+
+INITS = ("random", "vocabulary", "tokens")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt(TokenMethod):
+    """Train embeddings in front of the input's.
+
+    Args:
+        num_virtual_tokens: rows of the prompt.
+        init: "random" (normal), "vocabulary" (embeddings of tokens drawn at random) or "tokens" (those of
+            ``init_ids``, repeated or cut to the number of rows). ``Prompt.from_text`` makes ids of a text.
+    """
+
+    kind: ClassVar[str] = "prompt"
+    peft_kind: ClassVar[str | None] = "PROMPT_TUNING"
+
+    init: str = "random"
+    init_ids: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("init", self.init in INITS, " or ".join(INITS))
+        ids: Any = self.init_ids
+        if isinstance(ids, list):
+            ids = tuple(ids)
+            object.__setattr__(self, "init_ids", ids)
+        known = isinstance(ids, tuple) and bool(ids) and all(type(i) is int and i >= 0 for i in ids)
+        self.require("init_ids", known if self.init == "tokens" else ids is None, 'token ids, with init="tokens"')
+
+    @classmethod
+    def from_text(cls, text: str, tokenizer: Any, **options: Any) -> Prompt:
+        """A prompt that starts as ``text``; by default it has as many rows as the text has tokens.
+
+        The plan keeps the ids, so that nobody who loads the adapter needs ``tokenizer`` (one of transformers).
+        """
+        ids = tuple(tokenizer(text)["input_ids"])
+        return cls(**{"num_virtual_tokens": len(ids), **options, "init": "tokens", "init_ids": ids})
+
+    def refusal(self, path: str, module: nn.Module) -> str | None:
+        reason = super().refusal(path, module)
+        if reason is None and self.init_ids is not None:
+            size = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+            if max(self.init_ids) >= size:
+                return f"init_ids has {max(self.init_ids)}, the model's vocabulary {size} tokens"
+        return reason
+
+    def place(self, model: nn.Module) -> str:
+        return "" if _has_language_head(model) else tokens.backbone(model)
+
+    def build(self, path: str, module: nn.Module, *, dtype: torch.dtype | None, site_id: int) -> PromptAdapter:
+        return PromptAdapter(self, module, dtype=dtype, site_id=site_id)
+
+
+def _has_language_head(model: nn.Module) -> bool:
+    can_generate = getattr(model, "can_generate", None)
+    return bool(callable(can_generate) and can_generate())
+
+
+class PromptAdapter(TokenAdapter):
+    """``prompt`` (n, d)."""
+
+    method: Prompt
+
+    def __init__(
+        self, method: Prompt, module: nn.Module, *, dtype: torch.dtype | None = None, site_id: int = 0
+    ) -> None:
+        super().__init__(method, module, site_id)
+        weight: torch.Tensor = module.get_input_embeddings().weight  # type: ignore[operator]
+        self.shifts_labels = _has_language_head(module)
+        size = method.num_virtual_tokens, method.shape(module)[0]
+        self.prompt = nn.Parameter(torch.empty(size, dtype=storage_dtype(weight, dtype), device=weight.device))
+        self.reset_parameters(weight)
+
+    def reset_parameters(self, weight: torch.Tensor) -> None:
+        """Draw the initial values (the method's ``init``) from the embeddings ``weight`` (vocabulary, d)."""
+        method, count = self.method, self.count
+        if method.init == "random":
+            nn.init.normal_(self.prompt)
+            return
+        if method.init == "vocabulary":
+            chosen = torch.randint(0, weight.shape[0], (count,))
+        else:
+            ids = method.init_ids or ()
+            chosen = torch.tensor((ids * -(-count // len(ids)))[:count])
+        with torch.no_grad():
+            self.prompt.copy_(weight[chosen.to(weight.device)])
+
+    def run_inside(self, module: nn.Module, adapters: Sequence[Adapter], *args: Any, **kwargs: Any) -> Any:
+        given = tokens.named_arguments(self, args, kwargs)
+        count = sum(a.count for a in adapters if isinstance(a, TokenAdapter))
+        tokens.lengthen_mask(given, count)
+        positions = given.get("position_ids")
+        if tokens.is_begun(given, count):
+            if positions is not None:
+                given["position_ids"] = positions + count
+            return type(module).forward(module, **given)
+        embeds = given.get("inputs_embeds")
+        if embeds is None:
+            embeds = module.get_input_embeddings()(given["input_ids"])  # type: ignore[operator]
+        batch, length = embeds.shape[:2]
+        for adapter in reversed(adapters):
+            embeds = prompt_site(adapter.site_id, embeds, adapter.prompt)
+        given["input_ids"], given["inputs_embeds"] = None, embeds
+        if positions is not None:
+            front = torch.arange(count, device=positions.device, dtype=positions.dtype)
+            given["position_ids"] = torch.cat([front.expand(*positions.shape[:-1], count), positions + count], dim=-1)
+        types = given.get("token_type_ids")
+        if types is not None:
+            given["token_type_ids"] = torch.cat([types.new_zeros(batch, count), types], dim=1)
+        as_tuple = given.pop("return_dict", None) is False
+        if self.shifts_labels:
+            output = self._run_language_model(module, given, count, length)
+        else:
+            output = type(module).forward(module, **given)
+            output["last_hidden_state"] = output["last_hidden_state"][:, count:]
+        if output.get("hidden_states") is not None:
+            output["hidden_states"] = tuple(h[:, count:] for h in output["hidden_states"])
+        return output.to_tuple() if as_tuple else output
+
+    @staticmethod
+    def _run_language_model(module: nn.Module, given: dict[str, Any], count: int, length: int) -> Any:
+        if given.get("shift_labels") is not None:
+            raise UnsupportedError("a prompt and shift_labels", do="give labels: they are shifted here")
+        labels, keep = given.get("labels"), given.get("logits_to_keep", 0)
+        if labels is not None:
+            given["labels"] = torch.cat([labels.new_full((labels.shape[0], count), -100), labels], dim=1)
+        if isinstance(keep, torch.Tensor):
+            given["logits_to_keep"] = keep + count
+        output = type(module).forward(module, **given)
+        if not isinstance(keep, torch.Tensor) and (keep == 0 or keep > length):
+            output["logits"] = output["logits"][:, -length:]
+        return output
+
+    def peft_tensors(self) -> dict[str, torch.Tensor]:
+        return {"prompt_embeddings": self.prompt}
+
+
+def body(embeds: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    """(batch, tokens, d) with prompt (n, d) in front: (batch, n + tokens, d), in the dtype of ``embeds``."""
+    rows = prompt.to(embeds.dtype).expand(embeds.shape[0], *prompt.shape)
+    return torch.cat([rows, embeds], dim=1)
+
+
+def sample(draw: Any) -> tuple[Any, ...]:
+    from hypothesis import strategies as st
+
+    batch, tokens, n, d = (draw(st.integers(1, 4)) for _ in range(4))
+    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+    wide = dtype if dtype.itemsize >= 4 else draw(st.sampled_from([dtype, torch.float32]))
+    return draw_tensor(draw, (batch, tokens, d), dtype), draw_tensor(draw, (n, d), wide)
+
+
+PROMPT = derive("prompt_rows", "(Tensor embeds, Tensor prompt) -> Tensor", body, sample=sample)
+_ANCHOR = anchor_of(PROMPT)
+prompt_site = _ANCHOR.function
+ANCHORS = (_ANCHOR,)
+
+CODEC = Codec(
+    peft_type="PROMPT_TUNING", kind="prompt", label="prompt tuning", on_model=True, stored=tokens.without_dimensions,
+    options={
+        **tokens.OPTIONS,
+        # Texts and tokenizers are made token ids of before there is a plan: Prompt.from_text.
+        "prompt_tuning_init": Option("RANDOM", "init"),
+        "prompt_tuning_init_text": Option(None, "init"),
+        "tokenizer_name_or_path": Option(None, "ignored", carried=True),
+        "tokenizer_kwargs": Option(None, "init"),
+    },
+)  # fmt: skip

@@ -1,0 +1,167 @@
+"""Trained tokens in front of a model's input: what prompt tuning and prefix tuning share.
+
+They act on a whole model, so a plan names no modules: ``targets`` is ``"."``, which the method sets itself. The site is
+the module of the model whose call they change, at ``place(model)``. Tokens are part of the graph of that call:
+
+* a 2-D attention mask gets a column of ones per token; position ids given by the caller are shifted by their number;
+* tokens go in once: a call with a filled cache finds them there. ``generate`` counts the caller's tokens only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from adaptc.errors import PlanError, UnsupportedError
+from adaptc.methods.base import Adapter, Method
+from adaptc.methods.codec import Option, is_rank, optional
+
+#: Options that the model's config answers.
+MODEL_KEYS = ("token_dim", "num_attention_heads", "num_layers")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenMethod(Method):
+    """Options of PEFT's prompt learning; ``token_dim``, ``num_attention_heads`` and ``num_layers`` are the model's own
+    where None, and must be what the model has where given."""
+
+    on_model: ClassVar[bool] = True
+    quantised: ClassVar[bool] = True
+
+    num_virtual_tokens: int = 20
+    token_dim: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        count = self.num_virtual_tokens
+        self.require("num_virtual_tokens", type(count) is int and count > 0, "a positive integer")
+        for name in MODEL_KEYS:
+            value = getattr(self, name)
+            self.require(name, value is None or (type(value) is int and value > 0), "a positive integer")
+
+    def require(self, name: str, ok: bool, expected: str) -> None:
+        """Raise PlanError unless the option ``name`` is legal."""
+        if not ok:
+            text = f"{type(self).__name__}: {name} is not legal"
+            raise PlanError(text, expected=expected, found=repr(getattr(self, name)))
+
+    def shape(self, model: nn.Module) -> tuple[int, int, int]:
+        """(token_dim, num_attention_heads, num_layers) of the table, by the model's config."""
+        config: Any = model.config
+        return config.hidden_size, config.num_attention_heads, config.num_hidden_layers
+
+    def refusal(self, path: str, module: nn.Module) -> str | None:
+        config: Any = getattr(module, "config", None)
+        sizes = ("hidden_size", "num_attention_heads", "num_hidden_layers")
+        if config is None or not all(isinstance(getattr(config, name, None), int) for name in sizes):
+            return f"{type(module).__name__} is not a transformer of transformers with one stack of layers"
+        if getattr(config, "is_encoder_decoder", False):
+            return "models with an encoder and a decoder are not supported"
+        own = dict(zip(MODEL_KEYS, self.shape(module), strict=True))
+        for name, value in own.items():
+            if getattr(self, name) not in (None, value):
+                return f"{name} is {getattr(self, name)}, the model's is {value}"
+        return None
+
+
+def backbone(model: nn.Module) -> str:
+    """Path of the part of a transformers model without its head; "" when it has none."""
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    return prefix if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+
+
+class TokenAdapter(Adapter):
+    """An adapter that changes the arguments of a model's call."""
+
+    acts_inside = True
+    method: TokenMethod
+
+    def __init__(self, method: TokenMethod, module: nn.Module, site_id: int) -> None:
+        super().__init__(method, site_id)
+        signature = inspect.signature(type(module).forward)
+        #: Of the model's forward, without self: a call may pass its arguments by position.
+        self.parameter_names = tuple(signature.parameters)[1:]
+        self.count = method.num_virtual_tokens
+
+    def signature(self) -> tuple[object, ...]:
+        return (*super().signature(), self.count)
+
+
+def named_arguments(adapter: TokenAdapter, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    return {**dict(zip(adapter.parameter_names, args, strict=False)), **kwargs}
+
+
+def lengthen_mask(given: dict[str, Any], count: int) -> None:
+    """Let every row see ``count`` tokens more.
+
+    Raises:
+        UnsupportedError: a mask other than (batch, tokens), or boundaries of packed sequences.
+    """
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "block_mask"):
+        if given.get(name) is not None:
+            raise UnsupportedError(
+                f"virtual tokens and {name}", found="packed sequences in one row",
+                do="one sequence per row, padded; or no prompt and prefix adapters",
+            )  # fmt: skip
+    mask = given.get("attention_mask")
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        found = f"{mask.dim()} dimensions" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise UnsupportedError(
+            "virtual tokens need an attention mask that they can lengthen",
+            expected="(batch, tokens), or none", found=found, do="generate without a static cache",
+        )  # fmt: skip
+    given["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], count), mask], dim=1)
+
+
+def is_begun(given: Mapping[str, Any], count: int) -> bool:
+    """Whether the call goes on from a cache that holds the tokens already; call it after ``lengthen_mask``.
+
+    Raises:
+        UnsupportedError: a cache of a fixed size, or one that was filled without the tokens.
+    """
+    past = given.get("past_key_values")
+    if past is None:
+        return False
+    if not hasattr(past, "layers") or getattr(past, "is_compileable", False):
+        raise UnsupportedError(
+            "virtual tokens in a cache of a fixed size",
+            expected="a DynamicCache", found=type(past).__name__, do="leave out cache_implementation",
+        )  # fmt: skip
+    length = past.get_seq_length()
+    if length == 0:
+        return False
+    mask, ids = given.get("attention_mask"), given.get("input_ids")
+    new = (given["inputs_embeds"] if ids is None else ids).shape[1]
+    if mask is not None and length + new < mask.shape[1]:
+        raise UnsupportedError(
+            "this cache was filled without the virtual tokens",
+            expected=f"{mask.shape[1] - new} entries", found=length, do="start from an empty cache",
+        )  # fmt: skip
+    return True
+
+
+def _one_stack(value: Any) -> bool:
+    return value in (None, 1)
+
+
+#: Keys of every config of PEFT's prompt learning.
+OPTIONS = {
+    "num_virtual_tokens": Option(None, "used", "a positive integer", is_rank, field="num_virtual_tokens"),
+    **{key: Option(None, "used", "a positive integer or null", optional(is_rank), field=key) for key in MODEL_KEYS},
+    "num_transformer_submodules": Option(None, "ignored", "1 or null", _one_stack),
+}
+
+
+def without_dimensions(method: Method) -> Method:
+    """The method without what the model itself says."""
+    return dataclasses.replace(method, **dict.fromkeys(MODEL_KEYS))
