@@ -192,9 +192,9 @@ class Pipeline:
             original = copy_for_undo(gm) if validate else None
             signature = structure.signature(gm)
             before = op_counts(gm)
-            start = time.perf_counter()
+            began = time.perf_counter()
             result = one.run(gm, context)
-            seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - began
             report = PassReport(one.name, level, result, before, op_counts(gm), seconds, (cost, cost))
             try:
                 structure.check_structure(one, gm, signature, result)
