@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 _LIBRARY = torch.library.Library("adaptc_kernels", "DEF")  # type: ignore[no-untyped-call]
+#: A loop over groups reads their sizes on the host, which a CUDA graph cannot record.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
 #: torch's own kernel reads rows in pieces of this many bytes.
 _ALIGNMENT = 16
 
@@ -75,7 +77,7 @@ def native_mm(x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torc
 
 def _define(name: str, schema: str, kernel: Any, fake: Any, save: Any, gradient: Any, flops: Any) -> Any:
     full = f"adaptc_kernels::{name}"
-    torch.library.define(full, schema, lib=_LIBRARY, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(full, schema, lib=_LIBRARY, tags=_TAGS)
     torch.library.impl(full, "CompositeExplicitAutograd", kernel, lib=_LIBRARY)
     torch.library.register_fake(full, fake, lib=_LIBRARY)
     torch.library.register_autograd(full, gradient, setup_context=save, lib=_LIBRARY)

@@ -69,11 +69,16 @@ class Prompt(TokenMethod):
 
     def refusal(self, path: str, module: nn.Module) -> str | None:
         reason = super().refusal(path, module)
-        if reason is None and self.init_ids is not None:
-            size = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        if reason is not None:
+            return reason
+        embeddings = module.get_input_embeddings()  # type: ignore[operator]
+        if not isinstance(getattr(embeddings, "weight", None), torch.Tensor):
+            return f"{type(module).__name__} embeds by a {type(embeddings).__name__}, not by a table of tokens"
+        if self.init_ids is not None:
+            size = embeddings.weight.shape[0]
             if max(self.init_ids) >= size:
                 return f"init_ids has {max(self.init_ids)}, the model's vocabulary {size} tokens"
-        return reason
+        return None
 
     def place(self, model: nn.Module) -> str:
         return "" if _has_language_head(model) else tokens.backbone(model)

@@ -101,10 +101,10 @@ def run_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     live = found.live
     if found.epoch == _NEVER or len(live) == 0:
         return None
-    x = args[0] if args else next(iter(kwargs.values()))
     for adapter in live:
         if adapter.acts_inside:
             continue
+        x = _input_of(module, args, kwargs)
         if not (isinstance(output, torch.Tensor) or adapter.takes_any_output):
             raise SiteError(
                 f"a {type(module).__name__} returned a {type(output).__name__}",
@@ -117,9 +117,21 @@ def run_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     return output
 
 
+def _input_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first argument of a call, which is what adapters read."""
+    if args:
+        return args[0]
+    if kwargs:
+        return next(iter(kwargs.values()))
+    raise SiteError(
+        f"a {type(module).__name__} was called without arguments",
+        expected="an input, which its adapter reads", do="leave this module out of the plan",
+    )  # fmt: skip
+
+
 def run_tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of modules whose input adapters elsewhere read: keep it for those that are live."""
-    x = args[0] if args else next(iter(kwargs.values()))
+    x = _input_of(module, args, kwargs)
     for found, name in module.__dict__[Taps.KEY].readers:
         for adapter in found.live:
             if adapter.tap == name:
@@ -158,8 +170,8 @@ def run_before_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     live = [a for a in cast(SiteAdapters, module.adapters).live if a.acts_before]
     if len(live) == 0:
         return None
+    x = _input_of(module, args, kwargs)
     name = None if args else next(iter(kwargs))
-    x = args[0] if name is None else kwargs[name]
     for adapter in live:
         note_eager(adapter)
         x = adapter.apply_before(module, x)
@@ -168,7 +180,9 @@ def run_before_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 def run_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Instance ``forward`` of a module that some adapter replaces or acts inside of: as the live ones have it."""
-    found = cast(SiteAdapters, module.adapters)
+    found = cast("SiteAdapters | None", getattr(module, "adapters", None))
+    if found is None:  # detached under a wrapper of this forward, as accelerate's mixed precision sets one
+        return type(module).forward(module, *args, **kwargs)
     if found.epoch != _NEVER and found.standin is not None:
         note_eager(found.standin)
         output = found.standin.replace(*args, **kwargs)

@@ -26,12 +26,15 @@ from adaptc.runtime.warmup import tensors_of
 if TYPE_CHECKING:
     from adaptc.codegen.graphs import CapturedGraph
     from adaptc.methods.base import Adapter
+    from adaptc.runtime.adapters import Site
     from adaptc.runtime.handle import Handle
 
 _ZERO = "both factors are zero, so each one's gradient is zero too"
 _STOPPED = "runs under torch.no_grad, outside of a captured graph"
 _UNCALLED = "was not called in any forward"
 _UNREACHED = "the loss does not depend on its output"
+#: Backwards without any gradient, as when every advantage of a batch is zero, before that is taken for the rule.
+_PATIENCE = 3
 
 
 class Lint:
@@ -43,6 +46,10 @@ class Lint:
         self._told: set[tuple[str, str]] = set()
         #: Adapters that are live and the number of the capture epoch, where the first backward was looked at.
         self._watched: set[tuple[int, tuple[str, ...]]] = set()
+        #: How many backwards in a row gave no adapter a gradient.
+        self._fruitless = 0
+        #: The graphs whose lifted regions were told.
+        self._looked_at: tuple[int, ...] = ()
         #: Site path -> why it runs without gradients.
         self.stopped: dict[str, str] = {}
         #: Site path -> why the first backward gave it no gradient.
@@ -65,18 +72,26 @@ class Lint:
 
     def after_call(self, output: Any, recorded: set[int], stopped: set[int], graphs: Sequence[CapturedGraph]) -> None:
         """Look at a call that was made with gradients on: which sites ran, by ``id`` of their site-id tensors."""
-        self._warn_once(
-            LiftedRegionWarning, "a torch.no_grad region records gradients, so that adapters inside it train",
-            sorted(lifted(graphs)), "leave these modules out of the plan to keep it as it was",
-        )  # fmt: skip
-        paths = self.handle.site_paths()
-        alone = sorted({paths[i] for i in stopped - recorded if i in paths})
-        self.stopped.update((path, _STOPPED) for path in alone)
-        do = "call this part of the model with gradients on, or leave it out of the plan"
-        self._warn_once(NoGradientWarning, _STOPPED, alone, do)
+        seen = tuple(map(id, graphs))
+        if self._looked_at != seen:
+            self._looked_at = seen
+            self._warn_once(
+                LiftedRegionWarning, "a torch.no_grad region records gradients, so that adapters inside it train",
+                sorted(lifted(graphs)), "leave these modules out of the plan to keep it as it was",
+            )  # fmt: skip
+        if alone := stopped - recorded:
+            self._tell_stopped(alone)
         key = (self.handle.captures.counts["epochs"], self.handle.live)
         if key not in self._watched:
             self._watch(key, [t for t in tensors_of(output) if t.requires_grad])
+
+    def _tell_stopped(self, site_ids: set[int]) -> None:
+        paths = self.handle.site_paths()
+        trained = {site.path for site, _ in self._trained()}
+        found = sorted({paths[i] for i in site_ids if i in paths} & trained)
+        self.stopped.update((path, _STOPPED) for path in found)
+        do = "call this part of the model with gradients on, or leave it out of the plan"
+        self._warn_once(NoGradientWarning, _STOPPED, found, do)
 
     def _watch(self, key: tuple[int, tuple[str, ...]], outputs: Sequence[torch.Tensor]) -> None:
         """Look at the parameters when the first backward through ``outputs`` has ended."""
@@ -93,8 +108,12 @@ class Lint:
         hooks += [output.register_hook(started) for output in outputs]  # type: ignore[no-untyped-call]
 
     def _after_backward(self, key: tuple[int, tuple[str, ...]]) -> None:
-        if not any(p.grad is not None for p in self.handle.model.parameters()):
-            return  # torch.autograd.grad, which leaves nothing to look at
+        if not any(_has_gradient(p) for _, adapter in self._trained() for p in adapter.parameters()):
+            # torch.autograd.grad, which leaves nothing to look at, or a loss that is zero.
+            self._fruitless += 1
+            if self._fruitless < _PATIENCE or not any(p.grad is not None for p in self.handle.model.parameters()):
+                return
+        self._fruitless = 0
         self._watched.add(key)
         idle, silent = set(self.handle.idle_sites()), {}
         for path, _ in self._without_gradient():
@@ -103,16 +122,25 @@ class Lint:
         for reason in dict.fromkeys(silent.values()):
             if reason != _STOPPED:
                 found = [path for path, why in silent.items() if why == reason]
+                if reason == _UNCALLED:
+                    # Experts and dropped layers: an equal module beside it ran, so others will in other batches.
+                    ran = {_numberless(site.path) for site in self.handle.sites if site.path not in idle}
+                    found = [path for path in found if _numberless(path) not in ran]
                 do = "leave it out of the plan, unless other batches or losses use it"
                 self._warn_once(NoGradientWarning, f"no gradient in the first backward: {reason}", found, do)
 
-    def _without_gradient(self) -> Iterator[tuple[str, Adapter]]:
-        """(site path, adapter) of live adapters that are trained and have no gradient."""
+    def _trained(self) -> Iterator[tuple[Site, Adapter]]:
+        """Sites and their live adapters that are trained."""
         for site in self.handle.sites:
             for adapter in (a for name in self.handle.live for a in site.of(name)):
-                trained = [p for p in adapter.parameters() if p.requires_grad]
-                if trained and not any(map(_has_gradient, trained)):
-                    yield site.path, adapter
+                if any(p.requires_grad for p in adapter.parameters()):
+                    yield site, adapter
+
+    def _without_gradient(self) -> Iterator[tuple[str, Adapter]]:
+        """(site path, adapter) of live adapters that are trained and have no gradient."""
+        for site, adapter in self._trained():
+            if not any(_has_gradient(p) for p in adapter.parameters() if p.requires_grad):
+                yield site.path, adapter
 
     def rows(self) -> Iterator[str]:
         """Lines for ``explain()``."""
@@ -158,6 +186,11 @@ def dead_parameters(adapter: Adapter) -> Iterator[str]:
             stuck = zero[name] or not any(factors[other].requires_grad for other in others)
             if parameter.requires_grad and stuck and all(zero[other] for other in others):
                 yield name
+
+
+def _numberless(path: str) -> str:
+    """The path of a module, whatever its number among its like."""
+    return ".".join("*" if part.isdecimal() else part for part in path.split("."))
 
 
 def _has_gradient(parameter: torch.Tensor) -> bool:

@@ -77,6 +77,7 @@ class DataParallelCheck:
         #: The wrapper that was seen last, and the trained parameters that it was made with.
         self._wrapper: weakref.ref[nn.Module] | None = None
         self._averaged: frozenset[int] = frozenset()
+        #: The trained parameters, by ``id``, that were found to be averaged.
         self._passed: object = None
 
     def __call__(self, handle: Handle) -> None:
@@ -87,20 +88,24 @@ class DataParallelCheck:
         if self._wrapper is None or self._wrapper() is not ddp:
             self._wrapper, self._passed = weakref.ref(ddp), None
             self._averaged = frozenset(id(p) for p in ddp.parameters() if p.requires_grad)
-        state = (tuple(handle.records), handle.live, handle.captures.counts["epochs"])
-        if state == self._passed:
+        trained = {
+            id(parameter): path
+            for name in handle.live
+            for path, parameter in handle.named_parameters(name)
+            if parameter.requires_grad
+        }
+        if trained.keys() == self._passed:
             return
         known = torch_internals.data_parallel_parameters(ddp) & self._averaged
-        for name in handle.live:
-            for path, parameter in handle.named_parameters(name):
-                if parameter.requires_grad and id(parameter) not in known:
-                    raise UnsupportedError(
-                        f"{path} is trained, and DistributedDataParallel does not average its gradient",
-                        expected="a parameter of the model, trained, when it was wrapped",
-                        found="one that was added, or whose requires_grad was set, afterwards",
-                        do="wrap the model again: ddp = DistributedDataParallel(model)",
-                    )
-        self._passed = state
+        for number, path in trained.items():
+            if number not in known:
+                raise UnsupportedError(
+                    f"{path} is trained, and DistributedDataParallel does not average its gradient",
+                    expected="a parameter of the model, trained, when it was wrapped",
+                    found="one that was added, or whose requires_grad was set, afterwards",
+                    do="wrap the model again: ddp = DistributedDataParallel(model)",
+                )
+        self._passed = trained.keys()
 
 
 def note_constant_buffers(handle: Handle) -> None:

@@ -8,6 +8,7 @@ import torch
 
 import adaptc
 from tests.integrations.training import Rows, base, compiled, values
+from tests.models import hosts
 
 #: Without dropout: a loader draws a number when it is iterated, so that a resumed loop has other masks.
 STILL = adaptc.Plan([adaptc.LoRA(r=3, alpha=6, init="random", targets=["q_proj", "down_proj"])])
@@ -65,3 +66,16 @@ def test_the_idiom_for_saving(tmp_path):
     row = {name: tensor[None] for name, tensor in Rows()[0].items()}
     with torch.no_grad():
         torch.testing.assert_close(theirs(**row).logits, model.eval()(**row).logits, rtol=0, atol=1e-6)
+
+
+def test_detached_under_the_forward_that_mixed_precision_wraps():
+    """Accelerate keeps the forward that it found, which a prompt had put there."""
+    model = compiled(adaptc.Plan([adaptc.Prompt(num_virtual_tokens=2)]), backend="eager")
+    prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    batch = hosts.batch("llama")
+    prompted = prepared(**batch).logits
+    model.adaptc.detach()
+    plain = prepared(**batch).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(plain, base()(**batch).logits.float())
+    assert prompted.shape != plain.shape or not torch.equal(prompted, plain)

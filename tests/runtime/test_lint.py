@@ -160,6 +160,39 @@ def test_a_branch_that_only_the_loss_leaves_out():
     assert "no gradient in the first backward" not in str(model.adaptc.explain())
 
 
+def test_a_first_loss_of_zero_says_nothing_of_the_adapters():
+    """As when every advantage of a batch is zero: warnings are errors in these tests."""
+
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 5)
+
+        def forward(self, x):
+            return self.a(x)
+
+    model = compiled(Weighted())
+    (0 * model(torch.randn(4, 6)).sum()).backward()
+    model(torch.randn(4, 6)).sum().backward()
+    assert model.adaptc.lint.silent == {}
+
+
+def test_an_expert_that_no_token_reached_is_in_the_report_alone():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(6, 5) for _ in range(3))
+
+        def forward(self, x):
+            return self.experts[1](x)
+
+    model = compiled(Experts())
+    model(torch.randn(4, 6)).sum().backward()  # warnings are errors in these tests
+    assert "no gradient in the first backward (was not called in any forward): experts.{0,2}" in str(
+        model.adaptc.explain()
+    )
+
+
 def test_gradients_taken_by_hand_say_nothing():
     model = compiled()
     loss = model(torch.randn(4, 6)).sum()

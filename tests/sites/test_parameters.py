@@ -312,3 +312,36 @@ def test_refuses_what_it_would_get_wrong():
     assert "it is torch.float8_e4m3fn" in refused("inner.P", low)
     with pytest.raises(PlanError, match=r"gate_up_proj is a parameter of .* and ia3 adapts modules"):
         adaptc.Plan(adaptc.IA3(targets="gate_up_proj")).resolve(qwen3_moe())
+
+
+def test_a_module_that_is_called_without_arguments():
+    """A table of positions or queries: there is no input to read, only the parameter."""
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(5, 6))
+
+        def forward(self):
+            return self.table
+
+    class Host(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = Table(), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(x + self.table())
+
+    with hosts.seeded(0):
+        base, x = Host(), torch.randn(2, 5, 6)
+    model = adaptc.compile(copy.deepcopy(base), lora(targets=["table.table"]), backend="aot_eager")
+    adapter = model.table.adapters["default~table"]
+    A, B = (p.detach().clone().requires_grad_() for p in (adapter.lora_A, adapter.lora_B))
+    want = base.head(x + base.table.table + SCALE * B @ A)
+    want.sum().backward()
+    got = model(x)
+    got.sum().backward()
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(adapter.lora_A.grad, A.grad)
+    torch.testing.assert_close(adapter.lora_B.grad, B.grad)
