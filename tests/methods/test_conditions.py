@@ -37,7 +37,8 @@ def plain(name, model, batch):
     return step(alone, batch)
 
 
-@pytest.mark.parametrize("name", ["dora", *(pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n != "dora")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
 def test_rows_and_lengths_may_change(name):
     model = build(name, dynamic=True)
     for rows, length in ((2, 10), (3, 10), (4, 13)):

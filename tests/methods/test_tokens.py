@@ -33,12 +33,12 @@ METHODS = {
 }  # fmt: skip
 CAUSAL = ("llama", "gpt2")
 PLACES = [(host, kind) for host in ("llama", "gpt2", "bert") for kind in METHODS]
+SLOW = [pytest.param(*place, marks=pytest.mark.slow) for place in PLACES if place != ("llama", "prompt")]
 #: The same, those that take longest in the slow set.
 SOME = [
     (host, kind) if (host, kind) in (("llama", "prompt"), ("llama", "projected"), ("bert", "prefix"))
     else pytest.param(host, kind, marks=pytest.mark.slow) for host, kind in PLACES
 ]  # fmt: skip
-SLOW_GPT2 = [pytest.param(host, marks=pytest.mark.slow) if host == "gpt2" else host for host in CAUSAL]
 
 
 def build(host, **options):
@@ -156,7 +156,7 @@ def test_loss_and_gradients_are_pefts(host, kind):
         torch.testing.assert_close(parameter.grad, pairs[name].grad, rtol=2e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+@pytest.mark.parametrize("kind", ["prefix", pytest.param("prompt", marks=pytest.mark.slow)])
 def test_a_classifier_on_a_decoder_finds_the_last_token_under_padding(kind):
     """PEFT gives embeddings instead of ids to it, so that it cannot see the padding: row by row it can."""
     base, batch = build("llama-score"), batch_of("llama-score")
@@ -169,7 +169,7 @@ def test_a_classifier_on_a_decoder_finds_the_last_token_under_padding(kind):
     assert [s.path for s in model.adaptc.sites] == ["model"]
 
 
-@pytest.mark.parametrize("host, kind", [place for place in SOME if "bert" not in str(place)])
+@pytest.mark.parametrize("host, kind", [("llama", "prompt"), *(p for p in SLOW if "bert" not in p.values)])
 def test_generation_is_pefts_and_counts_the_callers_tokens(host, kind):
     base = build(host)
     model, theirs = compiled(base, kind).eval(), peft_of(base, host, kind).eval()
@@ -203,6 +203,7 @@ def test_generation_under_left_padding_is_that_of_the_row_alone(host, kind):
     assert torch.equal(both[1, 6:], alone[0, 4:]) and searched.shape == (2, 11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_decoding_with_a_cache_is_computing_the_whole(kind):
     model = compiled(build("llama"), kind).eval()
@@ -214,7 +215,8 @@ def test_decoding_with_a_cache_is_computing_the_whole(kind):
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("host", SLOW_GPT2)
+@pytest.mark.slow
+@pytest.mark.parametrize("host", CAUSAL)
 def test_a_prompt_is_the_prefix_of_its_own_keys_and_values(host):
     """Under a causal mask the prompt's rows never see the input."""
     base, batch = build(host), batch_of(host)
@@ -265,6 +267,7 @@ def test_it_bears_what_every_kind_of_site_must(host, kind):
     check_life(lambda: build(host), adaptc.Plan([METHODS[kind]()]), batch_of(host), sites=1)
 
 
+@pytest.mark.slow
 def test_a_head_and_lora_beside_a_prompt():
     plan = adaptc.Plan([
         METHODS["prompt"](), adaptc.LoRA(r=2, targets=["query"], init="random"),
