@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
 import adaptc
+from adaptc.errors import NoGradientWarning
 from tests.models import zoo
 from tests.models.test_against_peft import CountingBackend, lora, peft_step, peft_twin
 from tests.reference import reference_step, relative_errors, step
@@ -23,14 +26,14 @@ CLASSES = {
     "falcon": ("causal", 8, 0),
     "bloom": ("causal", 8, 0),
     "qwen3_moe": ("causal", 8, 0),  # the experts are fused weights
-    "mamba": ("causal", 8, 0),
+    "mamba": ("causal", 8, 2),  # its scan reads the weight of dt_proj past the module
     "vit": ("image", 12, 0),
     "dinov2": ("image", 12, 0),
     "whisper": ("speech", 32, 0),
     "audio-spectrogram-transformer": ("audio", 12, 0),
     "musicgen": ("causal", 20, 8),  # cross-attention has nothing to attend to
 }
-QUICK = ("qwen3", "gemma2", "mamba", "vit")
+QUICK = ("qwen3", "vit")
 EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CLASSES]
 
 
@@ -48,7 +51,8 @@ def test_a_class_trains_as_under_peft_in_as_many_graphs_as_its_base(kind):
         want_loss, want = reference_step(model, zoo.build(task, kind), batch)
     else:
         want_loss, want = peft_step(peft_twin(zoo.build(task, kind), model).train(), batch)
-    loss, got = step(model, batch)
+    with pytest.warns(NoGradientWarning, match="not called in any forward") if idle else contextlib.nullcontext():
+        loss, got = step(model, batch)
     assert abs(loss / want_loss - 1) < 2e-6
     # Fp32 through two layers; PEFT gives None and the formula zero to what is not reached.
     assert max(relative_errors(got, {name: g for name, g in want.items() if g is not None and g.any()}).values()) < 1e-4

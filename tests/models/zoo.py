@@ -136,14 +136,15 @@ def build(task: str, model_type: str, *, seed: int = 0) -> PreTrainedModel:
         NotBuiltError: its config or its constructor does not take the small sizes.
     """
     name = classes(task)[model_type]
-    cls = getattr(transformers, name)
+    cls: type[PreTrainedModel] = getattr(transformers, name)
     extra = dict(SPECIAL.get(model_type, {}))
     if task in ("image", "audio"):
         extra["num_labels"] = CLASSES
-    if task == "causal" and "is_decoder" in {f.name for f in dataclasses.fields(CONFIG_MAPPING[model_type])}:
+    config_class = cls.config_class or CONFIG_MAPPING[model_type]  # of the decoder alone, say
+    if task == "causal" and "is_decoder" in {f.name for f in dataclasses.fields(config_class)}:
         extra["is_decoder"] = True
     try:
-        config = tiny_config(CONFIG_MAPPING[model_type], **extra)
+        config = tiny_config(config_class, **extra)
         with torch.device("meta"):
             count = sum(p.numel() for p in cls(config).parameters())
         if count > 30_000_000:
