@@ -211,7 +211,10 @@ def test_decoding_with_a_cache_is_computing_the_whole(kind):
     with torch.no_grad():
         whole = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         first = model(input_ids=ids[:, :5], use_cache=True)
-        rest = model(input_ids=ids[:, 5:], past_key_values=first.past_key_values, attention_mask=torch.ones_like(ids))
+        # As generation does: positions of the caller's own tokens, with which the virtual ones are not counted.
+        places = torch.arange(5, 8)[None]
+        more = {"attention_mask": torch.ones_like(ids), "position_ids": places}
+        rest = model(input_ids=ids[:, 5:], past_key_values=first.past_key_values, **more)
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, rtol=1e-5, atol=1e-5)
 
 

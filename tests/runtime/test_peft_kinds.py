@@ -200,7 +200,12 @@ def test_adaptc_reads_what_adaptc_writes(saved: Any) -> None:
 # -- the config -------------------------------------------------------------------------------------------
 
 #: kind -> the least that PEFT needs
-LEAST: dict[str, dict[str, Any]] = {"IA3": ia3(["q"]), "VERA": {"peft_type": "VERA", "target_modules": ["q"]}}
+LEAST: dict[str, dict[str, Any]] = {
+    "IA3": ia3(["q"]),
+    "VERA": {"peft_type": "VERA", "target_modules": ["q"]},
+    "PROMPT_TUNING": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2},
+    "PREFIX_TUNING": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2},
+}
 KINDS = sorted(codecs().keys() - {"LORA"})
 
 
@@ -229,6 +234,9 @@ def test_every_key_of_peft_is_known_with_its_default(kind: str) -> None:
 )
 def test_configs_that_are_refused(kind: str, change: dict[str, Any], error: type[Exception], text: str) -> None:
     assert read(LEAST[kind]).rules[0].method.kind == codecs()[kind].kind
+    (key,) = change
+    if codecs()[kind].on_model and key not in codecs()[kind].keys():
+        error, text = errors.UnknownConfigKeyError, f"unknown key {key!r}"
     with pytest.raises(error) as raised:
         read({**LEAST[kind], **change})
     assert text in str(raised.value)
