@@ -97,11 +97,20 @@ def test_a_trained_bias_is_merged_beside_quantised_weights():
         assert torch.equal(merged.weight, base.get_submodule(path).weight)
 
 
+#: Methods that do not act on one linear layer: their targets, and what they need to be told.
+ELSEWHERE = {
+    "adaptformer": (["attention.output"], {"tap": "self.query"}),
+    "prefix": (["."], {"num_virtual_tokens": 2}),
+    "prompt": (["."], {"num_virtual_tokens": 2}),
+}
+
+
 @pytest.mark.parametrize("method", sorted(adaptc.methods()))
 def test_capabilities_are_the_facts(method):
     """Every method trains on a quantised base, or is refused: as it says."""
     model = bases.build("nf4", "bert", train=True)
-    rule = {"match": {"targets": ["query"]}, "method": {"kind": method}}
+    targets, options = ELSEWHERE.get(method, (["query"], {}))
+    rule = {"match": {"targets": targets}, "method": {"kind": method, **options}}
     if method == "full":
         rule = {"match": {"targets": ["query"]}, "train": "full"}
     plan = adaptc.Plan.from_dict({"version": 1, "rules": [rule]})
