@@ -78,17 +78,11 @@ class AdaptFormer(Method):
         _require("features", self.features, known, "a positive integer")
 
     def refusal(self, path: str, module: nn.Module) -> str | None:
-        if self.width(module) is None:
-            name = type(module).__name__
-            return f"the width of {name} is not known: say features=, the width of the activations"
-        return None
+        return None if self.width(module) is not None else linear.unknown_width(module)
 
     def width(self, module: nn.Module) -> int | None:
         """Width of the residual stream at ``module``, or None when it is not known."""
-        if self.features is not None:
-            return self.features
-        products = [m for m in module.modules() if linear.refusal("", m) is None]
-        return linear.features(products[-1])[1] if products else None
+        return self.features if self.features is not None else linear.last_width(module)
 
     def build(self, path: str, module: nn.Module, *, dtype: torch.dtype | None, site_id: int) -> AdaptFormerAdapter:
         return AdaptFormerAdapter(self, module, dtype=dtype, site_id=site_id)

@@ -74,10 +74,7 @@ class Bottleneck(Method):
         _require("features", self.features, known, "a positive integer")
 
     def refusal(self, path: str, module: nn.Module) -> str | None:
-        if self.widths(module) is None:
-            name = type(module).__name__
-            return f"the width of {name} is not known: say features=, the width of the activations"
-        return None
+        return None if self.widths(module) is not None else linear.unknown_width(module)
 
     def widths(self, module: nn.Module) -> tuple[int, int] | None:
         """(width that the bottleneck reads, width that it adds to), or None when it is not known."""

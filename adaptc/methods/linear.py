@@ -35,3 +35,14 @@ def refusal(path: str, module: nn.Module) -> str | None:
     if not module.weight.is_floating_point() and quantised.describe(module) is None:  # type: ignore[operator]
         return f"its weight is {module.weight.dtype}, not a floating-point tensor"
     return None
+
+
+def last_width(module: nn.Module) -> int | None:
+    """Width that the last linear layer in ``module`` returns, and so a block; None without one."""
+    products = [m for m in module.modules() if refusal("", m) is None]
+    return features(products[-1])[1] if products else None
+
+
+def unknown_width(module: nn.Module) -> str:
+    """Why a network beside ``module`` is refused that has no ``features`` and finds none."""
+    return f"the width of {type(module).__name__} is not known: say features=, the width of the activations"

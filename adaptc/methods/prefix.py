@@ -142,7 +142,7 @@ class PrefixAdapter(TokenAdapter):
         tokens.lengthen_mask(given, count)
         if given.get("position_ids") is not None:
             given["position_ids"] = given["position_ids"] + count
-        if tokens.is_begun(given, count):
+        if tokens.is_begun(given, adapters):
             return type(module).forward(module, **given)
         config: Any = module.config
         use_cache = given.get("use_cache")
@@ -151,6 +151,7 @@ class PrefixAdapter(TokenAdapter):
         if module.training and getattr(module, "gradient_checkpointing", False):
             raise _no_cache(module, "gradient checkpointing, which drops it")
         cache = given["past_key_values"] = self._fill(module, adapters, given)
+        tokens.begin(cache, adapters)
         output = type(module).forward(module, **given)
         if cache.get_seq_length() == count:
             raise _no_cache(module, "a forward that did not add to it")

@@ -126,7 +126,7 @@ class PromptAdapter(TokenAdapter):
         count = sum(a.count for a in adapters if isinstance(a, TokenAdapter))
         tokens.lengthen_mask(given, count)
         positions = given.get("position_ids")
-        if tokens.is_begun(given, count):
+        if tokens.is_begun(given, adapters):
             if positions is not None:
                 given["position_ids"] = positions + count
             return type(module).forward(module, **given)
@@ -149,6 +149,7 @@ class PromptAdapter(TokenAdapter):
         else:
             output = type(module).forward(module, **given)
             output["last_hidden_state"] = output["last_hidden_state"][:, count:]
+        tokens.begin(output.get("past_key_values"), adapters)
         if output.get("hidden_states") is not None:
             output["hidden_states"] = tuple(h[:, count:] for h in output["hidden_states"])
         return output.to_tuple() if as_tuple else output

@@ -123,8 +123,22 @@ def lengthen_mask(given: dict[str, Any], count: int) -> None:
     given["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], count), mask], dim=1)
 
 
-def is_begun(given: Mapping[str, Any], count: int) -> bool:
-    """Whether the call goes on from a cache that holds the tokens already; call it after ``lengthen_mask``.
+#: On a cache: ``TokenMethod.kind`` and count of the tokens that it begins with.
+_BEGUN = "_adaptc_begun_with"
+
+
+def begin(cache: Any, adapters: Sequence[Adapter]) -> None:
+    """Remember on a cache (None: nobody asked for one) that it begins with the tokens of ``adapters``."""
+    if cache is not None and hasattr(cache, "layers"):
+        setattr(cache, _BEGUN, _mark(adapters))
+
+
+def _mark(adapters: Sequence[Adapter]) -> tuple[tuple[str, int], ...]:
+    return tuple((a.method.kind, a.count) for a in adapters if isinstance(a, TokenAdapter))
+
+
+def is_begun(given: Mapping[str, Any], adapters: Sequence[Adapter]) -> bool:
+    """Whether the call goes on from a cache that holds the tokens already.
 
     Raises:
         UnsupportedError: a cache of a fixed size, or one that was filled without the tokens.
@@ -137,16 +151,12 @@ def is_begun(given: Mapping[str, Any], count: int) -> bool:
             "virtual tokens in a cache of a fixed size",
             expected="a DynamicCache", found=type(past).__name__, do="leave out cache_implementation",
         )  # fmt: skip
-    length = past.get_seq_length()
-    if length == 0:
+    if past.get_seq_length() == 0:
         return False
-    mask, ids = given.get("attention_mask"), given.get("input_ids")
-    new = (given["inputs_embeds"] if ids is None else ids).shape[1]
-    if mask is not None and length + new < mask.shape[1]:
+    if getattr(past, _BEGUN, None) != _mark(adapters):
         raise UnsupportedError(
-            "this cache was filled without the virtual tokens",
-            expected=f"{mask.shape[1] - new} entries", found=length, do="start from an empty cache",
-        )  # fmt: skip
+            "this cache was filled without these virtual tokens", do="start from an empty cache"
+        )
     return True
 
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import adaptc
-from adaptc.errors import AdaptcWarning, PlanError, SiteError, UnsupportedKindError
+from adaptc.errors import AdaptcWarning, NewSignatureWarning, PlanError, SiteError, UnsupportedKindError
 from adaptc.methods.prefix import PREFIX
 from adaptc.methods.prompt import PROMPT
 from tests.models import hosts
@@ -410,8 +410,15 @@ def test_what_it_refuses(tmp_path):
     with pytest.raises(Exception, match="attention mask that they can lengthen"):
         model(input_ids=ids, attention_mask=torch.ones(2, 1, 10, 10, dtype=torch.bool))
     cache = build("llama")(input_ids=ids, use_cache=True).past_key_values
-    with pytest.raises(Exception, match="this cache was filled without the virtual tokens"):
-        model(input_ids=ids[:, :1], past_key_values=cache, attention_mask=torch.ones(2, 11, dtype=torch.long))
+    for mask in (torch.ones(2, 11, dtype=torch.long), None):
+        with pytest.raises(Exception, match="this cache was filled without these virtual tokens"):
+            model(input_ids=ids[:, :1], past_key_values=cache, attention_mask=mask)
+    with pytest.warns(NewSignatureWarning):
+        model.adaptc.switch(None)
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    model.adaptc.switch("default")
+    with pytest.raises(Exception, match="this cache was filled without these virtual tokens"):
+        model(input_ids=ids[:, :1], past_key_values=cache)
     fixed = transformers.StaticCache(config=model.config, max_cache_len=30)
     with pytest.raises(Exception, match="in a cache of a fixed size"):
         model(input_ids=ids, past_key_values=fixed)
