@@ -6,7 +6,9 @@ op's body computes; tests compare the two.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import operator
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx
@@ -116,9 +118,65 @@ def _input_grad(edit: Edit, q: fx.Node, A: fx.Node) -> tuple[fx.Node, ...]:
     return (_like(edit, dx, q),)
 
 
+def _joined(edit: Edit, nodes: Sequence[fx.Node], dim: int) -> fx.Node:
+    return nodes[0] if len(nodes) == 1 else edit.call(aten.cat.default, list(nodes), dim)
+
+
+def _parts(edit: Edit, node: fx.Node, sizes: Sequence[int | fx.Node], dim: int) -> list[fx.Node]:
+    """``node`` cut along ``dim``."""
+    if len(sizes) == 1:
+        return [node]
+
+    def add(a: int | fx.Node, b: int | fx.Node) -> int | fx.Node:
+        return a + b if isinstance(a, int) and isinstance(b, int) else edit.call(operator.add, a, b)
+
+    ends = list(itertools.accumulate(sizes, add))
+    return [edit.call(aten.slice.Tensor, node, dim, *cut) for cut in itertools.pairwise([0, *ends])]
+
+
+def _contiguous(edit: Edit, node: fx.Node) -> fx.Node:
+    return edit.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+
+
+def _shrink(edit: Edit, x: fx.Node, A: Sequence[fx.Node], scale: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+    factors = _joined(edit, [_cast(edit, a, node_value(x).dtype) for a in A], 0)
+    wide = edit.call(aten.mm.default, _rows(edit, x), _transposed(edit, factors))
+    parts = _parts(edit, wide, [_size(edit, a, 0) for a in A], 1)
+    found = []
+    for part, one in zip(parts, scale, strict=True):
+        h = _scaled(edit, part, one)
+        if not node_value(h).is_contiguous():
+            h = _contiguous(edit, h)
+        found.append(_like(edit, h, x))
+    return tuple(found)
+
+
+def _expand(edit: Edit, y: fx.Node, h: fx.Node, B: fx.Node) -> tuple[fx.Node, ...]:
+    factor = _transposed(edit, _cast(edit, B, node_value(h).dtype))
+    return (_like(edit, edit.call(aten.addmm.default, _rows(edit, y), _rows(edit, h), factor), y),)
+
+
+def _factor_grads(edit: Edit, left: Sequence[fx.Node], right: fx.Node, dtype: torch.dtype) -> tuple[fx.Node, ...]:
+    wide = _joined(edit, [_rows(edit, q) for q in left], 1)
+    product = _cast(edit, edit.call(aten.mm.default, _transposed(edit, wide), _rows(edit, right)), dtype)
+    # Each a tensor of its own: they become the gradients of parameters.
+    sizes = [_size(edit, q, -1) for q in left]
+    return tuple(_contiguous(edit, part) for part in _parts(edit, product, sizes, 0))
+
+
+def _input_grads(edit: Edit, dx: fx.Node, q: Sequence[fx.Node], A: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+    wide = _joined(edit, [_rows(edit, one) for one in q], 1)
+    factors = _joined(edit, [_cast(edit, a, node_value(dx).dtype) for a in A], 0)
+    return (_like(edit, edit.call(aten.addmm.default, _rows(edit, dx), wide, factors), dx),)
+
+
 _ATEN: dict[str, Callable[..., tuple[fx.Node, ...]]] = {
     "lora_linear": _linear,
     "lora_bottleneck_grad": _bottleneck_grad,
     "lora_factor_grad": _factor_grad,
     "lora_input_grad": _input_grad,
+    "lora_shrink": _shrink,
+    "lora_expand": _expand,
+    "lora_factor_grads": _factor_grads,
+    "lora_input_grads": _input_grads,
 }

@@ -235,6 +235,16 @@ def is_backward(node: fx.Node) -> bool:
     return node.meta.get("partitioner_tag") == "is_backward" or _BACKWARD in node.meta
 
 
+def mark_recomputed(node: fx.Node) -> None:
+    """Have the partitioner compute a forward node of a joint graph again in the backward instead of saving it.
+
+    The marks are those of selective checkpointing; a node of a checkpointed block keeps the block's number. 2.11 to
+    2.15.
+    """
+    node.meta["recompute"] = torch.utils.checkpoint.CheckpointPolicy.MUST_RECOMPUTE
+    node.meta.setdefault("ac_graph_id", 0)
+
+
 def node_value(node: fx.Node) -> Any:
     """The fake value of a node: ``example_value`` on Dynamo's graph, ``val`` on AOTAutograd's."""
     return node.meta["val"] if "val" in node.meta else node.meta.get("example_value")

@@ -12,6 +12,7 @@ from torch import fx
 
 from adaptc.codegen.torch_internals import replace_calls, tree_leaves, tree_map
 from adaptc.ir.boundary import exact_copy, private_randomness
+from adaptc.ir.dropout import keep_mask
 
 _SEED = 0xD1CE
 #: ATen ops that only make random numbers -> the in-place method that fills a tensor with such numbers.
@@ -27,10 +28,14 @@ _NOISE = {
 
 @dataclasses.dataclass
 class Outcome:
-    """One run: ``results``, and the floating leaves of the inputs with respect to which it is differentiated."""
+    """One run: ``results``, and the floating leaves of the inputs with respect to which it is differentiated.
+
+    ``masks``: what every seeded dropout kept, in order.
+    """
 
     results: list[Any]
     leaves: list[torch.Tensor]
+    masks: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
     def gradients(self, cotangents: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """Vector-Jacobian product of the results with ``cotangents``, one per result; None: no gradient flows."""
@@ -45,16 +50,21 @@ class Outcome:
         return list(torch.autograd.grad(outputs, self.leaves, seeds, allow_unused=True))
 
 
-def run(cutout: fx.GraphModule, values: Sequence[Any], differentiate: Sequence[bool], *, double: bool) -> Outcome:
+def run(
+    cutout: fx.GraphModule, values: Sequence[Any], differentiate: Sequence[bool], *, double: bool,
+    masks: Sequence[torch.Tensor] = (),
+) -> Outcome:  # fmt: skip
     """Run ``cutout`` on private copies of ``values``.
 
     Args:
         differentiate: for each leaf of ``values``, whether its gradient is wanted.
         double: in fp64: floating tensors and dtype constants are raised, and autocast is off. What a dtype
             constant inside a nested body says is not raised.
+        masks: what the first dropouts keep, instead of masks drawn here.
 
     Random ops draw the same numbers in every run, whatever the dtype: dropout masks agree.
     """
+    seen: list[torch.Tensor] = []
     dtype = torch.float64 if double else None
     flags = iter(differentiate)
     leaves: list[torch.Tensor] = []
@@ -74,9 +84,9 @@ def run(cutout: fx.GraphModule, values: Sequence[Any], differentiate: Sequence[b
         if double:
             for kind in {leaf.device.type for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)}:
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(_repeatable_noise())
+        stack.enter_context(_repeatable_noise(masks, seen))
         interpreter = _Doubled(cutout) if double else fx.Interpreter(cutout)
-        return Outcome(list(interpreter.run(*inputs)), leaves)
+        return Outcome(list(interpreter.run(*inputs)), leaves, seen)
 
 
 class _Doubled(fx.Interpreter):
@@ -107,17 +117,24 @@ def _raised(value: Any) -> Any:
     return value
 
 
-def _repeatable_noise() -> Any:
+def _repeatable_noise(masks: Sequence[torch.Tensor], seen: list[torch.Tensor]) -> Any:
     """A context in which random ops draw from a generator of their own, in fp32 on the CPU.
 
-    Devices draw other numbers for other dtypes, and then a run in fp64 would drop other elements.
+    Devices draw other numbers for other dtypes, and then a run in fp64 would drop other elements. The masks of seeded
+    dropouts are a function of their seeds and are noted in ``seen``; ``masks`` go to the other dropouts, in order.
     """
     generator = torch.Generator().manual_seed(_SEED)
+    given = iter(masks)
 
     def call(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = op._schema.name.removeprefix("aten::")
+        if name == "adaptc::seeded_dropout":
+            seen.append(keep_mask(*args))
+        mask = next(given, None) if name in ("native_dropout", "bernoulli_") else None
         if name == "native_dropout":
-            return _dropout(generator, *args)
+            return _dropout(generator, mask, *args)
+        if mask is not None:
+            return args[0].copy_(mask)
         if name not in _NOISE:
             return op(*args, **kwargs)
         # The op itself decides shape, dtype, strides and device; its numbers are replaced.
@@ -137,8 +154,9 @@ def _draw(generator: torch.Generator, method: str, shape: Any, *options: Any) ->
 
 
 def _dropout(
-    generator: torch.Generator, x: torch.Tensor, p: float, train: bool | None
+    generator: torch.Generator, mask: torch.Tensor | None, x: torch.Tensor, p: float, train: bool | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     keep = 1.0 if train is False else 1 - p
-    mask = _draw(generator, "bernoulli_", x.shape, keep).to(x.device)
+    if mask is None:
+        mask = _draw(generator, "bernoulli_", x.shape, keep).to(x.device)
     return x * mask.to(x.dtype) * (1 / keep if keep else 0.0), mask.bool()

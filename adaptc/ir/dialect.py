@@ -24,6 +24,11 @@ _TABLE = {
     "lora_bottleneck_grad": "adaptc.ir.lora",
     "lora_factor_grad": "adaptc.ir.lora",
     "lora_input_grad": "adaptc.ir.lora",
+    "lora_shrink": "adaptc.ir.lora_split",
+    "lora_expand": "adaptc.ir.lora_split",
+    "lora_factor_grads": "adaptc.ir.lora_split",
+    "lora_input_grads": "adaptc.ir.lora_split",
+    "seeded_dropout": "adaptc.ir.dropout",
 }
 
 _LIBRARY = torch.library.Library("adaptc", "DEF")  # type: ignore[no-untyped-call]
@@ -57,6 +62,7 @@ class DialectOp:
         sample: (draw) -> positional arguments, for tests and benchmarks; ``draw``: hypothesis' ``data.draw``.
         tolerances: factor on the error of the body at the same compute dtype that a lowering may have.
         lowering: emits the op in ATen ops, as the functions of ``codegen.lowering`` do, for an op without one there.
+        recomputed: cheaper to compute again in the backward than to keep: its values are never saved.
     """
 
     name: str
@@ -69,6 +75,7 @@ class DialectOp:
     gradient: Callable[..., Any] | None = None
     tolerances: float = 1.1
     lowering: Callable[..., Any] | None = None
+    recomputed: bool = False
 
     @property
     def overload(self) -> OpOverload:
@@ -129,7 +136,7 @@ def fingerprint() -> str:
     digest = hashlib.sha256()
     for name in names():
         op = get(name)
-        digest.update(f"{name}{op.schema}".encode())
+        digest.update(f"{name}{op.schema}{op.recomputed}".encode())
         for part in (op.body, op.fake, op.save, op.gradient, op.cost, op.lowering):
             digest.update(b"none" if part is None else code_hash(part))
     return digest.hexdigest()

@@ -26,13 +26,14 @@ def _opmath(t: torch.Tensor) -> torch.dtype:
     return torch.float32 if t.dtype.itemsize < 4 else t.dtype
 
 
-def _scaled(t: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def scaled(t: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """scale * t, rounded once."""
     wide = _opmath(t)
     return (t.to(wide) * scale.to(wide)).to(t.dtype)
 
 
-def _rows(t: torch.Tensor) -> torch.Tensor:
+def rows(t: torch.Tensor) -> torch.Tensor:
+    """(..., k) as (rows, k)."""
     return t.reshape(-1, t.shape[-1])
 
 
@@ -51,13 +52,13 @@ def linear_body(
     x: torch.Tensor, y: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, scale_at: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check_scale(scale, scale_at)
-    h = _rows(x) @ A.to(x.dtype).t()
+    h = rows(x) @ A.to(x.dtype).t()
     expand = B.to(x.dtype).t()
     if scale_at == "r":
-        h = _scaled(h, scale)
-        out = torch.addmm(_rows(y), h, expand)
+        h = scaled(h, scale)
+        out = torch.addmm(rows(y), h, expand)
     else:
-        out = (_rows(y) + _scaled(h @ expand, scale)).contiguous()
+        out = (rows(y) + scaled(h @ expand, scale)).contiguous()
     return out.view(y.shape), h.view(*x.shape[:-1], A.shape[0])
 
 
@@ -102,16 +103,15 @@ def linear_gradient(ctx: Any, grad: torch.Tensor | None, _: Any) -> tuple[torch.
         op.body if twice else op.overload for op in map(dialect.get, _GRADIENTS)
     )
     if twice:
-        h = (_rows(x) @ A.to(x.dtype).t()).view(h.shape)
-        h = _scaled(h, scale) if ctx.scale_at == "r" else h
+        h = (rows(x) @ A.to(x.dtype).t()).view(h.shape)
+        h = scaled(h, scale) if ctx.scale_at == "r" else h
     dx = dA = dB = dscale = None
     if need_x or need_A:
         q = bottleneck_grad(grad, B, scale)
         dA = factor_grad(q, x, A.dtype) if need_A else None
         dx = input_grad(q, A) if need_x else None
     if need_B:
-        scaled = h if ctx.scale_at == "r" else _scaled(h, scale)
-        dB = factor_grad(grad, scaled, B.dtype)
+        dB = factor_grad(grad, h if ctx.scale_at == "r" else scaled(h, scale), B.dtype)
     if need_scale:
         weight = bottleneck_grad(grad, B, torch.ones_like(scale)).to(_opmath(h)) * h
         dscale = weight.sum().reshape(1).to(scale.dtype)
@@ -168,7 +168,7 @@ def draw_tensor(draw: Any, shape: tuple[int, ...], dtype: torch.dtype) -> torch.
     return out.copy_(4 * base - 2)
 
 
-def _draw_dtypes(draw: Any) -> tuple[torch.dtype, torch.dtype]:
+def draw_dtypes(draw: Any) -> tuple[torch.dtype, torch.dtype]:
     from hypothesis import strategies as st
 
     compute = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
@@ -180,7 +180,7 @@ def linear_sample(draw: Any) -> tuple[Any, ...]:
     from hypothesis import strategies as st
 
     batch, k, n, r = _draw_sizes(draw)
-    compute, factors = _draw_dtypes(draw)
+    compute, factors = draw_dtypes(draw)
     scale_at = draw(st.sampled_from(["n", "r"]))
     scale_shape = draw(st.sampled_from([(1,), (r,)])) if scale_at == "r" else (1,)
     return (
@@ -194,7 +194,7 @@ def linear_sample(draw: Any) -> tuple[Any, ...]:
 
 
 def bottleneck_grad_body(grad: torch.Tensor, B: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return _scaled((_rows(grad) @ B.to(grad.dtype)).view(*grad.shape[:-1], B.shape[1]), scale)
+    return scaled((rows(grad) @ B.to(grad.dtype)).view(*grad.shape[:-1], B.shape[1]), scale)
 
 
 def bottleneck_grad_fake(grad: torch.Tensor, B: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -209,7 +209,7 @@ def bottleneck_grad_cost(grad: torch.Tensor, B: torch.Tensor, scale: torch.Tenso
 
 def bottleneck_grad_sample(draw: Any) -> tuple[Any, ...]:
     batch, _, n, r = _draw_sizes(draw)
-    compute, factors = _draw_dtypes(draw)
+    compute, factors = draw_dtypes(draw)
     return (
         draw_tensor(draw, (*batch, n), compute),
         draw_tensor(draw, (n, r), factors),
@@ -218,7 +218,7 @@ def bottleneck_grad_sample(draw: Any) -> tuple[Any, ...]:
 
 
 def factor_grad_body(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return (_rows(left).t() @ _rows(right)).to(dtype)
+    return (rows(left).t() @ rows(right)).to(dtype)
 
 
 def factor_grad_fake(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -232,12 +232,12 @@ def factor_grad_cost(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype
 
 def factor_grad_sample(draw: Any) -> tuple[Any, ...]:
     batch, k, _, r = _draw_sizes(draw)
-    compute, factors = _draw_dtypes(draw)
+    compute, factors = draw_dtypes(draw)
     return draw_tensor(draw, (*batch, r), compute), draw_tensor(draw, (*batch, k), compute), factors
 
 
 def input_grad_body(q: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    return (_rows(q) @ A.to(q.dtype)).view(*q.shape[:-1], A.shape[1])
+    return (rows(q) @ A.to(q.dtype)).view(*q.shape[:-1], A.shape[1])
 
 
 def input_grad_fake(q: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
@@ -251,7 +251,7 @@ def input_grad_cost(q: torch.Tensor, A: torch.Tensor) -> Cost:
 
 def input_grad_sample(draw: Any) -> tuple[Any, ...]:
     batch, k, _, r = _draw_sizes(draw)
-    compute, factors = _draw_dtypes(draw)
+    compute, factors = draw_dtypes(draw)
     return draw_tensor(draw, (*batch, r), compute), draw_tensor(draw, (r, k), factors)
 
 

@@ -260,7 +260,7 @@ class LoRAAdapter(ScaledAdapter):
             ValueError: DoRA without ``weight``, the frozen layer's, as it is stored.
         """
         A, B = self.factors()
-        update = self._scaling * (B.double() @ A.double())
+        update = self.scaling * (B.double() @ A.double())
         if self.lora_magnitude is None:
             return update
         if weight is None:
@@ -271,7 +271,7 @@ class LoRAAdapter(ScaledAdapter):
 
     def delta_bias(self) -> torch.Tensor | None:
         """s times the bias of the second factor, the update of the layer's bias, in fp64; None without one."""
-        return None if self.lora_B_bias is None else self._scaling * self.lora_B_bias.double()
+        return None if self.lora_B_bias is None else self.scaling * self.lora_B_bias.double()
 
     def products(self) -> tuple[tuple[str, ...], ...]:
         return (("lora_A", "lora_B"),)

@@ -32,8 +32,8 @@ class ScaledAdapter(Adapter):
 
     @property
     def scaling(self) -> float:
-        """s in the formula; setting it changes data of the graph and recompiles nothing."""
-        return self._scaling
+        """s in the formula, as ``scale`` holds it; setting it changes data of the graph and recompiles nothing."""
+        return self._scaling if self.scale.is_meta else float(self.scale)
 
     @scaling.setter
     def scaling(self, value: float) -> None:
@@ -49,6 +49,7 @@ class ScaledAdapter(Adapter):
         return dataclasses.replace(method, alpha=alpha)  # type: ignore[no-any-return]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._scaling = self.scaling
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # `.half()` and `.to(dtype)` cast buffers; the scale is a number, not a weight.
         self.scale = self._scale_tensor(self.scale.device)

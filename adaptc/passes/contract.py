@@ -43,13 +43,13 @@ class Context:
     budget: int | None = None
     record: bool = False
 
-    def spend(self) -> bool:
-        """Take one rewrite from the budget; False when there is none left."""
+    def spend(self, rewrites: int = 1) -> bool:
+        """Take so many rewrites from the budget; False, and nothing is taken, when there are not enough left."""
         if self.budget is None:
             return True
-        if self.budget <= 0:
+        if self.budget < rewrites:
             return False
-        self.budget -= 1
+        self.budget -= rewrites
         return True
 
 

@@ -15,6 +15,7 @@ from typing import cast
 from torch import fx
 
 from adaptc.codegen import lowering
+from adaptc.codegen.torch_internals import mark_recomputed
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result, nested
 from adaptc.ir.sites import dialect_nodes, site_of
@@ -47,5 +48,8 @@ def _lower(gm: fx.GraphModule, context: Context, result: Result) -> None:
         results = outputs or [node]
         edit = Edit(gm, site_of(node), [node, *outputs], results, at=node, record=context.record)
         values = lowering.aten_lowering(op.name)(edit, *node.args)
+        if op.recomputed:
+            for new in edit.new_nodes:
+                mark_recomputed(new)
         chosen = [values[cast(int, o.args[1])] for o in outputs] if outputs else [values[0]]
         result.applied.append(edit.finish(*chosen))

@@ -32,6 +32,8 @@ _TABLE = {
     "insert": "adaptc.passes.insert:insert",
     "lift_no_grad": "adaptc.passes.lift_no_grad:lift_no_grad",
     "canonicalise": "adaptc.passes.canonicalise:canonicalise",
+    "seed_dropout": "adaptc.passes.seed_dropout:seed_dropout",
+    "share": "adaptc.passes.share:share",
     "lower": "adaptc.passes.lower:lower",
 }
 

@@ -13,7 +13,7 @@ from adaptc.errors import UnsupportedError
 from adaptc.methods import linear, quantised
 from adaptc.methods.base import Adapter
 from adaptc.methods.lora import LoRA
-from adaptc.methods.lora_sites.weights import WeightsAdapter
+from adaptc.methods.lora_sites.kind import SiteAdapter
 from adaptc.runtime import processes
 from adaptc.runtime.attach import SiteAdapters, adapters_of
 
@@ -66,8 +66,8 @@ def folded(site: Site) -> dict[str, torch.Tensor]:
     standin = cast(SiteAdapters, adapters_of(module)).standin
     if standin is not None:
         return dict(cast(nn.Module, standin.copy).state_dict())
-    if all(isinstance(a, WeightsAdapter) for a in adapters):
-        return _with_updates(module, cast(list[WeightsAdapter], adapters))
+    if all(isinstance(a, SiteAdapter) for a in adapters):
+        return _with_updates(module, cast(list[SiteAdapter], adapters))
     if all(a.method.kind == "bias" for a in adapters):
         return {"bias": _rounded(cast(torch.Tensor, adapters[-1].bias), module.bias)}
     run = _map(module, adapters)
@@ -84,8 +84,8 @@ def folded(site: Site) -> dict[str, torch.Tensor]:
     return {name: _rounded(value, getattr(module, name)) for name, value in values.items()}
 
 
-def _with_updates(module: nn.Module, adapters: Sequence[WeightsAdapter]) -> dict[str, torch.Tensor]:
-    """The weights that such adapters change, by their names in the module."""
+def _with_updates(module: nn.Module, adapters: Sequence[SiteAdapter]) -> dict[str, torch.Tensor]:
+    """The module's weights with their updates, by their names in it."""
     total: dict[str, torch.Tensor] = {}
     for adapter in adapters:
         for name, update in adapter.deltas().items():
@@ -146,10 +146,11 @@ def _check(site: Site, model: nn.Module) -> None:
         reason = f"{fixed[0].method.kind} cannot be folded into a weight"
     elif any(a.replaces_forward for a in adapters):
         reason = "other adapters act around a fully trained module" if len(adapters) > 1 else None
-    elif all(isinstance(a, WeightsAdapter) for a in adapters):
-        pass
-    elif any(isinstance(a, WeightsAdapter) for a in adapters):
-        reason = "adapters act both on its output and on weights inside it"
+    elif all(isinstance(a, SiteAdapter) for a in adapters):
+        refusals = [cast(SiteAdapter, a).merge_refusal() for a in adapters]
+        reason = next((r for r in refusals if r), None)
+    elif any(isinstance(a, SiteAdapter) for a in adapters):
+        reason = "other adapters act beside the update of its weights"
     elif not linear.is_linear(site.module):
         if any(a.method.kind != "bias" for a in adapters):
             reason = f"{type(site.module).__name__} is not a linear layer"

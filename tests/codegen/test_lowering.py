@@ -20,19 +20,25 @@ from adaptc.ir.sites import dialect_nodes
 from adaptc.passes.contract import Context
 from adaptc.passes.lower import lower
 from tests.ir import formulas
-from tests.ir.formulas import in_double, outputs
+from tests.ir.formulas import in_double, leaves, outputs
 from tests.reference import check_against_reference
 
-OPS = ("lora_linear", "lora_bottleneck_grad", "lora_factor_grad", "lora_input_grad")
+OPS = tuple(formulas.FORMULAS)
 aten = torch.ops.aten
 
 
 def graph_of(name, args, mode="fake"):
     """A graph with one call of the op, as AOTAutograd writes it."""
     op = dialect.get(name).overload
-    tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    rest = args[len(tensors) :]
-    gm = make_fx(lambda *t: outputs(op(*t, *rest)), tracing_mode=mode)(*tensors)
+    flat, tree = torch.utils._pytree.tree_flatten(list(args))
+    tensors = leaves(args)
+
+    def call(*given):
+        values = iter(given)
+        filled = [next(values) if isinstance(v, torch.Tensor) else v for v in flat]
+        return outputs(op(*torch.utils._pytree.tree_unflatten(filled, tree)))
+
+    gm = make_fx(call, tracing_mode=mode)(*tensors)
     assert len(dialect_nodes(gm)) == 1
     return gm, tensors
 
@@ -58,7 +64,7 @@ def test_lowering_computes_the_body(name, data):
     for got, body, want, magnitude in cases:
         assert (got.shape, got.stride(), got.dtype) == (body.shape, body.stride(), body.dtype)
         # A library may sum in another order for another layout, which moves a rounding by one unit.
-        unit = torch.finfo(args[0].dtype).eps * magnitude
+        unit = torch.finfo(tensors[0].dtype).eps * magnitude
         error, error_of_body = (got.double() - want).abs(), (body.double() - want).abs()
         assert bool((error <= op.tolerances * error_of_body + unit).all()), f"{name}: {error.max()}"
 
@@ -111,6 +117,10 @@ def test_one_symbolic_graph_serves_every_size(name):
             "lora_bottleneck_grad": [y, B, scale],
             "lora_factor_grad": [y, x, torch.float64],
             "lora_input_grad": [torch.einsum("...n,nr->...r", y, B), A],
+            "lora_shrink": [x, [A, 2 * A], [scale, scale]],
+            "lora_expand": [y, torch.einsum("...k,rk->...r", x, A), B],
+            "lora_factor_grads": [[y, x], x, torch.float64],
+            "lora_input_grads": [x, [y[..., :3], y[..., 3:]], [A, 2 * A]],
         }[name]
 
     gm, _ = graph_of(name, args_for((4, 5)), "symbolic")
@@ -119,7 +129,7 @@ def test_one_symbolic_graph_serves_every_size(name):
     assert not any(isinstance(a, torch.SymInt) for n in gm.graph.nodes for a in torch.utils._pytree.tree_leaves(n.args))
     for batch in ((4, 5), (2, 9), (7, 3)):
         args = args_for(batch)
-        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        tensors = leaves(args)
         for got, want in zip(gm(*tensors), outputs(formulas.FORMULAS[name](*args)), strict=True):
             torch.testing.assert_close(got, want)
 
@@ -132,6 +142,10 @@ def test_one_symbolic_graph_serves_every_size(name):
         ("lora_bottleneck_grad", lambda x, y, A, B, s: [y, B, s], {aten.mm.default: 1}),
         ("lora_factor_grad", lambda x, y, A, B, s: [y, x, torch.float64], {aten.mm.default: 1}),
         ("lora_input_grad", lambda x, y, A, B, s: [y @ B, A], {aten.mm.default: 1}),
+        ("lora_shrink", lambda x, y, A, B, s: [x, [A, A], [s, s]], {aten.mm.default: 1}),
+        ("lora_expand", lambda x, y, A, B, s: [y, y @ B, B], {aten.addmm.default: 1}),
+        ("lora_factor_grads", lambda x, y, A, B, s: [[y, y], x, torch.float64], {aten.mm.default: 1}),
+        ("lora_input_grads", lambda x, y, A, B, s: [x, [y @ B, y @ B], [A, A]], {aten.addmm.default: 1}),
     ],
 )
 def test_gemms_of_one_op(name, args, expected):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import accelerate
 import peft
+import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 import adaptc
 from tests.integrations.training import Rows, base, compiled, values
@@ -12,6 +14,14 @@ from tests.models import hosts
 
 #: Without dropout: a loader draws a number when it is iterated, so that a resumed loop has other masks.
 STILL = adaptc.Plan([adaptc.LoRA(r=3, alpha=6, init="random", targets=["q_proj", "down_proj"])])
+
+
+@pytest.fixture(autouse=True)
+def _no_accelerator_before():
+    """Accelerate keeps one state a process and refuses another precision than the first one's."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def run(steps, directory=None, load=False):

@@ -27,18 +27,49 @@ def lora_input_grad(q, A):
     return torch.einsum("...r,rk->...k", q, A)
 
 
+def lora_shrink(x, A, scale):
+    return [s * torch.einsum("...k,rk->...r", x, a) for a, s in zip(A, scale, strict=True)]
+
+
+def lora_expand(y, h, B):
+    return y + torch.einsum("...r,nr->...n", h, B)
+
+
+def lora_factor_grads(left, right, dtype):
+    return [torch.einsum("...i,...j->ij", one, right) for one in left]
+
+
+def lora_input_grads(dx, q, A):
+    return dx + sum(torch.einsum("...r,rk->...k", one, a) for one, a in zip(q, A, strict=True))
+
+
 FORMULAS: dict[str, Callable[..., Any]] = {
-    f.__name__: f for f in (lora_linear, lora_bottleneck_grad, lora_factor_grad, lora_input_grad)
-}
+    f.__name__: f
+    for f in (
+        lora_linear, lora_bottleneck_grad, lora_factor_grad, lora_input_grad,
+        lora_shrink, lora_expand, lora_factor_grads, lora_input_grads,
+    )
+}  # fmt: skip
 
 
 def outputs(result: Any) -> tuple[torch.Tensor, ...]:
     return tuple(result) if isinstance(result, tuple | list) else (result,)
 
 
+def leaves(args: Sequence[Any]) -> list[torch.Tensor]:
+    """The tensors among ``args`` and in the lists among them."""
+    return [t for a in args for t in (a if isinstance(a, list | tuple) else [a]) if isinstance(t, torch.Tensor)]
+
+
 def in_double(args: Sequence[Any], *, absolute: bool = False) -> list[Any]:
-    doubled = [a.detach().double() if isinstance(a, torch.Tensor) else a for a in args]
-    return [a.abs() if absolute and isinstance(a, torch.Tensor) else a for a in doubled]
+    def one(a: Any) -> Any:
+        if isinstance(a, list | tuple):
+            return [one(t) for t in a]
+        if not isinstance(a, torch.Tensor):
+            return a
+        return a.detach().double().abs() if absolute else a.detach().double()
+
+    return [one(a) for a in args]
 
 
 def rounding_bound(magnitude: torch.Tensor, args: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
@@ -51,7 +82,7 @@ def rounding_bound(magnitude: torch.Tensor, args: Sequence[Any], dtype: torch.dt
     """
     info = torch.finfo(dtype)
     accumulator = torch.finfo(torch.float32 if dtype.itemsize < 4 else dtype)
-    sizes = [a.numel() for a in args if isinstance(a, torch.Tensor)]
+    sizes = [t.numel() for t in leaves(args)]
     relative = 8 * info.eps / 2 + sum(sizes) * accumulator.eps / 2
     return relative * magnitude + sum(sizes) * 4 * info.smallest_normal * info.eps
 

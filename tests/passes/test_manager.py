@@ -64,7 +64,7 @@ def test_what_a_pass_needs_may_come_from_any_pass_before_it():
 
 
 def test_an_unknown_name_is_refused():
-    known = "insert, lift_no_grad, canonicalise, lower"
+    known = "insert, lift_no_grad, canonicalise, seed_dropout, share, lower"
     with pytest.raises(PipelineError, match=f"no pass named 'cannonicalise'\n  found  {known}"):
         get("cannonicalise")
 
@@ -94,7 +94,8 @@ def test_the_text():
     pipeline = Pipeline.parse(text)
     assert str(pipeline) == text
     assert pipeline.limits == {"canonicalise": 3, "*": 9}
-    assert str(Pipeline.from_options()) == ",".join(manager.default_order()) == "insert,lift_no_grad,canonicalise,lower"
+    default = "insert,lift_no_grad,canonicalise,seed_dropout,share,lower"
+    assert str(Pipeline.from_options()) == ",".join(manager.default_order()) == default
 
 
 @pytest.mark.parametrize("text, error", [
@@ -117,13 +118,14 @@ def test_text_that_is_not_a_pipeline_is_refused(text, error):
 
 
 @pytest.mark.parametrize("passes, text", [
-    (None, "insert,lift_no_grad,canonicalise,lower"),
-    ({"skip": ["canonicalise"]}, "insert,lift_no_grad,lower"),
+    (None, "insert,lift_no_grad,canonicalise,seed_dropout,share,lower"),
+    ({"skip": ["canonicalise"]}, "insert,lift_no_grad,seed_dropout,share,lower"),
     ({"order": ["insert", "lower"]}, "insert,lower"),
     ({"order": ["insert", "canonicalise", "lower"], "skip": ["lower"]}, "insert,canonicalise"),
-    ({"limit": 3}, "insert,lift_no_grad,canonicalise,lower;limit=3"),
-    ({"limit": {"canonicalise": 0}}, "insert,lift_no_grad,canonicalise{limit=0},lower"),
-    ({"limit": {"lower": 1, "insert": 2}, "skip": ["lower"]}, "insert{limit=2},lift_no_grad,canonicalise"),
+    ({"limit": 3}, "insert,lift_no_grad,canonicalise,seed_dropout,share,lower;limit=3"),
+    ({"limit": {"canonicalise": 0}}, "insert,lift_no_grad,canonicalise{limit=0},seed_dropout,share,lower"),
+    ({"limit": {"lower": 1, "insert": 2}, "skip": ["lower"]},
+     "insert{limit=2},lift_no_grad,canonicalise,seed_dropout,share"),
 ])  # fmt: skip
 def test_passes_of_a_plan(passes, text):
     _, model = adapted(passes=passes)
@@ -151,7 +153,7 @@ def test_a_limit_that_is_no_count_is_refused(limit):
 
 def test_a_limit_stops_one_pass():
     _, model = adapted(passes={"limit": {"canonicalise": 1}})
-    insert_, _, canonical, lowered = trained_graph(model).reports
+    insert_, _, canonical, *_, lowered = trained_graph(model).reports
     assert [len(r.result.applied) for r in (insert_, canonical)] == [2, 1]
     assert [reason for _, reason in canonical.result.refused].count("limit reached") == 3
     assert lowered.ops_after.get("lora_linear", 0) == 0
@@ -160,7 +162,7 @@ def test_a_limit_stops_one_pass():
 def test_a_limit_for_all_is_shared_by_the_passes_of_a_level():
     _, model = adapted(passes={"limit": 3})
     applied = {r.name: len(r.result.applied) for r in trained_graph(model).reports}
-    assert applied == {"insert": 2, "lift_no_grad": 0, "canonicalise": 1, "lower": 3}
+    assert applied == {"insert": 2, "lift_no_grad": 0, "canonicalise": 1, "seed_dropout": 0, "share": 1, "lower": 2}
 
 
 def test_the_smaller_of_two_limits_holds():
@@ -204,9 +206,10 @@ def test_a_report_has_ops_and_costs_of_both_sides():
     """fp32: the scale moves from M x N to M x r."""
     _, model = adapted()
     graph = trained_graph(model)
-    inserted, _, canonical, lowered = graph.reports
+    inserted, _, canonical, *_, lowered = graph.reports
     assert [(r.name, r.level) for r in graph.reports] == [
-        ("insert", "dynamo"), ("lift_no_grad", "dynamo"), ("canonicalise", "dynamo"), ("lower", "joint"),
+        ("insert", "dynamo"), ("lift_no_grad", "dynamo"), ("canonicalise", "dynamo"), ("seed_dropout", "dynamo"),
+        ("share", "joint"), ("lower", "joint"),
     ]  # fmt: skip
     assert inserted.ops_before["lora_site"] == 2 and "lora_site" not in inserted.ops_after
     assert inserted.ops_after["lora_linear"] == 2

@@ -43,7 +43,7 @@ def test_train_and_eval_with_dropout():
     first, again = model(**batch).loss, model(**batch).loss
     assert first != again, "two training forwards draw different masks"
     check_against_reference(model.eval(), base.eval(), batch)
-    dropouts = [op_counts(g.graph_module("canonicalise")).get("dropout", 0) for g in model.adaptc.graphs]
+    dropouts = [op_counts(g.graph_module("seed_dropout")).get("seeded_dropout", 0) for g in model.adaptc.graphs]
     assert (dropouts[0], dropouts[-1]) == (14, 0)
 
 

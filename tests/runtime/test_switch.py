@@ -108,6 +108,19 @@ def test_the_scale_is_data(pair):
     assert model.adaptc.metrics()["graphs"] == 1
 
 
+def test_a_scale_written_by_hand_is_seen_wherever_the_scale_is_read(pair):
+    base, model, batch = pair
+    for site in model.adaptc.sites:
+        site.adapters["a"].scale.fill_(-1.5)
+    model.double().float()
+    factors = {p: [(A, B, -1.5)] for p, [(A, B, _)] in factors_of(model, "a").items()}
+    expected = loss_of(reference_model(base, factors)(**batch))
+    torch.testing.assert_close(model(**batch).loss.double(), expected.double(), rtol=1e-5, atol=1e-6)
+    assert all(site.adapters["a"].scaling == -1.5 for site in model.adaptc.sites)
+    merged = model.adaptc.merge_and_unload()
+    torch.testing.assert_close(merged(**batch).loss.double(), expected.double(), rtol=1e-5, atol=1e-6)
+
+
 def test_removing(pair):
     base, model, batch = pair
     model(**batch)

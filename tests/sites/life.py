@@ -9,11 +9,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 import adaptc
-from adaptc.errors import NewSignatureWarning
+from adaptc.errors import NewSignatureWarning, UnsupportedError
 from tests.reference import loss_of
 
 
@@ -28,8 +29,13 @@ def gradients(model: nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, tor
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def check_life(build: Callable[[], nn.Module], plan: Any, batch: Any, *, sites: int, graphs: int = 1) -> None:
-    """``build`` gives equal models each time; ``plan`` must not start as the identity."""
+def check_life(
+    build: Callable[[], nn.Module], plan: Any, batch: Any, *, sites: int, graphs: int = 1, unmergeable: str = ""
+) -> None:
+    """``build`` gives equal models each time; ``plan`` must not start as the identity.
+
+    ``unmergeable``: what the refusal to fold the adapters into the weights says; without it they are folded.
+    """
     base = build().train()
     plain = run(base, batch).detach()
     keys = list(base.state_dict())
@@ -79,6 +85,15 @@ def check_life(build: Callable[[], nn.Module], plan: Any, batch: Any, *, sites: 
     assert not torch.equal(run(fresh, batch), loss)
     fresh.load_state_dict(torch.load(stored))
     assert torch.equal(run(fresh, batch), loss)
+
+    if unmergeable:
+        with pytest.raises(UnsupportedError, match=unmergeable):
+            fresh.adaptc.merge_and_unload()
+        assert torch.equal(run(fresh, batch), loss), "nothing has changed"
+    else:
+        merged = fresh.adaptc.merge_and_unload()
+        assert list(merged.state_dict()) == keys
+        torch.testing.assert_close(run(merged, batch).detach(), loss, rtol=1e-5, atol=1e-5)
 
     attributes = set(model.__dict__)
     back = model.adaptc.detach()

@@ -116,9 +116,11 @@ def test_dropout_acts_on_the_adapters_input_in_training_only():
     torch.testing.assert_close(model_step(model.eval(), x)[0], formula_step(model, base, x)[0], rtol=1e-5, atol=1e-6)
 
 
-def test_lives_as_other_sites_do():
-    kind, args, options, shape = CASES["2d"]
-    check_life(lambda: host(kind, *args, **options), lora(), torch.randn(shape), sites=1)
+@pytest.mark.parametrize("case", ["2d", "2d-same", "1d", "2d-grouped"])
+def test_lives_as_other_sites_do(case):
+    kind, args, options, shape = CASES[case]
+    why = "the grouped convolution's weight only those of its group" if "groups" in options else ""
+    check_life(lambda: host(kind, *args, **options), lora(), torch.randn(shape), sites=1, unmergeable=why)
 
 
 def test_autocast_is_as_exact_as_pefts():

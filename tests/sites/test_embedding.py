@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import adaptc
-from adaptc.errors import SiteError
+from adaptc.errors import SiteError, UnsupportedError
 from adaptc.methods.lora_sites import embedding
 from tests.models import hosts
 from tests.reference import check_all_rewritten, relative_errors, step
@@ -151,6 +151,8 @@ def test_a_tied_head_stays_frozen_and_explain_says_so():
     reference(**batch).loss.backward()
     want = {name: value.grad for name, value in factors.items()}
     assert max(relative_errors(got, want).values()) < 5e-6
+    with pytest.raises(UnsupportedError, match=r"its weight is also lm_head\.weight, which has no adapter"):
+        model.adaptc.merge_and_unload()
 
 
 def test_lives_as_other_sites_do():

@@ -85,6 +85,14 @@ class ConvAdapter(SiteAdapter):
         flat = self.lora_B.double().flatten(1) @ self.lora_A.double().flatten(1)
         return self.scaling * flat.view(-1, *self.lora_A.shape[1:])
 
+    def deltas(self) -> dict[str, torch.Tensor]:
+        return {"weight": self.delta()}
+
+    def merge_refusal(self) -> str | None:
+        if self.lora_B.shape[1] == self.lora_A.shape[0]:
+            return None
+        return "its first factor reads all channels, and the grouped convolution's weight only those of its group"
+
     def products(self) -> tuple[tuple[str, ...], ...]:
         return (("lora_A", "lora_B"),)
 

@@ -79,6 +79,9 @@ class EmbeddingAdapter(SiteAdapter):
         """s (B A)^T, the update of the (V, D) weight, in fp64."""
         return self.scaling * (self.lora_embedding_B.double() @ self.lora_embedding_A.double()).mT
 
+    def deltas(self) -> dict[str, torch.Tensor]:
+        return {"weight": self.delta()}
+
     def products(self) -> tuple[tuple[str, ...], ...]:
         return (("lora_embedding_A", "lora_embedding_B"),)
 

@@ -30,6 +30,14 @@ class SiteAdapter(ScaledAdapter):
         """Why LoRA with these options cannot adapt ``module``, or None when it can."""
         raise NotImplementedError(f"{cls.__name__}.refusal")
 
+    def deltas(self) -> dict[str, torch.Tensor]:
+        """Path of a weight below the module -> its update, in fp64; only where ``merge_refusal`` is None."""
+        raise NotImplementedError(f"{type(self).__name__}.deltas")
+
+    def merge_refusal(self) -> str | None:
+        """Why the correction is not an update of the frozen weights, or None when it is."""
+        return None
+
     def signature(self) -> tuple[object, ...]:
         return (*super().signature(), type(self).__name__, self.method.compute_dtype)
 

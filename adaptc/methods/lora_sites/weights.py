@@ -61,7 +61,6 @@ class WeightsAdapter(SiteAdapter):
             return type(module).forward(module, *args, **kwargs)
 
     def deltas(self) -> dict[str, torch.Tensor]:
-        """Path of a weight below the module -> s B A, its update, in fp64."""
         return {name: self.scaling * (B.double() @ A.double()) for name, (A, B) in self.factors().items()}
 
 

@@ -1,0 +1,37 @@
+"""Sites that read one value read it once: q, k and v; gate and up; keys and values of cross-attention.
+
+    share_shrink   one product of x with the first factors of all of them
+    share_factors  one product of x with the gradients of all their bottlenecks
+    share_inputs   one accumulation into the gradient of x
+
+On the joint graph, which is functional: between two readers of a node its value cannot change, whatever the captured
+graph wrote to. The frozen weights stay where they are, and so do the sites' own products with them.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from adaptc.ir.edit import Result, nested
+from adaptc.passes.contract import Context, Contract
+from adaptc.passes.share.factors import share_factors
+from adaptc.passes.share.inputs import share_inputs
+from adaptc.passes.share.shrink import share_shrink
+
+CONTRACT = Contract(
+    level="joint", numerics="reassociates", provides=frozenset({"shared"}), conflicts=frozenset({"aten"})
+)
+
+REWRITES = (share_shrink, share_factors, share_inputs)
+
+
+def share(gm: fx.GraphModule, context: Context) -> Result:
+    result = Result()
+    for rewrite in REWRITES:
+        rewrite(gm, context, result)
+    for _, body, _ in nested(gm):
+        inner = share(body, context)
+        result.applied += inner.applied
+        result.refused += inner.refused
+    gm.recompile()
+    return result

@@ -1,0 +1,231 @@
+"""share: sites that read one value read it once, forward and backward."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import adaptc
+from adaptc.errors import NewSignatureWarning, VerifyError
+from adaptc.ir import dialect
+from adaptc.ir.lora import draw_tensor
+from adaptc.passes import manager
+from adaptc.passes.contract import Context
+from adaptc.passes.share import share
+from tests.ir.formulas import assert_within, rounding_bound
+from tests.models import hosts
+from tests.passes.graphs import DTYPES, ops
+from tests.reference import check_against_reference
+
+LORA = adaptc.LoRA(r=3, alpha=6, init="random", targets="all-linear")
+
+
+def joint_of(values, ranks):
+    """The joint graph of frozen layers that read one x, each with its adapter; outputs and then gradients."""
+
+    def step(x, grads, weights, A, B, scales):
+        leaves = [x, *A, *B]
+        with torch.enable_grad():
+            x, *factors = [t.detach().requires_grad_() for t in leaves]
+            A, B = factors[: len(A)], factors[len(A) :]
+            outs = [
+                dialect.get("lora_linear").overload(x, x @ w.t(), a, b, s, "r")[0]
+                for w, a, b, s in zip(weights, A, B, scales, strict=True)
+            ]
+            found = torch.autograd.grad(outs, [x, *A, *B], grads)
+        return [o.detach() for o in outs], list(found)
+
+    return make_fx(step, tracing_mode="fake")(*values)
+
+
+def values_of(draw, dtype, factors):
+    batch = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=2)))
+    k = draw(st.integers(1, 7))
+    widths = draw(st.lists(st.integers(1, 7), min_size=2, max_size=3))
+    ranks = [draw(st.integers(1, 4)) for _ in widths]
+    return (
+        draw_tensor(draw, (*batch, k), dtype),
+        [draw_tensor(draw, (*batch, n), dtype) for n in widths],
+        [draw_tensor(draw, (n, k), dtype) for n in widths],
+        [draw_tensor(draw, (r, k), factors) for r in ranks],
+        [draw_tensor(draw, (n, r), factors) for n, r in zip(widths, ranks, strict=True)],
+        [draw_tensor(draw, (1,), torch.float64) for _ in widths],
+    ), ranks
+
+
+def formula(x, grads, weights, A, B, scales):
+    """y_g = x W_g^T + s_g x A_g^T B_g^T and the gradients, written out in what is given (fp64)."""
+    outs, dA, dB, dx = [], [], [], 0
+    for g, w, a, b, s in zip(grads, weights, A, B, scales, strict=True):
+        h = torch.einsum("...k,rk->...r", x, a)
+        q = s * torch.einsum("...n,nr->...r", g, b)
+        outs.append(torch.einsum("...k,nk->...n", x, w) + s * torch.einsum("...r,nr->...n", h, b))
+        dA.append(torch.einsum("...r,...k->rk", q, x))
+        dB.append(s * torch.einsum("...n,...r->nr", g, h))
+        dx = dx + torch.einsum("...n,nk->...k", g, w) + torch.einsum("...r,rk->...k", q, a)
+    return [*outs, dx, *dA, *dB]
+
+
+def mapped(function, values):
+    return [[function(t) for t in v] if isinstance(v, list) else function(v) for v in values]
+
+
+@given(data=st.data())
+@settings(max_examples=30)
+def test_values_and_gradients_are_the_formula(data):
+    dtype = data.draw(st.sampled_from(DTYPES))
+    factors = data.draw(st.sampled_from([dtype, torch.float32 if dtype.itemsize < 4 else dtype]))
+    values, ranks = values_of(data.draw, dtype, factors)
+    gm = joint_of(values, ranks)
+    result = share(gm, Context())
+    gm.graph.lint()
+    count = len(ranks)
+    found = ops(gm)
+    assert found["lora_shrink"] == found["lora_factor_grads"] == 1
+    assert found["lora_expand"] == count and result.refused == [] and "lora_linear" not in found
+    if values[0].is_contiguous():  # the sum of gradients has the layout of x
+        assert found["lora_input_grads"] == 1 and "lora_input_grad" not in found
+    assert found["lora_factor_grad"] == count, "those of the second factors"
+    outs, grads = gm(*values)
+    wants = formula(*mapped(lambda t: t.double(), values))
+    sizes = formula(*mapped(lambda t: t.double().abs(), values))
+    flat = [t for v in values for t in (v if isinstance(v, list) else [v])]
+    for i, (got, want, size) in enumerate(zip([*outs, *grads], wants, sizes, strict=True)):
+        # One sum over the ranks of all sites, and one a site over x: as many roundings as sites more.
+        assert_within(got, want, count * rounding_bound(size, flat, dtype), f"value {i}")
+
+
+def graph_of(model, batch):
+    model(**batch).loss.backward()
+    (graph,) = model.adaptc.graphs
+    return graph
+
+
+@pytest.mark.parametrize("host, groups", [("llama", [3, 2]), ("bert", [3]), ("t5", None), ("gpt2", [])])
+def test_who_shares(host, groups):
+    base = hosts.build(host, train=True)
+    batch = hosts.batch(host)
+    model = adaptc.compile(copy.deepcopy(base), LORA, backend="aot_eager")
+    check_against_reference(model, base, batch)
+    found = []
+    for graph in model.adaptc.graphs:
+        if "share" in graph.stages:
+            gm = graph.graph_module("share")
+            target = dialect.get("lora_shrink").overload
+            found += [len(n.args[1]) for n in gm.graph.find_nodes(op="call_function", target=target)]
+    if host == "t5":  # gates; q, k, v of each attention; all keys and values of cross-attention read the encoder
+        assert sorted(found) == [2, 2, 2, 2, 3, 3, 3, 3, 4]
+    else:
+        layers = 2
+        assert found == groups * layers
+
+
+class Readers(nn.Module):
+    """Two layers that read one tensor, which is written to in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 5), nn.Linear(6, 4)
+
+    def forward(self, x):
+        h = torch.tanh(x)
+        first = self.a(h)
+        h.mul_(2)
+        return first.sum() + self.b(h).square().sum()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+def test_a_write_between_two_readers_is_seen(backend):
+    """In a forward only: autograd itself refuses a write to what an adapter keeps for its backward."""
+    base = Readers().double()
+    model = adaptc.compile(copy.deepcopy(base), LORA, backend=backend, adapter_dtype=torch.float64)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    with torch.no_grad():
+        got = model(x)
+        W = {s.path: base.get_submodule(s.path).weight + s.adapters["default"].delta() for s in model.adaptc.sites}
+        h = torch.tanh(x)
+        want = (h @ W["a"].T + base.a.bias).sum() + (2 * h @ W["b"].T + base.b.bias).square().sum()
+    torch.testing.assert_close(got, want)
+    (graph,) = model.adaptc.graphs
+    assert "lora_shrink" not in ops(graph.graph_module("share")), "they read two values"
+
+
+def test_dropout_gives_every_site_another_value():
+    lora = adaptc.LoRA(r=3, dropout=0.3, targets=["q_proj", "k_proj"])
+    model = adaptc.compile(hosts.build("llama", train=True), lora, backend="aot_eager")
+    found = ops(graph_of(model, hosts.batch("llama")).graph_module("share"))
+    assert found["lora_linear"] == 4 and "lora_shrink" not in found
+
+
+def test_factors_that_are_made_late_are_not_waited_for():
+    """Two adapters live on k_proj are one node whose factors are joined where it stands, behind q_proj."""
+    base = hosts.build("llama", train=True, num_hidden_layers=1)
+    lora = adaptc.LoRA(r=3, init="random", targets=["q_proj", "k_proj", "v_proj"])
+    model = adaptc.compile(base, lora, name="a", backend="aot_eager")
+    model.adaptc.add("b", adaptc.LoRA(r=2, init="random", targets=["k_proj"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NewSignatureWarning)
+        model.adaptc.switch(["a", "b"])
+    reports = [r for r in graph_of(model, hosts.batch("llama")).reports if r.name == "share"]
+    reason = "its first factor is made after another site reads the same value"
+    assert ("model.layers.0.self_attn.k_proj", reason) in reports[0].result.refused
+
+
+def test_a_group_is_shared_whole_or_not_at_all():
+    values = [torch.randn(2, 5), [torch.randn(2, n) for n in (3, 4)], [torch.randn(n, 5) for n in (3, 4)]]
+    factors = [torch.randn(2, 5)] * 2, [torch.randn(n, 2) for n in (3, 4)], [torch.ones(1).double()] * 2
+    for budget, shrinks in ((2, 0), (3, 1)):
+        gm = joint_of((*values, *factors), [2, 2])
+        result = share(gm, Context(budget=budget))
+        assert ops(gm).get("lora_shrink", 0) == shrinks
+        assert ("(unknown site)", "limit reached") in result.refused
+        assert len(result.applied) <= budget
+
+
+def test_verified_it_holds():
+    model = adaptc.compile(hosts.build("llama", train=True), LORA, backend="aot_eager", verify="raise")
+    (report,) = [r for r in graph_of(model, hosts.batch("llama")).reports if r.name == "share"]
+    assert report.result.applied and report.errors is not None
+
+
+def swapped_factors(gm, context):
+    result = share(gm, context)
+    for rewrite in result.applied:
+        for graph in (gm.graph, rewrite.after.graph if rewrite.after else gm.graph):
+            for node in graph.find_nodes(op="call_function", target=dialect.get("lora_shrink").overload):
+                node.args = (node.args[0], node.args[1][::-1], node.args[2])
+    gm.recompile()
+    return result
+
+
+def one_term_lost(gm, context):
+    result = share(gm, context)
+    for rewrite in result.applied:
+        for graph in (gm.graph, rewrite.after.graph if rewrite.after else gm.graph):
+            for node in graph.find_nodes(op="call_function", target=dialect.get("lora_input_grads").overload):
+                node.args = (node.args[0], node.args[1][:1], node.args[2][:1])
+    gm.recompile()
+    return result
+
+
+@pytest.mark.parametrize("wrong", [swapped_factors, one_term_lost])
+def test_a_wrong_pass_is_found(wrong, monkeypatch):
+    real = manager.get
+
+    def get(name):
+        one = real(name)
+        return manager.Pass(name, wrong, one.contract) if name == "share" else one
+
+    monkeypatch.setattr(manager, "get", get)
+    model = adaptc.compile(hosts.build("llama", train=True), LORA, backend="aot_eager", verify="raise")
+    with pytest.raises(Exception, match="after pass share") as error:
+        model(**hosts.batch("llama")).loss.backward()
+    causes = [error.value, error.value.__cause__, getattr(error.value, "inner_exception", None)]
+    assert any(isinstance(cause, VerifyError) for cause in causes)
