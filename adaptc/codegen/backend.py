@@ -14,6 +14,7 @@ from torch import fx
 from adaptc.codegen import torch_internals
 from adaptc.codegen.adapter_inputs import AdapterTensors, positions
 from adaptc.codegen.graphs import CapturedGraph
+from adaptc.codegen.in_place import accumulate_in_place
 from adaptc.errors import VerifyError
 from adaptc.ir import validate
 from adaptc.ir.edit import copy_graph_module
@@ -116,7 +117,7 @@ class AdapterBackend:
         joint = JointStage(self.pipeline, self.options, graph)
         if name == "inductor":
             patches = {**torch_internals.inductor_mode_options(self.options.mode), **self.options.options}
-            compiled = torch_internals.compile_with_inductor(gm, inputs, patches, joint)
+            compiled = torch_internals.compile_with_inductor(gm, inputs, patches, joint, LastStage(joint))
             if "joint" not in graph.stages:
                 graph.notes.append("compiled code from the cache: the joint passes ran when it was made")
             return compiled
@@ -176,6 +177,19 @@ class JointStage:
 
     def uuid(self) -> str:
         return self.pipeline.uuid()
+
+
+class LastStage:
+    """What is done on the graphs that Inductor lowers, with its cache key."""
+
+    def __init__(self, joint: JointStage) -> None:
+        self.joint = joint
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self.joint.graph.in_place += accumulate_in_place(graph)
+
+    def uuid(self) -> str:
+        return self.joint.uuid()
 
 
 def compile_aot_eager(

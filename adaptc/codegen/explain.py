@@ -207,6 +207,8 @@ def _costs(graph: CapturedGraph) -> Iterator[str]:
         yield f"{phase:<9} {flops}    moved {moved}"
     if graph.parts is not None:
         yield f"saved     {_over(*cost.saved_bytes(*graph.parts), 'B')}"
+    if graph.in_place:
+        yield f"in place  {graph.in_place} sums are made in the memory of their first term"
 
 
 def _moved(one: Cost) -> int:

@@ -40,6 +40,8 @@ class CapturedGraph:
     parts: tuple[fx.GraphModule, fx.GraphModule] | None = dataclasses.field(default=None, repr=False)
     #: Whether the same frame had been compiled before, for the same model.
     is_recompile: bool = False
+    #: Sums that Inductor's code makes where their first term is.
+    in_place: int = 0
     _stages: dict[str, fx.GraphModule] = dataclasses.field(default_factory=dict, repr=False)
 
     @property

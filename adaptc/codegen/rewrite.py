@@ -91,7 +91,9 @@ def _trained(gm: fx.GraphModule) -> dict[fx.Node, str]:
     """The nodes of tensors that an adapter trains, and the paths of their sites."""
     parameters = {name for name, parameter in gm.named_parameters() if parameter.requires_grad}
     tensors = {n: str(n.target) for n in gm.graph.nodes if n.op == "get_attr" and str(n.target) in parameters}
-    return {n: name.partition(".adapters.")[0] for n, name in tensors.items() if ".adapters." in name}
+    # Of a site that is the root itself nothing stands before the dot.
+    dotted = {n: f".{name}" for n, name in tensors.items()}
+    return {n: name.partition(".adapters.")[0].lstrip(".") for n, name in dotted.items() if ".adapters." in name}
 
 
 class _StandIn(nn.Linear):

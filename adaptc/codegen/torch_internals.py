@@ -261,40 +261,41 @@ def fake_mode_of(values: Sequence[Any]) -> Any:
 
 
 def compile_with_inductor(
-    gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any], joint_pass: Any
+    gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any], joint_pass: Any, last_pass: Any
 ) -> Callable[..., Any]:
-    """Compile with Inductor, running ``joint_pass`` on the joint graph before partitioning. 2.11 to 2.15.
+    """Compile with Inductor, running ``joint_pass`` on the joint graph before partitioning and ``last_pass`` on the
+    forward's and the backward's graph at the end of Inductor's own passes. 2.11 to 2.15.
 
     A pass already set in Inductor's config runs first.
     """
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
-    before = patches.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
     merged = dict(patches)
-    merged["joint_custom_pre_pass"] = joint_graph_pass(joint_pass, before)
+    for key, one in (("joint_custom_pre_pass", joint_pass), ("post_grad_custom_post_pass", last_pass)):
+        merged[key] = graph_pass(one, patches.get(key, getattr(config, key)))
     compiled: Any = compile_fx(gm, list(inputs), config_patches=merged)
     return compiled  # type: ignore[no-any-return]
 
 
-def joint_graph_pass(joint_pass: Any, before: Any) -> Any:
+def graph_pass(own: Any, before: Any) -> Any:
     """Wrap a ``(graph) -> None`` pass with a ``uuid()`` as Inductor's CustomGraphPass. 2.11 to 2.15."""
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
     earlier = list(before) if isinstance(before, list | tuple) else [before] if before is not None else []
 
-    class JointGraphPass(CustomGraphPass):
+    class GraphPass(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
             for one in earlier:
                 one(graph)
-            joint_pass(graph)
+            own(graph)
 
         def uuid(self) -> Any:
             ids = [getattr(one, "uuid", lambda: None)() for one in earlier]
             # A neighbour without a uuid makes the whole chain uncacheable, as Inductor itself decides.
-            return None if any(i is None for i in ids) else (*ids, joint_pass.uuid())
+            return None if any(i is None for i in ids) else (*ids, own.uuid())
 
-    return JointGraphPass()
+    return GraphPass()
 
 
 def inductor_mode_options(mode: str | None) -> dict[str, Any]:
@@ -322,6 +323,16 @@ def inductor_missing() -> str | None:
     except Exception as error:  # torch raises several types here, some of them generated
         return f"{type(error).__name__}: {error}".split("\n")[0]
     return None
+
+
+def load_cpp(source: str) -> Any:
+    """C++ code as a ``ctypes.CDLL``, compiled by Inductor's compiler with its flags and cache; None without one. 2.11
+    to 2.15."""
+    if inductor_missing() is not None:
+        return None
+    from torch._inductor.codecache import CppCodeCache
+
+    return CppCodeCache.load(source)
 
 
 def lookup_backend(name: str) -> Callable[..., Any]:

@@ -10,7 +10,8 @@ method needs ops of its own (as LoRA has) only where another backward is cheaper
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -113,6 +114,41 @@ def inline(name: str) -> Callable[..., tuple[fx.Node, ...]]:
             given = dict(zip(nodes, values, strict=True))
             return dialect.get(name).body(*fx.map_arg(args, lambda n: given[n]))
 
-        return tuple(edit.copy_in(trace_body(run, [node_value(n) for n in nodes]), nodes))
+        values = [node_value(n) for n in nodes]
+        key = _call_key(name, args, nodes, values)
+        body = _traced.get(key)
+        if body is None:
+            body = trace_body(run, values)
+            if key is not None and _keeping:
+                _traced[key] = body
+        return tuple(edit.copy_in(body, nodes))
 
     return lower
+
+
+_traced: dict[Any, fx.Graph] = {}
+_keeping: list[None] = []
+
+
+@contextlib.contextmanager
+def tracing_once() -> Iterator[None]:
+    """A block, on one graph, in which equal bodies are traced once: sites of one shape have one."""
+    _keeping.append(None)
+    try:
+        yield
+    finally:
+        _keeping.pop()
+        if not _keeping:
+            _traced.clear()
+
+
+def _call_key(name: str, args: tuple[Any, ...], nodes: Sequence[fx.Node], values: Sequence[Any]) -> Any:
+    """What a traced body depends on: equal for two calls only if it is the same; None where a size is symbolic."""
+    if not all(isinstance(v, torch.Tensor) for v in values):
+        return None
+    sizes = [(*v.shape, *v.stride()) for v in values]
+    if not all(isinstance(s, int) for size in sizes for s in size):
+        return None
+    place = {n: i for i, n in enumerate(nodes)}
+    call = repr(fx.map_arg(args, lambda n: f"%{place[n]}"))
+    return name, call, tuple(sizes), tuple((v.dtype, v.device, v.requires_grad) for v in values)

@@ -63,6 +63,8 @@ class DialectOp:
         tolerances: factor on the error of the body at the same compute dtype that a lowering may have.
         lowering: emits the op in ATen ops, as the functions of ``codegen.lowering`` do, for an op without one there.
         recomputed: cheaper to compute again in the backward than to keep: its values are never saved.
+        kernel: what the body computes, to the bit, faster; None where it cannot, and then the body runs. On devices in
+            ``kernel_devices`` the op stays one node in compiled code instead of being lowered.
     """
 
     name: str
@@ -76,6 +78,8 @@ class DialectOp:
     tolerances: float = 1.1
     lowering: Callable[..., Any] | None = None
     recomputed: bool = False
+    kernel: Callable[..., Any] | None = None
+    kernel_devices: tuple[str, ...] = ()
 
     @property
     def overload(self) -> OpOverload:
@@ -91,7 +95,9 @@ def define(op: DialectOp) -> DialectOp:
     def run_body(*args: Any, **kwargs: Any) -> Any:
         device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
         with torch.autocast(device, enabled=False):
-            return _OPS[name].body(*args, **kwargs)
+            kernel = _OPS[name].kernel
+            result = None if kernel is None else kernel(*args, **kwargs)
+            return _OPS[name].body(*args, **kwargs) if result is None else result
 
     torch.library.impl(f"adaptc::{name}", "CompositeExplicitAutograd", run_body, lib=_LIBRARY)
     torch.library.register_fake(f"adaptc::{name}", lambda *a, **k: _OPS[name].fake(*a, **k), lib=_LIBRARY)
@@ -136,7 +142,7 @@ def fingerprint() -> str:
     digest = hashlib.sha256()
     for name in names():
         op = get(name)
-        digest.update(f"{name}{op.schema}{op.recomputed}".encode())
-        for part in (op.body, op.fake, op.save, op.gradient, op.cost, op.lowering):
+        digest.update(f"{name}{op.schema}{op.recomputed}{op.kernel_devices}".encode())
+        for part in (op.body, op.fake, op.save, op.gradient, op.cost, op.lowering, op.kernel):
             digest.update(b"none" if part is None else code_hash(part))
     return digest.hexdigest()

@@ -29,6 +29,7 @@ from adaptc.methods.base import Adapter, Method, anchor_of
 from adaptc.methods.codec import Codec, Option, is_bool, is_rank, optional
 from adaptc.methods.scaled import storage_dtype
 from adaptc.methods.tokens import TokenAdapter, TokenMethod
+from adaptc.runtime import processes
 
 INITS = ("default", "zero")
 #: PEFT's init_weights -> ours.
@@ -183,6 +184,12 @@ class PrefixAdapter(TokenAdapter):
 
     def set_peft_tensors(self, values: Mapping[str, torch.Tensor]) -> None:
         table = values["prompt_embeddings"]
+        if self.projects and processes.is_distributed(self.embedding):
+            raise UnsupportedError(
+                "loading a table into a projected prefix of a sharded model",
+                found="the projection's parameters are sharded, and the table would take their place",
+                do="load before fully_shard, or compile with prefix_projection=False",
+            )
         if self.projects:
             message = "the projection of a prefix is not in its files: what is loaded is trained on as a table"
             warnings.warn(AdaptcWarning(message), stacklevel=2)

@@ -4,7 +4,8 @@ before:  %t = adaptc.lora_linear(%x, %y, %A, %B, %s, "r")
 after:   %h = mm(%x, %A^T);  %hs = %h * %s;  %y2 = addmm(%y, %hs, %B^T)
 
 Runs before partitioning, so that the partitioner sees the bottleneck and may save it. LoRA's ops are written out
-as their bodies compute, to the bit; ops derived from a body in Inductor's decompositions, which round differently.
+as their bodies compute, to the bit; ops derived from a body in Inductor's decompositions, which round differently. An
+op that has a kernel of its own on the device stays.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import cast
 from torch import fx
 
 from adaptc.codegen import lowering
-from adaptc.codegen.torch_internals import mark_recomputed
+from adaptc.codegen.torch_internals import mark_recomputed, node_value
 from adaptc.ir import dialect
+from adaptc.ir.derive import tracing_once
 from adaptc.ir.edit import Edit, Result, nested
 from adaptc.ir.sites import dialect_nodes, site_of
 from adaptc.passes.contract import Context, Contract
@@ -28,7 +30,8 @@ CONTRACT = Contract(
 
 def lower(gm: fx.GraphModule, context: Context) -> Result:
     result = Result()
-    _lower(gm, context, result)
+    with tracing_once():
+        _lower(gm, context, result)
     for _, body, _ in nested(gm):
         inner = lower(body, context)
         result.applied += inner.applied
@@ -41,6 +44,11 @@ def _lower(gm: fx.GraphModule, context: Context, result: Result) -> None:
     for node in dialect_nodes(gm):
         op = dialect.of_target(node.target)
         assert op is not None
+        device = getattr(node_value(node), "device", None)
+        if device is not None and device.type in op.kernel_devices:
+            if op.recomputed:
+                mark_recomputed(node)
+            continue
         if not context.spend():
             result.refuse(site_of(node), "limit reached")
             continue

@@ -1,17 +1,15 @@
-"""Give the dropouts of adapters masks that are made where they are read, from one draw of seeds a call.
+"""Give the dropouts of adapters masks that are made where they are read, from a seed that is drawn in every call.
 
 before:  %d = dropout(%x, 0.05, True)
-after:   %s = randint(2^62, (n,));  %d = adaptc.seeded_dropout(%x, %s, 0, 0.05)
+after:   %s = randint(2^62, (1,));  %d = adaptc.seeded_dropout(%x, %s, 0.05)
 
 The backward makes the mask again, so that neither the mask nor the dropped input is kept. Which elements are dropped
-changes, their distribution does not. A graph draws one seed for each of its n dropouts, and so
-does each body of a higher-order op, with the random state that checkpointing gives it: a block that is computed again
-has the masks that it had. Dropouts that something else than adapters reads, the base model's own, stay as they are.
+changes, their distribution does not. In a checkpointed block the seed is drawn with the random state that checkpointing
+gives it: a block that is computed again has the masks that it had. A seed is a tensor of its own, so that equal sites
+have equal code. Dropouts that something else than adapters reads, the base model's own, stay as they are.
 """
 
 from __future__ import annotations
-
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -30,21 +28,13 @@ CONTRACT = Contract(
 
 def seed_dropout(gm: fx.GraphModule, context: Context) -> Result:
     result = Result()
-    found = []
-    for node, p in _dropouts(gm):
-        if context.spend():
-            found.append((node, p))
-        else:
+    for node, x, p in _dropouts(gm):
+        if not context.spend():
             result.refuse(_site(node), "limit reached")
-    seeds = None
-    for index, (node, p) in enumerate(found):
+            continue
         edit = Edit(gm, _site(node), [node], [node], record=context.record)
-        x = node.args[0]
-        if seeds is None:  # before the first of them, and so before all
-            device = node_value(cast(fx.Node, x)).device
-            seeds = edit.call(torch.randint, 2**62, (len(found),), dtype=torch.int64, device=device)
-        op = dialect.get("seeded_dropout").overload
-        result.applied.append(edit.finish(edit.call(op, x, seeds, index, p)))
+        seed = edit.call(torch.randint, 2**62, (1,), dtype=torch.int64, device=node_value(x).device)
+        result.applied.append(edit.finish(edit.call(dialect.get("seeded_dropout").overload, x, seed, p)))
     for _, body, _ in nested(gm):
         inner = seed_dropout(body, context)
         result.applied += inner.applied
@@ -53,17 +43,17 @@ def seed_dropout(gm: fx.GraphModule, context: Context) -> Result:
     return result
 
 
-def _dropouts(gm: fx.GraphModule) -> list[tuple[fx.Node, float]]:
-    """The active dropouts that adapters read, and nothing else does; with their probabilities."""
+def _dropouts(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.Node, float]]:
+    """The active dropouts that adapters read, and nothing else does; with what they drop and how often."""
     found = []
     for node in gm.graph.find_nodes(op="call_function", target=F.dropout):
         given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | node.kwargs
-        p = given.get("p", 0.5)
+        x, p = given.get("input"), given.get("p", 0.5)
         active = given.get("training", True) is True and not given.get("inplace", False)
-        if not active or not isinstance(p, float) or p == 0 or not isinstance(node.args[0], fx.Node):
+        if not active or not isinstance(p, float) or p == 0 or not isinstance(x, fx.Node):
             continue
         if node.users and all(dialect.of_target(user.target) for user in node.users):
-            found.append((node, p))
+            found.append((node, x, p))
     return found
 
 

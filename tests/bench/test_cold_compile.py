@@ -26,6 +26,7 @@ def test_every_cache_is_an_empty_folder_of_its_own(tmp_path: Path) -> None:
     assert all(place.parent == tmp_path and not list(place.iterdir()) for place in places)
 
 
+@pytest.mark.slow
 def test_contenders_are_compiled_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[dict[str, str]] = []
     run = subprocess.run
@@ -43,6 +44,7 @@ def test_contenders_are_compiled_in_processes_of_their_own(monkeypatch: pytest.M
     assert not any(os.path.exists(folder) for folder in folders)
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_is_shown() -> None:
     expected = r"cold compile of nobody \(fp32, p = 0\) ended with 1:\n(.*\n)*KeyError: 'nobody'"
     with pytest.raises(BenchError, match=expected):

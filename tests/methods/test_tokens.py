@@ -16,7 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import adaptc
-from adaptc.errors import AdaptcWarning, NewSignatureWarning, PlanError, SiteError, UnsupportedKindError
+from adaptc.errors import (
+    AdaptcWarning,
+    NewSignatureWarning,
+    PlanError,
+    SiteError,
+    UnsupportedError,
+    UnsupportedKindError,
+)  # fmt: skip
+from adaptc.methods import prefix
 from adaptc.methods.prefix import PREFIX
 from adaptc.methods.prompt import PROMPT
 from tests.models import hosts
@@ -472,3 +480,14 @@ def test_ops_pass_gradcheck():
     args = (torch.randn(2, 24).double().requires_grad_(), torch.zeros(3).double(), 2, 3)
     assert torch.autograd.gradcheck(torch.ops.adaptc.prefix_states, args)
     torch.library.opcheck(torch.ops.adaptc.prefix_states.default, args)
+
+
+def test_a_table_does_not_take_the_place_of_a_sharded_projection(monkeypatch):
+    model = adaptc.compile(build("llama"), METHODS["projected"](), backend="eager")
+    (site,) = model.adaptc.sites
+    adapter = site.adapters["default"]
+    monkeypatch.setattr(prefix.processes, "is_distributed", lambda tensor: tensor is adapter.embedding)
+    before = {name: value.clone() for name, value in model.adaptc.named_parameters()}
+    with pytest.raises(UnsupportedError, match="the projection's parameters are sharded"):
+        adapter.set_peft_tensors({"prompt_embeddings": torch.zeros_like(adapter.table())})
+    assert all(torch.equal(value, before[name]) for name, value in model.adaptc.named_parameters())

@@ -55,7 +55,7 @@ def checkpoint_every_block(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("cut", [break_before_every_block, compile_every_block, checkpoint_every_block])
-@pytest.mark.parametrize("host", ["llama", "bert"])
+@pytest.mark.parametrize("host", ["llama", pytest.param("bert", marks=pytest.mark.slow)])
 def test_frames_that_layers_share_give_every_layer_its_own_adapter(host: str, cut: Callable[[nn.Module], None]):
     # transformers sets BERT's problem type in the first call, and a changed config recompiles any model.
     options = {"problem_type": "single_label_classification"} if host == "bert" else {}

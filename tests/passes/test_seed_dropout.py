@@ -42,21 +42,6 @@ def test_a_dropout_of_an_adapter_gets_a_seed():
     assert ops(gm) == {"randint": 1, "seeded_dropout": 1, "lora_linear": 1}
 
 
-def test_a_call_draws_all_its_seeds_at_once():
-    values = tensors(ranks=(2, 3))
-    build = Graph()
-    x, y, a1, b1, s1, a2, b2, s2 = (build.input(name, tensor) for name, tensor in values.items())
-    y1 = build.lora(build.call(F.dropout, x, 0.3, True), y, a1, b1, s1, site="first")
-    gm = build.module(build.lora(build.call(F.dropout, x, 0.5, True), y1, a2, b2, s2, site="second"))
-    seed_dropout(gm, Context())
-    assert ops(gm) == {"randint": 1, "seeded_dropout": 2, "lora_linear": 2}
-    op = dialect.get("seeded_dropout").overload
-    nodes = list(gm.graph.find_nodes(op="call_function", target=op))
-    assert [node.args[2:] for node in nodes] == [(0, 0.3), (1, 0.5)]
-    (draw,) = gm.graph.find_nodes(op="call_function", target=torch.randint)
-    assert draw.args == (2**62, (2,)) and all(node.args[1] is draw for node in nodes)
-
-
 def test_stops_at_its_limit():
     values = tensors(ranks=(2, 3))
     build = Graph()
@@ -111,7 +96,7 @@ def test_value_and_gradients(data):
     torch.manual_seed(3)
     out = gm(*values.values())[0]
     torch.manual_seed(3)
-    mask = keep_mask(values["x"], torch.randint(2**62, (1,)), 0, p).double() / (1 - p)
+    mask = keep_mask(values["x"], torch.randint(2**62, (1,)), p).double() / (1 - p)
     doubles = {name: t.detach().double().requires_grad_(t.requires_grad) for name, t in values.items()}
     h = torch.einsum("...k,rk->...r", doubles["x"] * mask, doubles["A1"])
     want = doubles["y"] + doubles["s1"] * torch.einsum("...r,nr->...n", h, doubles["B1"])
@@ -182,7 +167,7 @@ def test_every_site_has_a_mask_of_its_own():
     (graph,) = model.adaptc.graphs
     gm = graph.graph_module("seed_dropout")
     nodes = list(gm.graph.find_nodes(op="call_function", target=dialect.get("seeded_dropout").overload))
-    assert len({node.args[0] for node in nodes}) == 1 and sorted(node.args[2] for node in nodes) == [0, 1, 2]
+    assert len({node.args[0] for node in nodes}) == 1 and len({node.args[1] for node in nodes}) == 3
 
 
 def saved(graph):
@@ -198,7 +183,7 @@ def test_neither_mask_nor_dropped_input_is_kept():
     _, unseeded = adapted(dropout=0.4, passes={"skip": ["seed_dropout"]})
     without, kept, with_masks = [saved(trained_graph(m)) for m in (plain, model, unseeded)]
     assert not any(dtype == torch.bool for dtype, _ in kept) and any(dtype == torch.bool for dtype, _ in with_masks)
-    assert (torch.int64, (2,)) in kept
+    assert kept.count((torch.int64, (1,))) == 2
     sizes = [sum(dtype.itemsize * math.prod(shape) for dtype, shape in s) for s in (without, kept, with_masks)]
     assert sizes[1] <= sizes[0] + 2 * 8 < sizes[2]
 
@@ -219,7 +204,7 @@ def test_a_block_that_is_computed_again_has_the_same_masks():
         found.append((loss.detach(), [p.grad for p in model.adaptc.parameters()]))
         counts = [op_counts(g.graph_module("seed_dropout")) for g in model.adaptc.graphs]
         assert sum(c.get("seeded_dropout", 0) for c in counts) == 14 and not any(c.get("dropout") for c in counts)
-        assert sum(c.get("randint", 0) for c in counts) == (2 if checkpointing else 1)
+        assert sum(c.get("randint", 0) for c in counts) == 14
     assert torch.equal(found[0][0], found[1][0])
     for plain, recomputed in zip(found[0][1], found[1][1], strict=True):
         torch.testing.assert_close(plain, recomputed, rtol=1e-6, atol=1e-8)
@@ -236,27 +221,17 @@ def wrong_probability(gm, context):
     for rewrite in result.applied:
         for graph in (gm.graph, rewrite.after.graph):
             for node in graph.find_nodes(op="call_function", target=dialect.get("seeded_dropout").overload):
-                node.args = (*node.args[:3], 0.41)
+                node.args = (*node.args[:2], 0.41)
     gm.recompile()
     return result
 
 
-def one_mask_for_all(gm, context):
-    result = seed_dropout(gm, context)
-    for rewrite in result.applied:
-        new = rewrite.replaced[0][1]
-        new.args = (*new.args[:2], 0, new.args[3])
-    gm.recompile()
-    return result
-
-
-@pytest.mark.parametrize("wrong", [wrong_probability, one_mask_for_all])
-def test_a_wrong_pass_is_found(wrong, monkeypatch):
+def test_a_wrong_pass_is_found(monkeypatch):
     real = manager.get
 
     def get(name):
         one = real(name)
-        return manager.Pass(name, wrong, one.contract) if name == "seed_dropout" else one
+        return manager.Pass(name, wrong_probability, one.contract) if name == "seed_dropout" else one
 
     monkeypatch.setattr(manager, "get", get)
     _, model = adapted(dropout=0.4, verify="raise")

@@ -199,8 +199,12 @@ def clones(model, how):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("host", ["llama", "t5", "clip"])
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("host, how", [
+    *(("llama", how) for how in ("deepcopy", "pickle", "torch.save")),
+    ("t5", "deepcopy"),
+    *(pytest.param("t5", how, marks=pytest.mark.slow) for how in ("pickle", "torch.save")),
+    *(pytest.param("clip", how, marks=pytest.mark.slow) for how in ("deepcopy", "pickle", "torch.save")),
+])  # fmt: skip
 def test_copies_are_independent_and_compiled(host, how):
     base, model = compiled(host)
     batch = hosts.batch(host)

@@ -1,0 +1,98 @@
+"""Seeded dropout in one pass over its input: the hash, the choice and the product, with unsigned words.
+
+Inductor writes the hash of every element out in signed words, whose overflow C++ leaves undefined: a compiler that sees
+the loop derives from it how often the loop runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+
+import torch
+
+from adaptc.codegen import torch_internals
+
+#: The constants are those of ``adaptc.ir.dropout``.
+SOURCE = r"""
+#include <cstdint>
+#include <cstring>
+
+static inline float load(const float* p) { return *p; }
+static inline void store(float* p, float v) { *p = v; }
+struct bf16 { uint16_t bits; };
+static inline float load(const bf16* p) {
+    uint32_t word = static_cast<uint32_t>(p->bits) << 16;
+    float v;
+    std::memcpy(&v, &word, 4);
+    return v;
+}
+static inline void store(bf16* p, float v) {  // to nearest, ties to even; NaN stays NaN
+    uint32_t word;
+    std::memcpy(&word, &v, 4);
+    uint32_t rounded = (word + 0x7FFFu + ((word >> 16) & 1u)) >> 16;
+    p->bits = static_cast<uint16_t>(v != v ? 0x7FC0u : rounded);
+}
+
+template <typename T>
+static void drop(const T* x, T* y, int64_t rows, int64_t width, uint64_t seed, uint32_t least, float scale,
+                 int threads) {
+    const uint32_t high = static_cast<uint32_t>(seed >> 32);
+    const uint32_t start = static_cast<uint32_t>(seed) + high * 0x85EBCA6Bu;
+    #pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < rows; ++i) {
+        const uint32_t row = static_cast<uint32_t>(i);
+        const uint32_t first = row * 0xC13FA9A9u + start, second = row * 0xD1B54A33u + high;
+        const T* from = x + i * width;
+        T* to = y + i * width;
+        for (int64_t j = 0; j < width; ++j) {
+            uint32_t h = static_cast<uint32_t>(j) * 0x9E3779B1u + first;
+            h = ((h ^ (h >> 16)) * 0x7FEB352Du) ^ second;
+            h = (h ^ (h >> 15)) * 0x846CA68Bu;
+            const float v = load(from + j) * scale;
+            store(to + j, (h ^ 0x80000000u) >= least ? v : 0.0f);
+        }
+    }
+}
+
+extern "C" void drop_f32(const void* x, void* y, int64_t rows, int64_t width, const int64_t* seed, uint32_t least,
+                         float scale, int threads) {
+    drop(static_cast<const float*>(x), static_cast<float*>(y), rows, width, static_cast<uint64_t>(*seed), least, scale,
+         threads);
+}
+extern "C" void drop_bf16(const void* x, void* y, int64_t rows, int64_t width, const int64_t* seed, uint32_t least,
+                          float scale, int threads) {
+    drop(static_cast<const bf16*>(x), static_cast<bf16*>(y), rows, width, static_cast<uint64_t>(*seed), least, scale,
+         threads);
+}
+"""
+_NAMES = {torch.float32: "drop_f32", torch.bfloat16: "drop_bf16"}
+#: Elements below which a second thread costs more than it does.
+_GRAIN = 1 << 15
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    library: ctypes.CDLL | None = torch_internals.load_cpp(SOURCE)
+    for name in _NAMES.values() if library is not None else ():
+        function = getattr(library, name)
+        pointer, size = ctypes.c_void_p, ctypes.c_int64
+        function.argtypes = (pointer, pointer, size, size, pointer, ctypes.c_uint32, ctypes.c_float, ctypes.c_int)
+        function.restype = None
+    return library
+
+
+def seeded_dropout(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor | None:
+    """The op on a CPU tensor in fp32 or bf16, bit for bit; None for another, and without a C++ compiler."""
+    if x.device.type != "cpu" or x.dtype not in _NAMES or (library := _library()) is None:
+        return None
+    x = x.detach().contiguous()
+    y = torch.empty_like(x)
+    width = x.shape[-1]
+    threads = torch.get_num_threads() if x.numel() > _GRAIN else 1
+    getattr(library, _NAMES[x.dtype])(
+        x.data_ptr(), y.data_ptr(), x.numel() // width if width else 0, width, seed.data_ptr(),
+        min(math.floor(p * 2**32), 2**32 - 1), 1 / (1 - p) if p < 1 else 0.0, threads,
+    )  # fmt: skip
+    return y

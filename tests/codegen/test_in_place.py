@@ -1,0 +1,98 @@
+"""Sums of products in the memory of the first, where nothing else reads it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import adaptc
+from adaptc.codegen.in_place import ADD_PRODUCT, accumulate_in_place
+from tests.models import hosts
+from tests.reference import check_steps_agree, reference_step, step
+
+aten = torch.ops.aten
+
+
+def operands():
+    torch.manual_seed(0)
+    return torch.randn(4, 6), torch.randn(6, 5), torch.randn(4, 2), torch.randn(2, 5)
+
+
+def rewritten(function, *inputs):
+    gm = make_fx(function)(*inputs)
+    count = accumulate_in_place(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    torch.testing.assert_close(gm(*inputs), function(*inputs), rtol=0, atol=0)
+    return count, [n.target for n in gm.graph.nodes if n.op == "call_function"]
+
+
+IN_PLACE = {
+    "a product": lambda x, w, h, b: torch.addmm(x @ w, h, b),
+    "through views": lambda x, w, h, b: torch.addmm((x @ w).view(2, 2, 5).view(4, 5), h, b),
+    "a chain": lambda x, w, h, b: torch.addmm(torch.addmm(x @ w, h, b), h, b).relu(),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_a_sum_is_made_in_place(name):
+    count, targets = rewritten(IN_PLACE[name], *operands())
+    assert count == targets.count(ADD_PRODUCT) == (2 if name == "a chain" else 1)
+    assert aten.addmm.default not in targets and aten.view.default not in targets
+
+
+def shared(x, w, h, b):
+    y = x @ w
+    return torch.addmm(y, h, b), y.relu()
+
+
+def shared_view(x, w, h, b):
+    y = (x @ w).view(2, 2, 5)
+    return torch.addmm(y.view(4, 5), h, b), y.relu()
+
+
+def kept(x, w, h, b):
+    y = x @ w
+    return torch.addmm(y, h, b), y
+
+
+NOT = {
+    "read elsewhere": shared,
+    "a view is read elsewhere": shared_view,
+    "kept for the backward": kept,
+    "a bias, which is broadcast": lambda x, w, h, b: torch.addmm(b[0], x, w),
+    "an input of the graph": lambda x, w, h, b: torch.addmm(h @ b, h, b) + torch.addmm(x[:, :5], h, b),
+    "scaled": lambda x, w, h, b: torch.addmm(x @ w, h, b, alpha=2),
+    "transposed": lambda x, w, h, b: torch.addmm((w.t() @ x.t()).t(), h, b),
+}
+
+
+@pytest.mark.parametrize("name", NOT)
+def test_what_others_read_or_what_has_another_layout_is_not_written_to(name):
+    count, _ = rewritten(NOT[name], *operands())
+    assert count == (1 if name == "an input of the graph" else 0)
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_inductor_trains_with_it(dropout):
+    lora = adaptc.LoRA(r=3, alpha=6, init="random", targets="all-linear", dropout=dropout)
+    base = hosts.build("llama", train=True, num_hidden_layers=1)
+    model = adaptc.compile(copy.deepcopy(base), lora, backend="inductor")
+    batch = hosts.batch("llama")
+    torch.manual_seed(2)
+    got = step(model, batch)
+    (graph,) = model.adaptc.graphs
+    assert graph.in_place >= 7, "the corrected output of every site"
+    if not dropout:
+        check_steps_agree(got, reference_step(model, base, batch))
+        assert f"in place  {graph.in_place} sums" in str(model.adaptc.explain())
+        return
+    # As by the ATen ops one by one: the mask is a function of the seeds, and those are the same.
+    other = adaptc.compile(copy.deepcopy(base), lora, backend="aot_eager")
+    other.load_state_dict(model.state_dict())
+    torch.manual_seed(2)
+    assert torch.isfinite(step(other, batch)[0]) and torch.isfinite(got[0])
