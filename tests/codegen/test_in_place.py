@@ -77,22 +77,13 @@ def test_what_others_read_or_what_has_another_layout_is_not_written_to(name):
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_inductor_trains_with_it(dropout):
-    lora = adaptc.LoRA(r=3, alpha=6, init="random", targets="all-linear", dropout=dropout)
+def test_inductor_trains_with_it():
+    # Of a rank of its own: a graph that another test compiled would come from the cache.
+    lora = adaptc.LoRA(r=5, alpha=6, init="random", targets="all-linear")
     base = hosts.build("llama", train=True, num_hidden_layers=1)
     model = adaptc.compile(copy.deepcopy(base), lora, backend="inductor")
     batch = hosts.batch("llama")
-    torch.manual_seed(2)
-    got = step(model, batch)
+    check_steps_agree(step(model, batch), reference_step(model, base, batch))
     (graph,) = model.adaptc.graphs
     assert graph.in_place >= 7, "the corrected output of every site"
-    if not dropout:
-        check_steps_agree(got, reference_step(model, base, batch))
-        assert f"in place  {graph.in_place} sums" in str(model.adaptc.explain())
-        return
-    # As by the ATen ops one by one: the mask is a function of the seeds, and those are the same.
-    other = adaptc.compile(copy.deepcopy(base), lora, backend="aot_eager")
-    other.load_state_dict(model.state_dict())
-    torch.manual_seed(2)
-    assert torch.isfinite(step(other, batch)[0]) and torch.isfinite(got[0])
+    assert f"in place  {graph.in_place} sums" in str(model.adaptc.explain())

@@ -64,7 +64,11 @@ class CountingBackend:
         return gm
 
 
-@pytest.mark.parametrize("host", hosts.EVERY)
+#: Whose graphs take longest to compile, twice each; test_against_formula has them among the default tests.
+LONG = ("gpt2", "bert")
+
+
+@pytest.mark.parametrize("host", [pytest.param(h, marks=pytest.mark.slow if h in LONG else ()) for h in hosts.EVERY])
 def test_every_class_computes_what_peft_computes(host):
     cases = [(train, hosts.batch(host, **shape)) for train, shape in itertools.product((True, False), SHAPES)]
     counting = CountingBackend()

@@ -201,9 +201,8 @@ def clones(model, how):
 
 @pytest.mark.parametrize("host, how", [
     *(("llama", how) for how in ("deepcopy", "pickle", "torch.save")),
-    ("t5", "deepcopy"),
-    *(pytest.param("t5", how, marks=pytest.mark.slow) for how in ("pickle", "torch.save")),
-    *(pytest.param("clip", how, marks=pytest.mark.slow) for how in ("deepcopy", "pickle", "torch.save")),
+    *(pytest.param(host, how, marks=pytest.mark.slow)
+      for host in ("t5", "clip") for how in ("deepcopy", "pickle", "torch.save")),
 ])  # fmt: skip
 def test_copies_are_independent_and_compiled(host, how):
     base, model = compiled(host)
