@@ -44,6 +44,8 @@ def accumulate_in_place(graph: fx.Graph) -> int:
         product = _owned_product(views)
         if product is None or node.kwargs or not _same_memory(product, node):
             continue
+        if views in (left, right):  # y + y W: one reader, which needs the product as it was
+            continue
         with graph.inserting_before(node):
             graph.call_function(ADD_PRODUCT, (product, left, right)).meta = {**node.meta, "val": None}
         node.replace_all_uses_with(product)

@@ -119,7 +119,7 @@ class Edit:
             args = fx.map_arg(node.args, lambda n: env[n])
             kwargs = fx.map_arg(node.kwargs, lambda n: env[n])
             new = self.call(node.target, *args, **kwargs)
-            if "val" in node.meta:
+            if "val" in node.meta and node_value(new) is None:
                 new.meta["val"] = node.meta["val"]
             env[node] = new
         return list(outputs) if isinstance(outputs, list | tuple) else [outputs]

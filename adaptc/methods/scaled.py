@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from adaptc.codegen.torch_internals import is_fake
 from adaptc.methods.base import Adapter, Method
 
 
@@ -33,7 +34,7 @@ class ScaledAdapter(Adapter):
     @property
     def scaling(self) -> float:
         """s in the formula, as ``scale`` holds it; setting it changes data of the graph and recompiles nothing."""
-        return self._scaling if self.scale.is_meta else float(self.scale)
+        return self._scaling if self.scale.is_meta or is_fake(self.scale) else float(self.scale)
 
     @scaling.setter
     def scaling(self, value: float) -> None:

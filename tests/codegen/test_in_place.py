@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import adaptc
@@ -54,6 +55,11 @@ def shared_view(x, w, h, b):
     return torch.addmm(y.view(4, 5), h, b), y.relu()
 
 
+def _residual(x):
+    y = x @ torch.ones(6, 6)
+    return torch.addmm(y, y, torch.ones(6, 6))
+
+
 def kept(x, w, h, b):
     y = x @ w
     return torch.addmm(y, h, b), y
@@ -65,6 +71,7 @@ NOT = {
     "kept for the backward": kept,
     "a bias, which is broadcast": lambda x, w, h, b: torch.addmm(b[0], x, w),
     "an input of the graph": lambda x, w, h, b: torch.addmm(h @ b, h, b) + torch.addmm(x[:, :5], h, b),
+    "its own factor": lambda x, w, h, b: _residual(x),
     "scaled": lambda x, w, h, b: torch.addmm(x @ w, h, b, alpha=2),
     "transposed": lambda x, w, h, b: torch.addmm((w.t() @ x.t()).t(), h, b),
 }
@@ -87,3 +94,30 @@ def test_inductor_trains_with_it():
     (graph,) = model.adaptc.graphs
     assert graph.in_place >= 7, "the corrected output of every site"
     assert f"in place  {graph.in_place} sums" in str(model.adaptc.explain())
+
+
+class Residual(nn.Module):
+    """Layers without a bias and a skip connection: Inductor makes one product of y + y W."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.head(y + self.b(y)).square().sum()
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("targets", [["head"], ["a", "b", "head"]])
+def test_a_skip_connection_reads_what_was_there(targets):
+    base, x = Residual(), torch.randn(5, 6)
+    lora = adaptc.LoRA(r=2, init="random", targets=targets)
+    model = adaptc.compile(copy.deepcopy(base), lora, backend="inductor")
+    with torch.no_grad():
+        for site in model.adaptc.sites:
+            base.get_submodule(site.path).weight += site.adapters["default"].delta().float()
+    torch.testing.assert_close(model(x), base(x), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), base(x), rtol=1e-5, atol=1e-5)

@@ -85,7 +85,10 @@ def _library() -> ctypes.CDLL | None:
 
 def seeded_dropout(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor | None:
     """The op on a CPU tensor in fp32 or bf16, bit for bit; None for another, and without a C++ compiler."""
-    if x.device.type != "cpu" or x.dtype not in _NAMES or (library := _library()) is None:
+    # Of a subclass the memory may be elsewhere, or nowhere.
+    if type(x) is not torch.Tensor or x.device.type != "cpu" or x.dtype not in _NAMES:
+        return None
+    if (library := _library()) is None:
         return None
     x = x.detach().contiguous()
     y = torch.empty_like(x)

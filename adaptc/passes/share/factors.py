@@ -22,7 +22,7 @@ def share_factors(gm: fx.GraphModule, context: Context, result: Result) -> None:
     for products in _groups(gm):
         last = order[products[-1]]
         late = [node for node in products if all(order[user] > last for user in node.users)]
-        for node in set(products) - set(late):
+        for node in (n for n in products if n not in late):
             result.refuse(site_of(node), "the gradient of its first factor is read before the others are known")
         if len(late) < 2 or products[-1] not in late:
             continue

@@ -37,7 +37,7 @@ def share_inputs(gm: fx.GraphModule, context: Context, result: Result) -> None:
         if not context.spend():
             result.refused += [(site_of(node), "limit reached") for node in ours]
             continue
-        matched = sorted([*sums, *ours], key=order.__getitem__)
+        matched = sorted({*sums, *ours}, key=order.__getitem__)
         edit = Edit(gm, site_of(ours[0]), matched, [root], record=context.record)
         total = others[0]
         for other in others[1:]:

@@ -26,7 +26,7 @@ def share_shrink(gm: fx.GraphModule, context: Context, result: Result) -> None:
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     for readers in _groups(gm):
         early = [node for node in readers if _is_known(node, order[readers[0]], order)]
-        for node in set(readers) - set(early):
+        for node in (n for n in readers if n not in early):
             result.refuse(site_of(node), "its first factor is made after another site reads the same value")
         if len(early) < 2:
             continue
