@@ -116,30 +116,29 @@ def inline(name: str) -> Callable[..., tuple[fx.Node, ...]]:
 
         values = [node_value(n) for n in nodes]
         key = _call_key(name, args, nodes, values)
-        body = _traced.get(key)
+        body = _traced.get(key) if _traced is not None else None
         if body is None:
             body = trace_body(run, values)
-            if key is not None and _keeping:
+            if key is not None and _traced is not None:
                 _traced[key] = body
         return tuple(edit.copy_in(body, nodes))
 
     return lower
 
 
-_traced: dict[Any, fx.Graph] = {}
-_keeping: list[None] = []
+#: Call -> its traced body, in ``tracing_once``.
+_traced: dict[Any, fx.Graph] | None = None
 
 
 @contextlib.contextmanager
 def tracing_once() -> Iterator[None]:
     """A block, on one graph, in which equal bodies are traced once: sites of one shape have one."""
-    _keeping.append(None)
+    global _traced
+    before, _traced = _traced, {}
     try:
         yield
     finally:
-        _keeping.pop()
-        if not _keeping:
-            _traced.clear()
+        _traced = before
 
 
 def _call_key(name: str, args: tuple[Any, ...], nodes: Sequence[fx.Node], values: Sequence[Any]) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from torch import fx
 
-from adaptc.ir.edit import Result
+from adaptc.ir.edit import Result, nested
 
 Level = Literal["dynamo", "joint"]
 Numerics = Literal["exact", "reassociates", "approximate"]
@@ -51,6 +51,23 @@ class Context:
             return False
         self.budget -= rewrites
         return True
+
+
+#: Makes its rewrites in one graph, nested bodies excluded, and adds what it did to the result.
+Rewriting = Callable[[fx.GraphModule, Context, Result], None]
+
+
+def everywhere(gm: fx.GraphModule, rewrites: Sequence[Rewriting], context: Context) -> Result:
+    """Run ``rewrites`` in order on a graph, and then on each body of its higher-order ops."""
+    result = Result()
+    for rewrite in rewrites:
+        rewrite(gm, context, result)
+    for _, body, _ in nested(gm):
+        inner = everywhere(body, rewrites, context)
+        result.applied += inner.applied
+        result.refused += inner.refused
+    gm.recompile()
+    return result
 
 
 PassFunction = Callable[[fx.GraphModule, Context], Result]

@@ -19,9 +19,9 @@ from adaptc.codegen import lowering
 from adaptc.codegen.torch_internals import mark_recomputed, node_value
 from adaptc.ir import dialect
 from adaptc.ir.derive import tracing_once
-from adaptc.ir.edit import Edit, Result, nested
+from adaptc.ir.edit import Edit, Result
 from adaptc.ir.sites import dialect_nodes, site_of
-from adaptc.passes.contract import Context, Contract
+from adaptc.passes.contract import Context, Contract, everywhere
 
 CONTRACT = Contract(
     level="joint", numerics="reassociates", provides=frozenset({"aten"}), conflicts=frozenset({"aten"})
@@ -29,15 +29,8 @@ CONTRACT = Contract(
 
 
 def lower(gm: fx.GraphModule, context: Context) -> Result:
-    result = Result()
     with tracing_once():
-        _lower(gm, context, result)
-    for _, body, _ in nested(gm):
-        inner = lower(body, context)
-        result.applied += inner.applied
-        result.refused += inner.refused
-    gm.recompile()
-    return result
+        return everywhere(gm, (_lower,), context)
 
 
 def _lower(gm: fx.GraphModule, context: Context, result: Result) -> None:

@@ -17,9 +17,9 @@ from torch import fx
 
 from adaptc.codegen.torch_internals import node_value
 from adaptc.ir import dialect
-from adaptc.ir.edit import Edit, Result, nested
+from adaptc.ir.edit import Edit, Result
 from adaptc.ir.sites import site_of
-from adaptc.passes.contract import Context, Contract
+from adaptc.passes.contract import Context, Contract, everywhere
 
 CONTRACT = Contract(
     level="dynamo", numerics="reassociates", requires=frozenset({"inserted"}), provides=frozenset({"seeded"})
@@ -27,7 +27,10 @@ CONTRACT = Contract(
 
 
 def seed_dropout(gm: fx.GraphModule, context: Context) -> Result:
-    result = Result()
+    return everywhere(gm, (_seed,), context)
+
+
+def _seed(gm: fx.GraphModule, context: Context, result: Result) -> None:
     for node, x, p in _dropouts(gm):
         if not context.spend():
             result.refuse(_site(node), "limit reached")
@@ -35,12 +38,6 @@ def seed_dropout(gm: fx.GraphModule, context: Context) -> Result:
         edit = Edit(gm, _site(node), [node], [node], record=context.record)
         seed = edit.call(torch.randint, 2**62, (1,), dtype=torch.int64, device=node_value(x).device)
         result.applied.append(edit.finish(edit.call(dialect.get("seeded_dropout").overload, x, seed, p)))
-    for _, body, _ in nested(gm):
-        inner = seed_dropout(body, context)
-        result.applied += inner.applied
-        result.refused += inner.refused
-    gm.recompile()
-    return result
 
 
 def _dropouts(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.Node, float]]:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from torch import fx
 
-from adaptc.ir.edit import Result, nested
+from adaptc.ir.edit import Result
 from adaptc.passes.canonicalise.drop_dropout import drop_dropout
 from adaptc.passes.canonicalise.join_adapters import join_adapters
 from adaptc.passes.canonicalise.read_low_rank import read_low_rank
 from adaptc.passes.canonicalise.sink_casts import sink_casts
 from adaptc.passes.canonicalise.sink_scale import sink_scale
-from adaptc.passes.contract import Context, Contract
+from adaptc.passes.contract import Context, Contract, everywhere
 
 CONTRACT = Contract(
     level="dynamo",
@@ -30,12 +30,4 @@ REWRITES = (read_low_rank, drop_dropout, sink_casts, sink_scale, join_adapters)
 
 
 def canonicalise(gm: fx.GraphModule, context: Context) -> Result:
-    result = Result()
-    for rewrite in REWRITES:
-        rewrite(gm, context, result)
-    for _, body, _ in nested(gm):
-        inner = canonicalise(body, context)
-        result.applied += inner.applied
-        result.refused += inner.refused
-    gm.recompile()
-    return result
+    return everywhere(gm, REWRITES, context)

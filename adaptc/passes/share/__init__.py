@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from adaptc.ir.edit import Result, nested
-from adaptc.passes.contract import Context, Contract
+from adaptc.ir.edit import Result
+from adaptc.passes.contract import Context, Contract, everywhere
 from adaptc.passes.share.factors import share_factors
 from adaptc.passes.share.inputs import share_inputs
 from adaptc.passes.share.shrink import share_shrink
@@ -26,12 +26,4 @@ REWRITES = (share_shrink, share_factors, share_inputs)
 
 
 def share(gm: fx.GraphModule, context: Context) -> Result:
-    result = Result()
-    for rewrite in REWRITES:
-        rewrite(gm, context, result)
-    for _, body, _ in nested(gm):
-        inner = share(body, context)
-        result.applied += inner.applied
-        result.refused += inner.refused
-    gm.recompile()
-    return result
+    return everywhere(gm, REWRITES, context)
