@@ -63,8 +63,9 @@ class DialectOp:
         tolerances: factor on the error of the body at the same compute dtype that a lowering may have.
         lowering: emits the op in ATen ops, as the functions of ``codegen.lowering`` do, for an op without one there.
         recomputed: cheaper to compute again in the backward than to keep: its values are never saved.
-        kernel: what the body computes, to the bit, faster; None where it cannot, and then the body runs. On devices in
-            ``kernel_devices`` the op stays one node in compiled code instead of being lowered.
+        kernel: what the body computes, to the bit, faster; None where it cannot, and then the body runs.
+        whole: (device type, arguments as nodes) -> whether the op stays one node in compiled code instead of being
+            lowered: it has a kernel there, or would become more kernels than it has products.
     """
 
     name: str
@@ -79,7 +80,7 @@ class DialectOp:
     lowering: Callable[..., Any] | None = None
     recomputed: bool = False
     kernel: Callable[..., Any] | None = None
-    kernel_devices: tuple[str, ...] = ()
+    whole: Callable[..., bool] = lambda device, *args: False
 
     @property
     def overload(self) -> OpOverload:
@@ -142,7 +143,7 @@ def fingerprint() -> str:
     digest = hashlib.sha256()
     for name in names():
         op = get(name)
-        digest.update(f"{name}{op.schema}{op.recomputed}{op.kernel_devices}".encode())
-        for part in (op.body, op.fake, op.save, op.gradient, op.cost, op.lowering, op.kernel):
+        digest.update(f"{name}{op.schema}{op.recomputed}".encode())
+        for part in (op.body, op.fake, op.save, op.gradient, op.cost, op.lowering, op.kernel, op.whole):
             digest.update(b"none" if part is None else code_hash(part))
     return digest.hexdigest()

@@ -100,6 +100,6 @@ DROPOUT = dialect.define(
         lowering=inline("seeded_dropout"),
         recomputed=True,
         kernel=cpp_dropout,
-        kernel_devices=("cpu",),
+        whole=lambda device, *args: device == "cpu",
     )
 )

@@ -12,7 +12,7 @@ they have no gradients of their own. Factors are cast to the dtype of what they 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,8 +50,23 @@ def factor_grads_fake(left: Sequence[torch.Tensor], right: torch.Tensor, dtype: 
 
 
 def input_grads_body(dx: torch.Tensor, q: Sequence[torch.Tensor], A: Sequence[torch.Tensor]) -> torch.Tensor:
-    wide, factors = torch.cat([rows(t) for t in q], dim=1), torch.cat([a.to(dx.dtype) for a in A])
-    return torch.addmm(rows(dx), wide, factors).view(dx.shape)
+    return torch.addmm(rows(dx), *_joined(dx, q, A)).view(dx.shape)
+
+
+def add_input_grads(dx: torch.Tensor, q: Sequence[torch.Tensor], A: Sequence[torch.Tensor]) -> None:
+    """The same in the memory of ``dx`` (rows, k), which is contiguous."""
+    dx.addmm_(*_joined(dx, q, A))
+
+
+def _joined(
+    dx: torch.Tensor, q: Sequence[torch.Tensor], A: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.cat([rows(t) for t in q], dim=1), torch.cat([a.to(dx.dtype) for a in A])
+
+
+def _whole(lists: int) -> Callable[..., bool]:
+    """On a CPU, several sites together: joining and cutting are kernels that take longer to compile than to run."""
+    return lambda device, *args: device == "cpu" and len(args[lists]) > 1
 
 
 def input_grads_fake(dx: torch.Tensor, q: Sequence[torch.Tensor], A: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -136,7 +151,7 @@ def input_grads_sample(draw: Any) -> tuple[Any, ...]:
 LORA_SHRINK = dialect.define(
     DialectOp(
         name="lora_shrink", schema="(Tensor x, Tensor[] A, Tensor[] scale) -> Tensor[]",
-        body=shrink_body, fake=shrink_fake, cost=shrink_cost, sample=shrink_sample,
+        body=shrink_body, fake=shrink_fake, cost=shrink_cost, sample=shrink_sample, whole=_whole(1),
     )
 )  # fmt: skip
 LORA_EXPAND = dialect.define(
@@ -149,11 +164,13 @@ LORA_FACTOR_GRADS = dialect.define(
     DialectOp(
         name="lora_factor_grads", schema="(Tensor[] left, Tensor right, ScalarType dtype) -> Tensor[]",
         body=factor_grads_body, fake=factor_grads_fake, cost=factor_grads_cost, sample=factor_grads_sample,
+        whole=_whole(0),
     )
 )  # fmt: skip
 LORA_INPUT_GRADS = dialect.define(
     DialectOp(
         name="lora_input_grads", schema="(Tensor dx, Tensor[] q, Tensor[] A) -> Tensor",
         body=input_grads_body, fake=input_grads_fake, cost=input_grads_cost, sample=input_grads_sample,
+        whole=_whole(1),
     )
 )  # fmt: skip

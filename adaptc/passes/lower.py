@@ -5,7 +5,7 @@ after:   %h = mm(%x, %A^T);  %hs = %h * %s;  %y2 = addmm(%y, %hs, %B^T)
 
 Runs before partitioning, so that the partitioner sees the bottleneck and may save it. LoRA's ops are written out
 as their bodies compute, to the bit; ops derived from a body in Inductor's decompositions, which round differently. An
-op that has a kernel of its own on the device stays.
+op stays whole where it says so.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from __future__ import annotations
 import operator
 from typing import cast
 
+import torch
 from torch import fx
 
 from adaptc.codegen import lowering
-from adaptc.codegen.torch_internals import mark_recomputed, node_value
+from adaptc.codegen.torch_internals import mark_recomputed, node_value, tree_leaves
 from adaptc.ir import dialect
 from adaptc.ir.derive import tracing_once
 from adaptc.ir.edit import Edit, Result
@@ -33,12 +34,16 @@ def lower(gm: fx.GraphModule, context: Context) -> Result:
         return everywhere(gm, (_lower,), context)
 
 
+def _device(node: fx.Node) -> str:
+    values = tree_leaves(node_value(node))
+    return next((v.device.type for v in values if isinstance(v, torch.Tensor)), "")
+
+
 def _lower(gm: fx.GraphModule, context: Context, result: Result) -> None:
     for node in dialect_nodes(gm):
         op = dialect.of_target(node.target)
         assert op is not None
-        device = getattr(node_value(node), "device", None)
-        if device is not None and device.type in op.kernel_devices:
+        if op.whole(_device(node), *node.args):
             if op.recomputed:
                 mark_recomputed(node)
             continue

@@ -10,7 +10,8 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import adaptc
-from adaptc.codegen.in_place import ADD_PRODUCT, accumulate_in_place
+from adaptc.codegen.in_place import ADD_PRODUCT, ADD_PRODUCTS, accumulate_in_place
+from adaptc.ir import dialect
 from tests.models import hosts
 from tests.reference import check_steps_agree, reference_step, step
 
@@ -43,6 +44,37 @@ def test_a_sum_is_made_in_place(name):
     count, targets = rewritten(IN_PLACE[name], *operands())
     assert count == targets.count(ADD_PRODUCT) == (2 if name == "a chain" else 1)
     assert aten.addmm.default not in targets and aten.view.default not in targets
+
+
+JOINED = {
+    "rows": (4,),
+    "batches": (2, 2),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_the_gradients_of_several_adapters_are_added_in_place(name):
+    batch = JOINED[name]
+    q, A = [torch.randn(*batch, 2), torch.randn(*batch, 3)], [torch.randn(2, 5), torch.randn(3, 5)]
+    joined = dialect.get("lora_input_grads").overload
+
+    def total(x, w, q1, q2, a1, a2):
+        dx = (x @ w).view(*batch, 5)
+        return joined(dx, [q1, q2], [a1, a2]).exp()
+
+    x, w, *_ = operands()
+    count, targets = rewritten(total, x, w, *q, *A)
+    assert count == targets.count(ADD_PRODUCTS) == 1 and joined not in targets
+    torch.testing.assert_close(
+        total(x.double(), w.double(), *(t.double() for t in [*q, *A])).log(),
+        (x @ w).double().view(*batch, 5) + sum(one.double() @ a.double() for one, a in zip(q, A, strict=True)),
+    )
+
+    def read_twice(x, w, q1, q2, a1, a2):
+        dx = (x @ w).view(*batch, 5)
+        return joined(dx, [q1, q2], [a1, a2]), dx.exp()
+
+    assert rewritten(read_twice, x, w, *q, *A)[0] == 0
 
 
 def shared(x, w, h, b):

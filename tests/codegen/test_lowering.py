@@ -48,6 +48,18 @@ def gemms(gm):
     return collections.Counter(n.target for n in gm.graph.nodes if n.target in targets)
 
 
+WHOLE = {name: dialect.get(name).whole for name in OPS}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def written_out():
+    """Every op, also those that a CPU runs whole."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in OPS:
+            patch.setattr(dialect.get(name), "whole", lambda *args: False)
+        yield
+
+
 @pytest.mark.parametrize("name", OPS)
 @given(data=st.data())
 def test_lowering_computes_the_body(name, data):
@@ -159,6 +171,22 @@ def test_a_contiguous_activation_is_not_copied():
     gm, _ = graph_of("lora_linear", [x.contiguous(), y.contiguous(), A, B, scale, "n"])
     lower(gm, Context())
     assert not gm.graph.find_nodes(op="call_function", target=aten.clone.default)
+
+
+@pytest.mark.parametrize("sites", [1, 2])
+@pytest.mark.parametrize("name", ["lora_shrink", "lora_factor_grads", "lora_input_grads"])
+def test_products_of_several_sites_are_one_node_on_a_cpu(name, sites, monkeypatch):
+    """Joining and cutting small tensors would be a C++ kernel each to compile."""
+    x, y, A, _, scale = layouts()
+    args = {
+        "lora_shrink": [x, [A] * sites, [scale] * sites],
+        "lora_factor_grads": [[y] * sites, x, torch.float64],
+        "lora_input_grads": [x, [y[..., :3]] * sites, [A] * sites],
+    }[name]
+    gm, _ = graph_of(name, args)
+    monkeypatch.setattr(dialect.get(name), "whole", WHOLE[name])
+    assert len(lower(gm, Context()).applied) == (1 if sites == 1 else 0)
+    assert not WHOLE[name]("cuda", *args)
 
 
 def test_an_op_without_a_lowering_is_named():

@@ -229,3 +229,40 @@ def test_a_wrong_pass_is_found(wrong, monkeypatch):
         model(**hosts.batch("llama")).loss.backward()
     causes = [error.value, error.value.__cause__, getattr(error.value, "inner_exception", None)]
     assert any(isinstance(cause, VerifyError) for cause in causes)
+
+
+def seeded(bounds, reads=True):
+    """Dropouts of one x, each with a seed of its own, as AOTAutograd writes them."""
+
+    def step(x):
+        seeds = [torch.randint(*bound, (1,)) for bound in bounds]
+        drop = dialect.get("seeded_dropout").overload
+        return [drop(x, seed, 0.4) for seed in seeds] + ([] if reads else seeds)
+
+    return make_fx(step, tracing_mode="fake")(torch.randn(3, 9))
+
+
+BOUND = (2**62,)
+
+
+@pytest.mark.parametrize("bound", [BOUND, (0, 2**62)], ids=["default", "low"])
+def test_seeds_are_drawn_together_and_are_the_same(bound):
+    x = torch.randn(3, 9)
+    plain, gm = seeded([bound] * 3), seeded([bound] * 3)
+    result = share(gm, Context())
+    assert len(result.applied) == 1 and ops(gm)["randint"] == 1 and ops(plain)["randint"] == 3
+    for i in range(20):
+        torch.manual_seed(i)
+        want = plain(x)
+        state = torch.get_rng_state()
+        torch.manual_seed(i)
+        assert all(torch.equal(a, b) for a, b in zip(gm(x), want, strict=True))
+        assert torch.equal(torch.get_rng_state(), state), "what is drawn afterwards is the same too"
+
+
+def test_only_seeds_are_drawn_together():
+    assert share(seeded([BOUND]), Context()).applied == []
+    assert share(seeded([BOUND] * 2, reads=False), Context()).applied == []
+    assert share(seeded([BOUND, (2**61,)]), Context()).applied == [], "drawn from different ranges"
+    stopped = share(seeded([BOUND] * 2), Context(budget=0))
+    assert stopped.applied == [] and [reason for _, reason in stopped.refused] == ["limit reached"] * 2

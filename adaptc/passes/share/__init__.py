@@ -1,8 +1,9 @@
-"""Sites that read one value read it once: q, k and v; gate and up; keys and values of cross-attention.
+"""What sites have in common is done once: q, k and v; gate and up; keys and values of cross-attention read one value.
 
     share_shrink   one product of x with the first factors of all of them
     share_factors  one product of x with the gradients of all their bottlenecks
     share_inputs   one accumulation into the gradient of x
+    share_seeds    one draw of the seeds of all dropouts
 
 On the joint graph, which is functional: between two readers of a node its value cannot change, whatever the captured
 graph wrote to. The frozen weights stay where they are, and so do the sites' own products with them.
@@ -16,13 +17,14 @@ from adaptc.ir.edit import Result
 from adaptc.passes.contract import Context, Contract, everywhere
 from adaptc.passes.share.factors import share_factors
 from adaptc.passes.share.inputs import share_inputs
+from adaptc.passes.share.seeds import share_seeds
 from adaptc.passes.share.shrink import share_shrink
 
 CONTRACT = Contract(
     level="joint", numerics="reassociates", provides=frozenset({"shared"}), conflicts=frozenset({"aten"})
 )
 
-REWRITES = (share_shrink, share_factors, share_inputs)
+REWRITES = (share_shrink, share_factors, share_inputs, share_seeds)
 
 
 def share(gm: fx.GraphModule, context: Context) -> Result:
