@@ -52,6 +52,9 @@ def compile(
         backend: "inductor", "aot_eager", "eager" (runs the rewritten graph op by op) or a Dynamo backend.
         verify: check every rewrite numerically in fp64; a pass that fails is undone and reported
             (``"raise"``: raises VerifyError instead).
+        regional: True captures every block that repeats (a layer of a transformer) by itself, once for all of its
+            copies, and runs what is around them as it is written; False captures the whole model; "auto" captures
+            blocks where there are many and nothing is lost by it. A call with a cache is captured whole in any case.
         mode, fullgraph, dynamic, options: as in ``torch.compile``.
 
     Raises:
@@ -59,7 +62,9 @@ def compile(
         AdapterNameError: ``name`` is taken by another plan.
         UnsupportedError: an argument that this version does not have.
     """
-    _refuse_unsupported(bank=bank, regional=regional)
+    _refuse_unsupported(bank=bank)
+    if regional not in (True, False, "auto"):
+        raise ValueError(f'adaptc.compile: regional is "auto", True or False, not {regional!r}')
     if mode is not None and options is not None:
         raise ValueError("adaptc.compile: give mode or options, not both")
     _check_backend(backend, mode)
@@ -69,6 +74,7 @@ def compile(
         dynamic=dynamic,
         adapter_dtype=adapter_dtype,
         example_inputs=example_inputs,
+        regional=regional,
     )
     handle = getattr(model, "adaptc", None)
     if isinstance(handle, Handle):
@@ -129,7 +135,7 @@ def _compile_again(handle: Handle, plan: Any, name: str, calibration: Any, optio
     from adaptc.runtime import files
 
     default = CompileOptions(BackendOptions())
-    for option in ("backend", "fullgraph", "dynamic", "adapter_dtype"):
+    for option in ("backend", "fullgraph", "dynamic", "adapter_dtype", "regional"):
         asked, has = getattr(options, option), getattr(handle.options, option)
         if asked not in (has, getattr(default, option)):
             raise UnsupportedError(
@@ -148,10 +154,6 @@ def _compile_again(handle: Handle, plan: Any, name: str, calibration: Any, optio
         )
 
 
-def _refuse_unsupported(*, bank: Any, regional: bool | str) -> None:
+def _refuse_unsupported(*, bank: Any) -> None:
     if bank is not None:
         raise UnsupportedError("adaptc.compile: bank is not in this version", found=repr(bank))
-    if regional is True:
-        raise UnsupportedError(
-            "adaptc.compile: regional=True is not in this version", expected='"auto" or False (the whole model)'
-        )

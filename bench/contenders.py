@@ -152,14 +152,37 @@ def build_peft_compile(base: Base, settings: Settings, case: Case) -> Contender:
     return Contender("peft-compile", compiled, base.fresh_embeds(), base.labels, adapter, compiled=True)
 
 
-def build_adaptc(base: Base, settings: Settings, case: Case) -> Contender:
-    """``adaptc.compile`` with the same LoRA on the same layers."""
+def build_peft_regional(base: Base, settings: Settings, case: Case) -> Contender:
+    """PEFT, its repeated blocks compiled by accelerate; the model around them is compiled as well there."""
+    from accelerate.utils import compile_regions
+
+    model, adapter = peft_model(base, settings, case)
+    compiled = compile_regions(model, backend=settings.backend)
+    # It copies the modules' attributes: the parameters are those of the model it was given.
+    return Contender("peft-regional", compiled, base.fresh_embeds(), base.labels, adapter, compiled=True)
+
+
+def build_peft_backend(base: Base, settings: Settings, case: Case) -> Contender:
+    """``torch.compile(peft_model, backend="adaptc")``."""
+    model, adapter = peft_model(base, settings, case)
+    compiled = torch.compile(model, backend="adaptc")
+    return Contender("adaptc-backend", compiled, base.fresh_embeds(), base.labels, adapter, compiled=True)
+
+
+def build_adaptc_regional(base: Base, settings: Settings, case: Case) -> Contender:
+    """``adaptc.compile(..., regional=True)``: the repeated block is compiled once."""
+    return dataclasses.replace(build_adaptc(base, settings, case, regional=True), name="adaptc-regional")
+
+
+def build_adaptc(base: Base, settings: Settings, case: Case, *, regional: bool = False) -> Contender:
+    """``adaptc.compile`` with the same LoRA on the same layers, the model captured whole."""
     import adaptc
 
     lora = adaptc.LoRA(
         r=settings.rank, alpha=settings.alpha, dropout=case.dropout, dora=settings.dora, targets="all-linear"
     )
-    model: Any = adaptc.compile(base.fresh_model(), adaptc.Plan([lora]), backend=settings.backend)
+    plan = adaptc.Plan([lora])
+    model: Any = adaptc.compile(base.fresh_model(), plan, backend=settings.backend, regional=regional)
     adapter = {
         name.replace(".adapters.default.", "."): parameter
         for name, parameter in model.named_parameters()
@@ -174,5 +197,10 @@ BUILDERS: dict[str, Callable[[Base, Settings, Case], Contender]] = {
     "floor": build_floor,
     "peft-eager": build_peft_eager,
     "peft-compile": build_peft_compile,
+    "peft-regional": build_peft_regional,
     "adaptc": build_adaptc,
+    "adaptc-regional": build_adaptc_regional,
+    "adaptc-backend": build_peft_backend,
 }
+#: Those that a run compares unless it is told otherwise.
+USUAL = ("floor", "peft-eager", "peft-compile", "adaptc")

@@ -15,7 +15,10 @@ LABELS = {
     "floor": "frozen base, compiled (floor)",
     "peft-eager": "PEFT, eager",
     "peft-compile": "PEFT + torch.compile",
+    "peft-regional": "PEFT + accelerate's regional compilation",
     "adaptc": "adaptc",
+    "adaptc-regional": "adaptc, by block",
+    "adaptc-backend": "PEFT + torch.compile(backend=\"adaptc\")",
 }
 #: Okabe and Ito's colours, told apart by colour-blind readers too.
 COLOURS = {"floor": "#999999", "peft-eager": "#E69F00", "peft-compile": "#0072B2", "adaptc": "#009E73"}

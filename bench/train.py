@@ -16,7 +16,7 @@ from torch import nn
 from bench import report
 from bench.agreement import Agreement
 from bench.cold import COLD_METHOD, measure_cold
-from bench.contenders import BUILDERS, Contender, build_base
+from bench.contenders import BUILDERS, USUAL, Contender, build_base
 from bench.errors import BenchError
 from bench.harness import INTERVAL_METHOD, median_interval, ratio_interval, time_interleaved
 from bench.machine import machine_class, versions
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", type=_names, default=["fp32", "bf16"], help="of " + ",".join(DTYPES))
     parser.add_argument("--dropouts", type=_numbers, default=[0.0, 0.05], help="LoRA dropout probabilities")
     parser.add_argument(
-        "--contenders", type=_names, default=list(BUILDERS), help="some of " + ",".join(BUILDERS)
+        "--contenders", type=_names, default=list(USUAL), help="some of " + ",".join(BUILDERS)
     )
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results", help="folder of the result files"

@@ -95,7 +95,7 @@ class AdapterBackend:
         )
         graph.reports += reports
         compiled = self._lower(gm, inputs, graph)
-        return _note_sites(compiled, list(site_ids), self.ran)
+        return _note_sites(compiled, list(site_ids), self.ran, graph.ran)
 
     def _forget_other_attempts(self, compile_id: tuple[int, int] | None) -> None:
         """Dynamo starts a capture over when it learns something on the way: the first try is not run.
@@ -134,7 +134,9 @@ def _same_frame(graph: CapturedGraph, earlier: CapturedGraph) -> bool:
     return graph.compile_id[0] == earlier.compile_id[0] and graph.compile_id != earlier.compile_id
 
 
-def _note_sites(compiled: Callable[..., Any], positions: Sequence[int], ran: set[int]) -> Callable[..., Any]:
+def _note_sites(
+    compiled: Callable[..., Any], positions: Sequence[int], *collected: set[int]
+) -> Callable[..., Any]:
     if not positions:
         return compiled
 
@@ -142,7 +144,8 @@ def _note_sites(compiled: Callable[..., Any], positions: Sequence[int], ran: set
         if torch_internals.is_fake(args[positions[0]]):
             return compiled(*args)  # a part of a cut graph, asked for its outputs while the next part is compiled
         ids = [id(args[i]) for i in positions]
-        ran.update(ids)
+        for ran in collected:
+            ran.update(ids)
         note_mode(ids)
         return mark(compiled(*args), ids)
 

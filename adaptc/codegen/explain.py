@@ -139,6 +139,11 @@ def _backend(handle: Handle) -> Iterator[str]:
         yield "passes on the joint graph do not run: this backend does not show it"
     if handle.entries:
         yield f"captured beside the model's forward: {', '.join(handle.entries)}"
+    regions: dict[str, list[str]] = {}
+    for path, name in handle.captures.regions.items():
+        regions.setdefault(name, []).append(path)
+    for name, paths in regions.items():
+        yield f"captured by themselves, and together ({name.split()[-2]}): {', '.join(fold(paths))}"
 
 
 def _graphs(graphs: Sequence[CapturedGraph]) -> Iterator[str]:
@@ -148,7 +153,9 @@ def _graphs(graphs: Sequence[CapturedGraph]) -> Iterator[str]:
         kind = "recompiled" if graph.is_recompile else "captured"
         nodes = len(graph.graph_module("captured").graph.nodes)
         mode = "training" if graph.training else "inference"
-        yield f"{graph.index}: {kind} for {mode}, {_count(nodes, 'node')}, {_count(len(graph.sites), 'site')}"
+        sites, ran = _count(len(graph.sites), "site"), len(graph.ran)
+        shared = f" (ran for {ran})" if ran > len(graph.sites) else ""
+        yield f"{graph.index}: {kind} for {mode}, {_count(nodes, 'node')}, {sites}{shared}"
         if graph.break_reason:
             yield f"   ends at a graph break: {graph.break_reason}"
         yield from (f"   {note}" for note in graph.notes)

@@ -42,6 +42,8 @@ class CapturedGraph:
     is_recompile: bool = False
     #: Sums that Inductor's code makes where their first term is.
     in_place: int = 0
+    #: ``id`` of the site-id tensors it was called with: of several layers, where they share the graph.
+    ran: set[int] = dataclasses.field(default_factory=set)
     _stages: dict[str, fx.GraphModule] = dataclasses.field(default_factory=dict, repr=False)
 
     @property

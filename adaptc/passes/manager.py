@@ -29,6 +29,7 @@ from adaptc.passes.contract import Context, Contract, Level, Pass
 
 #: Every pass of this version in its default order: name -> "module:function"; the contract is beside it.
 _TABLE = {
+    "raise_peft": "adaptc.passes.raise_peft:raise_peft",
     "insert": "adaptc.passes.insert:insert",
     "lift_no_grad": "adaptc.passes.lift_no_grad:lift_no_grad",
     "canonicalise": "adaptc.passes.canonicalise:canonicalise",
@@ -53,7 +54,8 @@ def get(name: str) -> Pass:
 
 
 def default_order() -> tuple[str, ...]:
-    return tuple(_TABLE)
+    """The passes of a model that has a plan: its adapters are not PEFT's."""
+    return tuple(name for name in _TABLE if name != "raise_peft")
 
 
 @dataclasses.dataclass

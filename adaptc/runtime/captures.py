@@ -16,8 +16,8 @@ from adaptc.codegen.graphs import CapturedGraph
 from adaptc.codegen.torch_internals import without_size_memory
 from adaptc.errors import UnsupportedError
 from adaptc.methods import quantised
-from adaptc.runtime import attach, output_hooks, warmup
-from adaptc.runtime.prologue import Capture, EntryMethod, Prologue
+from adaptc.runtime import attach, output_hooks, regions, warmup
+from adaptc.runtime.prologue import Capture, EntryMethod, Prologue, compiled
 
 if TYPE_CHECKING:
     from adaptc.runtime.handle import Handle
@@ -37,7 +37,11 @@ class Captures:
         self.handle = handle
         self.options = options or handle.options.backend
         self.backend: AdapterBackend | None = None
-        self._callables: dict[str, Capture] = {}
+        self._callables: dict[tuple[str, bool], Capture] = {}
+        #: What captures one kind of block, by its name in ``regions``.
+        self._blocks: dict[str, Callable[..., Any]] = {}
+        #: Path of each block that is captured by itself -> the name of those it shares its graphs with.
+        self.regions: dict[str, str] = {}
         #: (path, module) of layers in 4-bit codes; None: not looked for yet.
         self._packable: list[tuple[str, nn.Module]] | None = None
         self._signatures: set[tuple[object, ...]] = set()
@@ -45,19 +49,33 @@ class Captures:
         self.eager: set[int] = set()
         self.counts = {"epochs": 0, "calls": 0, "recompile_limits_hit": 0, "signatures": 0, "past_graphs": 0}
 
-    def get(self, entry: str, function: Callable[..., Any]) -> Capture:
-        """The captured form of ``function`` in this epoch, made on first use."""
+    def call(self, entry: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``function(*args, **kwargs)``, an entry point of the model, as captured in this epoch."""
         drop_embedding_hooks(self.handle.model)
         self._check_gradients()
+        backend = self._open()
+        self.counts["calls"] += 1
+        whole = not self.regions or regions.makes_cache(self.handle.model, args, kwargs)
+        if (entry, whole) not in self._callables:
+            self._callables[entry, whole] = Capture(self.handle, function, backend if whole else None)
+        return self._callables[entry, whole](*args, **kwargs)
+
+    def block(self, name: str) -> Callable[..., Any]:
+        """What captures the blocks called ``name``; takes the block and its arguments."""
+        backend = self._open()
+        if name not in self._blocks:
+            self._blocks[name] = compiled(self.handle, regions.run_block, backend)
+        return self._blocks[name]
+
+    def _open(self) -> AdapterBackend:
+        """The backend of this epoch, which begins with its first call."""
         if self.backend is None:
             output_hooks.install(self.handle.model)
             self.note_signature()
             self.backend = AdapterBackend(self.handle.pipeline(), self.options, self.handle.adapter_tensors)
+            self.regions = regions.arm(self.handle)
             self.counts["epochs"] += 1
-        self.counts["calls"] += 1
-        if entry not in self._callables:
-            self._callables[entry] = Capture(self.handle, function, self.backend)
-        return self._callables[entry]
+        return self.backend
 
     def _check_gradients(self) -> None:
         """Raise where a step would be computed without the gradients that flow through the base."""
@@ -91,7 +109,8 @@ class Captures:
         """Forget captured graphs."""
         if self.backend is not None:
             self.counts["past_graphs"] += len(self.backend.graphs)
-        self.backend, self._callables, self._packable = None, {}, None
+        self.backend, self._callables, self._blocks, self._packable = None, {}, {}, None
+        self.regions = {}
         epoch = str(next(_EPOCHS))
         for site in self.handle.sites:
             adapters = attach.adapters_of(site.module)

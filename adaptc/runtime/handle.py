@@ -51,6 +51,7 @@ class CompileOptions:
     dynamic: bool | None = None
     adapter_dtype: torch.dtype | None = None
     example_inputs: Any = None
+    regional: bool | str = "auto"
 
 
 def pipeline_of(plan: Plan | None) -> Pipeline:

@@ -22,11 +22,23 @@ if TYPE_CHECKING:
 RECOMPILE_LIMIT = 64
 
 
+def compiled(handle: Handle, run: Callable[..., Any], backend: AdapterBackend) -> Callable[..., Any]:
+    """``run``, a function, captured as the options say."""
+    return compile_isolated(
+        run,
+        backend=backend,
+        recompile_limit=RECOMPILE_LIMIT,
+        fullgraph=handle.options.fullgraph,
+        dynamic=handle.options.dynamic,
+    )
+
+
 class Capture:
     """One capture epoch of one entry point: a fresh backend object and callable, which share no cache entries
-    with any other model or epoch."""
+    with any other model or epoch. Without a backend the entry point runs as it is, and blocks inside it are captured.
+    """
 
-    def __init__(self, handle: Handle, function: Callable[..., Any], backend: AdapterBackend) -> None:
+    def __init__(self, handle: Handle, function: Callable[..., Any], backend: AdapterBackend | None) -> None:
         self.handle = handle
         self.across = handle.adapters.has_taps
 
@@ -35,13 +47,7 @@ class Capture:
         def run(*args: Any, **kwargs: Any) -> Any:
             return function(*args, **kwargs)
 
-        self.compiled = compile_isolated(
-            run,
-            backend=backend,
-            recompile_limit=RECOMPILE_LIMIT,
-            fullgraph=handle.options.fullgraph,
-            dynamic=handle.options.dynamic,
-        )
+        self.run = run if backend is None else compiled(handle, run, backend)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         previous = CALL.eager, CALL.recorded, CALL.stopped
@@ -52,7 +58,7 @@ class Capture:
         CALL.recorded, CALL.stopped = (recorded, stopped) if records else (None, None)
         try:
             with watch_recompile_limit() as limits, state_across_modules() if self.across else nullcontext():
-                output = self.compiled(*args, **kwargs)
+                output = self.run(*args, **kwargs)
         finally:
             eager, CALL.depth = CALL.eager or set(), CALL.depth - 1
             CALL.eager, CALL.recorded, CALL.stopped = previous
@@ -94,13 +100,13 @@ class Prologue:
         if torch.compiler.is_compiling() or CALL.depth > 0:
             return self.owner._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         self.handle.check_data_parallel(self.handle)
-        return self.handle.captures.get(self.entry, self.owner._call_impl)(*args, **kwargs)
+        return self.handle.captures.call(self.entry, self.owner._call_impl, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prologue | None:
         owner, handle = memo.get(id(self.owner)), self.handle
         if owner is None or id(handle.model) not in memo:
             return None  # part of the model is copied on its own: it keeps its adapters and runs eagerly
-        new = object.__new__(Prologue)
+        new = object.__new__(type(self))
         memo[id(self)] = new
         new.handle, new.owner, new.entry, new.previous = handle.__deepcopy__(memo), owner, self.entry, None
         new.arm()
@@ -125,4 +131,4 @@ class EntryMethod:
         method = getattr(type(model), self.name).__get__(model)
         if torch.compiler.is_compiling() or CALL.depth > 0:
             return method(*args, **kwargs)
-        return self.handle.captures.get(self.name, method)(*args, **kwargs)
+        return self.handle.captures.call(self.name, method, args, kwargs)

@@ -34,6 +34,18 @@ def one_step(rank: int) -> None:
     assert len(model.adaptc.graphs) == 1
 
 
+def by_block(rank: int) -> None:
+    base, model = llama(layers=3, regional=True)
+    ddp = DistributedDataParallel(model)
+    for _ in range(2):
+        model.zero_grad()
+        ddp(**own_rows(rank), use_cache=False).loss.backward()
+        check_gradients(model, formula_gradients(base, factors_of(model)))
+    assert model.adaptc.eager_sites() == model.adaptc.idle_sites() == []
+    paths = model.adaptc.site_paths()
+    assert {paths[i] for graph in model.adaptc.graphs for i in graph.ran} == set(paths.values())
+
+
 def cut_at_buckets(rank: int) -> None:
     """Adapters of more than a bucket: Dynamo cuts the graph, and the parts are rewritten."""
     base, model = llama(lora(r=160))

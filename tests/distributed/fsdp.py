@@ -44,6 +44,17 @@ def one_step(rank: int) -> None:
     check_every_site_is_rewritten(model)
 
 
+def by_block(rank: int) -> None:
+    base, model = llama(layers=3, regional=True)
+    shard(model)
+    want = formula_gradients(base, whole_factors(model))
+    for _ in range(2):
+        model.zero_grad()
+        model(**own_rows(rank), use_cache=False).loss.backward()
+        check_gradients(model, want)
+    assert model.adaptc.eager_sites() == model.adaptc.idle_sites() == []
+
+
 def train(rank: int) -> None:
     """Some steps end at the values that one process reaches on the whole batch."""
     _, alone = llama()

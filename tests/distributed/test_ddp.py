@@ -14,7 +14,7 @@ def test_gradients_and_sites():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", [
-    ddp.cut_at_buckets, ddp.two_forwards_before_a_backward, ddp.accumulate_without_sync, ddp.switch,
+    ddp.by_block, ddp.cut_at_buckets, ddp.two_forwards_before_a_backward, ddp.accumulate_without_sync, ddp.switch,
     ddp.refuse_what_is_not_averaged, ddp.accelerate_prepare,
 ], ids=lambda check: check.__name__)  # fmt: skip
 def test_in_two_processes(check):

@@ -10,9 +10,9 @@ from tests.distributed.processes import run
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    "check", [fsdp.one_step, fsdp.train, fsdp.switch, fsdp.refuse_what_is_sharded], ids=lambda check: check.__name__
-)
+@pytest.mark.parametrize("check", [
+    fsdp.one_step, fsdp.by_block, fsdp.train, fsdp.switch, fsdp.refuse_what_is_sharded,
+], ids=lambda check: check.__name__)  # fmt: skip
 def test_in_two_processes(check):
     run(check)
 

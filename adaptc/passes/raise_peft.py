@@ -1,0 +1,184 @@
+"""Read the products that PEFT's LoRA layers write as adapters, in a graph captured from a PEFT model.
+
+before:  %y = linear(%x, %W);  %d = dropout(%x.to(f32), 0.05, True)
+         %u = linear(linear(%d, %A), %B);  %out = (%y + %u * 2.0).to(bf16)
+after:   %y = linear(%x, %W);  %d = dropout(%x, 0.05, True);  %s = full((1,), 2.0)
+         %t = lora_linear(%d, %y, %A, %B, %s, "n");  %out = %t[0]
+
+As ``adaptc.compile`` has it: in the dtype of the frozen layer's output, to which factors are cast instead of the
+activation. Factors are known by where Dynamo read them (``lora_A``, ``lora_B``); their products by their form, which
+stands in one piece. What has another form is left as it was, with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from adaptc.codegen.torch_internals import node_value, source_name
+from adaptc.ir.edit import Edit, Result, nested
+from adaptc.ir.sites import LORA_LINEAR
+from adaptc.methods.lora import expand_site
+from adaptc.passes.contract import Context, Contract
+
+CONTRACT = Contract(level="dynamo", numerics="approximate", provides=frozenset({"inserted"}))
+
+#: Entries of module paths, as Dynamo writes where it read a tensor.
+_ENTRY = re.compile(r"\['(\w+)'\]|\.(\w+)")
+_TABLES = ("_modules", "_parameters", "_buffers", "__dict__")
+
+
+class _OtherForm(Exception):  # noqa: N818  # says why a site is left as it is
+    pass
+
+
+@dataclasses.dataclass
+class _Match:
+    """One LoRA layer's nodes: its products in graph order, and what they read."""
+
+    matched: list[fx.Node]
+    x: fx.Node
+    y: fx.Node
+    A: fx.Node
+    B: fx.Node
+    scale: float
+    dropout: float
+    training: bool
+
+
+def raise_peft(gm: fx.GraphModule, context: Context) -> Result:
+    sources = {n: source for n in gm.graph.find_nodes(op="placeholder") if (source := source_name(n))}
+    result = Result()
+    _raise(gm, context, sources, result)
+    return result
+
+
+def _raise(gm: fx.GraphModule, context: Context, sources: Mapping[fx.Node, str], result: Result) -> None:
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    for A, source in sources.items():
+        if not re.search(r"\blora_(embedding_)?A\b", source):
+            continue
+        for reader in sorted(A.users, key=order.__getitem__):
+            if reader.target is torch.ops.higher_order.tag_activation_checkpoint:
+                continue  # a body's operand: read inside
+            try:
+                match = _match(A, reader, sources, order)
+            except _OtherForm as reason:
+                result.refuse(site_path(source), str(reason))
+                continue
+            if not context.spend():
+                result.refuse(site_path(source), "limit reached")
+                continue
+            edit = Edit(gm, site_path(source), match.matched, match.matched[-1:], record=context.record)
+            result.applied.append(edit.finish(_write(edit, match)))
+            order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    for _, body, operands in nested(gm):
+        inner = {inside: sources[outside] for inside, outside in operands.items() if outside in sources}
+        _raise(body, context, inner, result)
+    gm.recompile()
+
+
+def _match(A: fx.Node, first: fx.Node, sources: Mapping[fx.Node, str], order: Mapping[fx.Node, int]) -> _Match:
+    """The layer whose first product is ``first``.
+
+    Raises:
+        _OtherForm: it is not that of a linear LoRA layer; says what is different.
+    """
+    if not _is_product(first) or first.args[1] is not A:
+        raise _OtherForm("its first factor is not the weight of a linear layer")
+    second = _reader(first, "its bottleneck")
+    if not _is_product(second) or second.args[0] is not first:
+        raise _OtherForm("its bottleneck is not the input of one linear layer without a bias")
+    B = cast(fx.Node, second.args[1])
+    if "lora_B" not in sources.get(B, ""):
+        raise _OtherForm("its second factor is not read from the model")
+    scaled = _reader(second, "its product")
+    if scaled.target is not operator.mul or not isinstance(scaled.args[1], float | int):
+        raise _OtherForm("its product is not scaled by a number")
+    total = _reader(scaled, "its scaled product")
+    y = total.args[0]
+    if total.target is not operator.add or total.args[1] is not scaled or not isinstance(y, fx.Node):
+        raise _OtherForm("its scaled product is not added to the layer's output")
+    x, dropout, training, before = _input(cast(fx.Node, first.args[0]))
+    matched = [*before, first, second, scaled, total]
+    between = [node for node, at in order.items() if order[matched[0]] < at < order[total]]
+    for node in between:
+        # It might write to what is read again further down; other adapters of the site do not.
+        if node not in matched and "adaptc" not in node.meta.get("custom", {}):
+            raise _OtherForm(f"{node.name} stands between its products")
+    if _casts(y) and _is_adapter(cast(Any, y.args[0])) and len(y.users) == 1:
+        # Another adapter of the site, whose sum PEFT keeps in the factors' dtype.
+        matched.insert(0, y)
+        y = cast(fx.Node, y.args[0])
+    after = next(iter(total.users)) if len(total.users) == 1 else total
+    if _casts(after) and node_value(after).dtype == node_value(y).dtype:
+        matched.append(after)
+    return _Match(matched, x, y, A, B, float(scaled.args[1]), dropout, training)
+
+
+def _is_product(node: fx.Node) -> bool:
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    return node.target is F.linear and len(node.args) > 1 and bias is None
+
+
+def _reader(node: fx.Node, what: str) -> fx.Node:
+    if len(node.users) != 1:
+        raise _OtherForm(f"{what} is read {len(node.users)} times")
+    return next(iter(node.users))
+
+
+def _input(node: fx.Node) -> tuple[fx.Node, float, bool, list[fx.Node]]:
+    """What a first product reads, before it is cast and dropped: (it, p, training, nodes in between)."""
+    before: list[fx.Node] = []
+    dropout, training = 0.0, False
+    if node.target is F.dropout and len(node.users) == 1:
+        given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | node.kwargs
+        if not given.get("inplace", False) and isinstance(given.get("training"), bool):
+            dropout, training = float(cast(float, given["p"])), cast(bool, given["training"])
+            before.append(node)
+            node = cast(fx.Node, given["input"])
+    if _casts(node):
+        before.insert(0, node)
+        node = cast(fx.Node, node.args[0])
+    return node, dropout, training, before
+
+
+def _casts(node: fx.Node) -> bool:
+    named = [*node.args[1:], *node.kwargs.values()]
+    return node.op == "call_method" and node.target == "to" and [type(n) for n in named] == [torch.dtype]
+
+
+def _write(edit: Edit, match: _Match) -> fx.Node:
+    scale = edit.call(torch.full, (1,), match.scale, dtype=torch.float64, device=node_value(match.y).device)
+    out = expand_site(edit, match.x, match.y, scale, match.A, match.B, scale, match.dropout, match.training, None)
+    wanted = node_value(match.matched[-1]).dtype
+    return out if node_value(out).dtype == wanted else edit.call("to", out, wanted)
+
+
+def _is_adapter(node: fx.Node) -> bool:
+    return node.target is operator.getitem and cast(fx.Node, node.args[0]).target is LORA_LINEAR()
+
+
+def site_path(source: str) -> str:
+    """``model.layers.0.mlp.up_proj`` of where Dynamo read one of its factors."""
+    return ".".join(part for part in _parts(source) if not part.startswith("lora_"))
+
+
+def _parts(source: str) -> Iterator[str]:
+    for found in _ENTRY.finditer(source):
+        name = found[1] or found[2]
+        if name == "self" or name in _TABLES:
+            continue
+        yield name
+        if name.startswith("lora_"):
+            return
+
+
+__all__ = ["CONTRACT", "raise_peft", "site_path"]

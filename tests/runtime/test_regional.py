@@ -1,0 +1,241 @@
+"""Blocks that repeat, captured once for all of their copies."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import adaptc
+from adaptc.ir import dialect
+from adaptc.runtime.regions import arm
+from tests.models import hosts
+from tests.reference import check_against_reference, check_steps_agree, reference_step, step
+
+LORA = adaptc.LoRA(r=3, alpha=6, init="random", targets="all-linear")
+
+
+def regional(base, lora=LORA, **options):
+    options = {"backend": "aot_eager", "regional": True, **options}
+    return adaptc.compile(copy.deepcopy(base), lora, **options)
+
+
+def llama(layers=3, **options):
+    return hosts.build("llama", train=True, num_hidden_layers=layers, **{"use_cache": False, **options})
+
+
+def check_nothing_is_left_out(model, *outside):
+    assert model.adaptc.eager_sites() == sorted(outside) and model.adaptc.idle_sites() == []
+    paths = model.adaptc.site_paths()
+    ran = {paths[i] for graph in model.adaptc.graphs for i in graph.ran}
+    assert ran | set(outside) == set(paths.values()) and not ran & set(outside)
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("checkpointed", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_inductor_has_every_gradient_of_every_layer(checkpointed):
+    base = llama(hidden_size=32, intermediate_size=48)
+    model = regional(base, backend="inductor")
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for seed in range(2):
+        batch = hosts.batch("llama", seed=seed)
+        got, want = step(model, batch), reference_step(model, base, batch)
+        assert len(got[1]) == 3 * 7 * 2
+        check_steps_agree(got, want)
+    # The first block has a graph of its own: nothing asks for the gradient of what it reads.
+    assert [(len(g.sites), len(g.ran)) for g in model.adaptc.graphs] == [(7, 7), (7, 14)]
+    check_nothing_is_left_out(model)
+
+
+#: graphs of one training step, two for each stack of blocks; and the sites around the blocks
+GRAPHS = {
+    "llama": (2, ()),
+    "gpt2": (2, ()),
+    "bert": (2, ("bert.pooler.dense",)),
+    "t5": (4, ()),
+    "clip": (4, ("text_projection", "visual_projection")),
+}
+
+
+@pytest.mark.parametrize(
+    "host", [pytest.param(h, marks=pytest.mark.slow) if h in ("t5", "clip") else h for h in GRAPHS]
+)
+def test_blocks_of_many_classes(host):
+    changes = {"use_cache": False} if host in ("llama", "gpt2", "t5") else {}
+    base = hosts.build(host, train=True, **changes)
+    model = regional(base)
+    check_against_reference(model, base, hosts.batch(host))
+    graphs, outside = GRAPHS[host]
+    assert len(model.adaptc.graphs) == graphs
+    check_nothing_is_left_out(model, *outside)
+
+
+def test_layers_have_seeds_of_their_own_and_repeat_with_torchs(monkeypatch):
+    def kernel(x, seed, p):
+        seen.append(int(seed))
+
+    monkeypatch.setattr(dialect.get("seeded_dropout"), "kernel", kernel)
+    seen: list[int] = []
+    lora = adaptc.LoRA(r=3, alpha=6, init="random", dropout=0.4, targets="all-linear")
+    model, batch = regional(llama(), lora), hosts.batch("llama")
+    step(model, batch)
+    runs = []
+    for seed in (0, 0, 1):
+        seen.clear()
+        torch.manual_seed(seed)
+        loss, gradients = step(model, batch)
+        runs.append((list(seen), loss, gradients))
+    (first, loss, gradients), (again, same, equal), (other, *_) = runs
+    assert len(set(first)) == 21
+    # Forward, what the factors' gradients read, and the inputs' gradients where somebody asks for them.
+    assert len(first) == 21 + 21 + 18
+    assert first == again and torch.equal(loss, same) and all(torch.equal(gradients[n], equal[n]) for n in equal)
+    assert not set(first) & set(other)
+
+
+def test_checkpointed_blocks_drop_what_they_dropped():
+    lora = adaptc.LoRA(r=3, alpha=6, init="random", dropout=0.4, targets="all-linear")
+    plain = regional(llama(), lora)
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found = []
+    for model in (plain, checkpointed):
+        torch.manual_seed(3)
+        found.append(step(model, hosts.batch("llama")))
+        check_nothing_is_left_out(model)
+    check_steps_agree(found[1], found[0])
+
+
+def test_automatic_where_there_are_many_and_nothing_is_lost():
+    def regions(base, lora=LORA, **options):
+        return set(arm(regional(base, lora, **{"regional": "auto", **options}).adaptc))
+
+    many = llama(8, hidden_size=16, intermediate_size=16)
+    model = regional(many, backend="eager", regional="auto")
+    model(**hosts.batch("llama"))
+    assert [len(g.ran) for g in model.adaptc.graphs] == [7, 49]
+    paths = {f"model.layers.{i}" for i in range(8)}
+    assert regions(many) == paths
+    assert regions(llama(7)) == set()
+    assert regions(many, regional=False) == set()
+    assert regions(many, fullgraph=True) == set()
+    embedding = adaptc.LoRA(r=3, init="random", targets=["embed_tokens", "q_proj"])
+    assert regions(many, embedding) == set(), "a site outside would not be captured"
+    assert regions(many, embedding, regional=True) == paths
+    hooked = copy.deepcopy(many)
+    hooked.model.layers[3].register_forward_hook(lambda *args: None)
+    assert regions(hooked) == set()
+
+
+def test_what_runs_outside_the_blocks_is_reported():
+    base = llama()
+    lora = adaptc.LoRA(r=3, init="random", targets=["lm_head", "q_proj"])
+    model = regional(base, lora)
+    check_against_reference(model, base, hosts.batch("llama"))
+    assert model.adaptc.eager_sites() == ["lm_head"]
+    report = str(model.adaptc.explain())
+    assert "ran outside a captured graph: lm_head" in report
+    assert "captured by themselves, and together (LlamaDecoderLayer): model.layers.{0..2}" in report
+    assert "1 site (ran for 2)" in report
+
+
+def test_a_call_with_a_cache_is_captured_whole():
+    base = llama(use_cache=True).eval()
+    model = regional(base)
+    with torch.no_grad():
+        for site in model.adaptc.sites:
+            base.get_submodule(site.path).weight += site.adapters["default"].delta()
+    prompt = {k: v[:, :5] for k, v in hosts.batch("llama").items() if k in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    got, want = model.generate(**prompt, **options), base.generate(**prompt, **options)
+    assert torch.equal(got, want)
+    assert len(model.adaptc.graphs) <= 3 and all(len(g.sites) == 21 for g in model.adaptc.graphs)
+    model.train()
+    step(model, {**hosts.batch("llama"), "use_cache": False})
+    assert len(model.adaptc.graphs[-1].sites) == 7
+    check_nothing_is_left_out(model)
+
+
+def test_switching_recompiles_nothing():
+    base = llama()
+    model = regional(base)
+    model.adaptc.add("second", LORA)
+    for name in ("default", "second", "default"):
+        model.adaptc.switch(name)
+        check_against_reference(model, base, hosts.batch("llama"), name=name)
+    assert [len(g.ran) for g in model.adaptc.graphs] == [2 * 7, 2 * 14], "both adapters ran through the same two"
+
+
+def test_layers_that_differ_have_graphs_of_their_own():
+    base = llama(4)
+    plan = adaptc.Plan([
+        adaptc.Rule(adaptc.Match(targets=["q_proj"], layers="0-1"), adaptc.LoRA(r=3, init="random")),
+        adaptc.Rule(adaptc.Match(targets=["q_proj", "up_proj"], layers="2-3"), adaptc.LoRA(r=5, init="random")),
+    ])  # fmt: skip
+    model = regional(base, plan)
+    check_against_reference(model, base, hosts.batch("llama"))
+    assert sorted((len(g.sites), len(g.ran)) for g in model.adaptc.graphs) == [(1, 1), (1, 1), (2, 4)]
+
+
+def test_copies_files_and_the_way_back():
+    base, batch = llama(), hosts.batch("llama")
+    model = regional(base)
+    want = step(model, batch)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        check_steps_agree(step(other, batch), want)
+        assert other.adaptc is not model.adaptc and len(other.adaptc.graphs) == 2
+        check_nothing_is_left_out(other)
+    assert len(model.adaptc.graphs) == 2, "copies capture their own"
+    model.adaptc.detach()
+    assert all("_compiled_call_impl" not in vars(m) and "_adaptc_prologue" not in vars(m) for m in model.modules())
+    assert torch.equal(model(**batch).loss, base(**batch).loss)
+
+
+def test_hidden_states_are_recorded():
+    base = llama().eval()
+    model = regional(base)
+    with torch.no_grad():
+        for site in model.adaptc.sites:
+            base.get_submodule(site.path).weight += site.adapters["default"].delta()
+    batch = {**hosts.batch("llama"), "output_hidden_states": True}
+    with torch.no_grad():
+        for _ in range(2):
+            got, want = model(**batch), base(**batch)
+            assert len(got.hidden_states) == 4
+            torch.testing.assert_close(got.hidden_states, want.hidden_states, rtol=1e-5, atol=1e-5)
+
+
+class Stages(nn.Module):
+    """Blocks of one class and two widths, in a container of torch, as the root of nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.narrow = nn.Sequential(*(self.block(6) for _ in range(3)))
+        self.wide = nn.Sequential(nn.Linear(6, 8), *(self.block(8) for _ in range(2)))
+
+    @staticmethod
+    def block(width):
+        return nn.Sequential(nn.Linear(width, width), nn.Tanh())
+
+    def forward(self, x):
+        return self.wide(self.narrow(x))
+
+
+def test_containers_of_torch():
+    base = Stages().train()
+    model = regional(base, adaptc.LoRA(r=2, init="random", targets="all-linear"))
+    check_against_reference(model, base, torch.randn(3, 6))
+    assert [g.sites for g in model.adaptc.graphs] == [["narrow.0.0"], ["narrow.1.0"], ["wide.1.0"]]
+    assert model.adaptc.eager_sites() == ["wide.0"]
+
+
+def test_another_word_than_the_three_is_refused():
+    with pytest.raises(ValueError, match="regional is \"auto\", True or False, not 'always'"):
+        adaptc.compile(llama(1), LORA, regional="always")
