@@ -19,6 +19,9 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     formatter = argparse.ArgumentDefaultsHelpFormatter
     train.add_arguments(commands.add_parser("train", help=train.__doc__, formatter_class=formatter))
+    compiling = commands.add_parser("compile", help=train.COMPILE_HELP, formatter_class=formatter)
+    train.add_arguments(compiling)
+    compiling.set_defaults(**train.COMPILE_DEFAULTS)
     render = commands.add_parser("render", help="write table and plot again from a result file")
     render.add_argument("json", type=Path)
     arguments = parser.parse_args(argv)

@@ -34,6 +34,14 @@ STEP_METHOD = (
 )
 
 
+#: ``python -m bench compile`` is the same measurement, of a deep model and of those that compile it by block.
+COMPILE_HELP = "cold compilation of a deep model: whole, and by block"
+COMPILE_DEFAULTS = {
+    "layers": 16, "rounds": 6, "cold": 2, "dtypes": ["fp32"], "dropouts": [0.0],
+    "contenders": ["peft-compile", "peft-regional", "adaptc", "adaptc-regional"],
+}  # fmt: skip
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``python -m bench train``."""
     for field in dataclasses.fields(Settings):
@@ -89,7 +97,7 @@ def run(arguments: argparse.Namespace) -> list[Path]:
     if unknown or not arguments.contenders:
         raise BenchError(f"unknown contenders {unknown}; known: {', '.join(BUILDERS)}")
     report.require_plotting()
-    stem = f"train-{'dora-' if settings.dora else ''}{torch.device(settings.device).type}"
+    stem = f"{arguments.command}-{'dora-' if settings.dora else ''}{torch.device(settings.device).type}"
     # Written after every case, so that a run that is cut off leaves what it has.
     results = measure(
         settings, cases, arguments.contenders, after=lambda found: report.write(found, arguments.out, stem)
