@@ -110,6 +110,19 @@ def test_checkpointed_blocks_drop_what_they_dropped():
     check_steps_agree(found[1], found[0])
 
 
+def test_a_switch_before_blocks_are_computed_again_is_an_error():
+    model = regional(llama())
+    model.adaptc.add("second", LORA)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    want = step(model, hosts.batch("llama"))
+    loss = model(**hosts.batch("llama")).loss
+    model.adaptc.switch("second")
+    with pytest.raises(torch.utils.checkpoint.CheckpointError, match="different metadata"):
+        loss.backward()
+    model.adaptc.switch("default")
+    check_steps_agree(step(model, hosts.batch("llama")), want)
+
+
 def test_automatic_where_there_are_many_and_nothing_is_lost():
     def regions(base, lora=LORA, **options):
         return set(arm(regional(base, lora, **{"regional": "auto", **options}).adaptc))
