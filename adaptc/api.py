@@ -54,7 +54,8 @@ def compile(
             (``"raise"``: raises VerifyError instead).
         regional: True captures every block that repeats (a layer of a transformer) by itself, once for all of its
             copies, and runs what is around them as it is written; False captures the whole model; "auto" captures
-            blocks where there are many and nothing is lost by it. A call with a cache is captured whole in any case.
+            blocks where there are many and nothing is lost by it. A call with a cache is captured whole in any case
+            (docs/passes.md).
         mode, fullgraph, dynamic, options: as in ``torch.compile``.
 
     Raises:

@@ -106,13 +106,11 @@ def _match(A: fx.Node, first: fx.Node, sources: Mapping[fx.Node, str], order: Ma
     y = total.args[0]
     if total.target is not operator.add or total.args[1] is not scaled or not isinstance(y, fx.Node):
         raise _OtherForm("its scaled product is not added to the layer's output")
-    x, dropout, training, before = _input(cast(fx.Node, first.args[0]))
+    product, output = node_value(second), node_value(y)
+    if not isinstance(output, torch.Tensor) or output.shape != product.shape:
+        raise _OtherForm("the layer's output has another shape than its product")
+    x, dropout, training, before = _input(cast(fx.Node, first.args[0]), order[_frozen(y)], order)
     matched = [*before, first, second, scaled, total]
-    between = [node for node, at in order.items() if order[matched[0]] < at < order[total]]
-    for node in between:
-        # It might write to what is read again further down; other adapters of the site do not.
-        if node not in matched and "adaptc" not in node.meta.get("custom", {}):
-            raise _OtherForm(f"{node.name} stands between its products")
     if _casts(y) and _is_adapter(cast(Any, y.args[0])) and len(y.users) == 1:
         # Another adapter of the site, whose sum PEFT keeps in the factors' dtype.
         matched.insert(0, y)
@@ -120,6 +118,11 @@ def _match(A: fx.Node, first: fx.Node, sources: Mapping[fx.Node, str], order: Ma
     after = next(iter(total.users)) if len(total.users) == 1 else total
     if _casts(after) and node_value(after).dtype == node_value(y).dtype:
         matched.append(after)
+    matched.sort(key=order.__getitem__)
+    # It might write to what is read again further down; other adapters of the site do not.
+    for node in [node for node, at in order.items() if order[matched[0]] < at < order[matched[-1]]]:
+        if node not in matched and "adaptc" not in node.meta.get("custom", {}):
+            raise _OtherForm(f"{node.name} stands between its products")
     return _Match(matched, x, y, A, B, float(scaled.args[1]), dropout, training)
 
 
@@ -134,8 +137,18 @@ def _reader(node: fx.Node, what: str) -> fx.Node:
     return next(iter(node.users))
 
 
-def _input(node: fx.Node) -> tuple[fx.Node, float, bool, list[fx.Node]]:
-    """What a first product reads, before it is cast and dropped: (it, p, training, nodes in between)."""
+def _frozen(y: fx.Node) -> fx.Node:
+    """The frozen layer's output, of what adapters made of it."""
+    while True:
+        below = cast(fx.Node, y.args[0]) if _casts(y) else y
+        if not _is_adapter(below):
+            return y
+        y = cast(fx.Node, cast(fx.Node, below.args[0]).args[1])
+
+
+def _input(node: fx.Node, layer: int, order: Mapping[fx.Node, int]) -> tuple[fx.Node, float, bool, list[fx.Node]]:
+    """What a first product reads, before it is cast and dropped: (it, p, training, nodes in between). A cast before the
+    frozen ``layer`` (its place) is the model's own."""
     before: list[fx.Node] = []
     dropout, training = 0.0, False
     if node.target is F.dropout and len(node.users) == 1:
@@ -144,7 +157,7 @@ def _input(node: fx.Node) -> tuple[fx.Node, float, bool, list[fx.Node]]:
             dropout, training = float(cast(float, given["p"])), cast(bool, given["training"])
             before.append(node)
             node = cast(fx.Node, given["input"])
-    if _casts(node):
+    if _casts(node) and order[node] > layer:
         before.insert(0, node)
         node = cast(fx.Node, node.args[0])
     return node, dropout, training, before

@@ -84,6 +84,8 @@ class _CallState(threading.local):
     eager: set[int] | None = None
     #: How many prologues are active on this thread.
     depth: int = 0
+    #: Whether the call in progress is captured whole.
+    whole: bool = False
     #: Of a call with gradients: which site-id tensors' adapters ran with gradients on, and which with them off.
     recorded: set[int] | None = None
     stopped: set[int] | None = None

@@ -42,6 +42,8 @@ class Captures:
         self._blocks: dict[str, Callable[..., Any]] = {}
         #: Path of each block that is captured by itself -> the name of those it shares its graphs with.
         self.regions: dict[str, str] = {}
+        #: Kinds of calls that a block found to need capturing whole.
+        self._whole: set[tuple[object, ...]] = set()
         #: (path, module) of layers in 4-bit codes; None: not looked for yet.
         self._packable: list[tuple[str, nn.Module]] | None = None
         self._signatures: set[tuple[object, ...]] = set()
@@ -55,10 +57,24 @@ class Captures:
         self._check_gradients()
         backend = self._open()
         self.counts["calls"] += 1
-        whole = not self.regions or regions.makes_cache(self.handle.model, args, kwargs)
-        if (entry, whole) not in self._callables:
-            self._callables[entry, whole] = Capture(self.handle, function, backend if whole else None)
-        return self._callables[entry, whole](*args, **kwargs)
+        model = self.handle.model
+        kind = (entry, *regions.kind_of_call(model, kwargs))
+        if not self.regions or kind in self._whole or regions.wants_whole(model, args, kwargs):
+            return self._capture(entry, function, backend)(*args, **kwargs)
+        eager = set(self.eager)
+        try:
+            return self._capture(entry, function, None)(*args, **kwargs)
+        except regions.CaptureWhole:
+            self._whole.add(kind)
+            self.eager = eager
+        return self._capture(entry, function, backend)(*args, **kwargs)
+
+    def _capture(self, entry: str, function: Callable[..., Any], backend: AdapterBackend | None) -> Capture:
+        """``function`` captured whole by ``backend``, or as it is, its blocks captured."""
+        key = (entry, backend is not None)
+        if key not in self._callables:
+            self._callables[key] = Capture(self.handle, function, backend)
+        return self._callables[key]
 
     def block(self, name: str) -> Callable[..., Any]:
         """What captures the blocks called ``name``; takes the block and its arguments."""
@@ -110,7 +126,7 @@ class Captures:
         if self.backend is not None:
             self.counts["past_graphs"] += len(self.backend.graphs)
         self.backend, self._callables, self._blocks, self._packable = None, {}, {}, None
-        self.regions = {}
+        self.regions, self._whole = {}, set()
         epoch = str(next(_EPOCHS))
         for site in self.handle.sites:
             adapters = attach.adapters_of(site.module)

@@ -47,21 +47,22 @@ class Capture:
         def run(*args: Any, **kwargs: Any) -> Any:
             return function(*args, **kwargs)
 
+        self.whole = backend is not None
         self.run = run if backend is None else compiled(handle, run, backend)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        previous = CALL.eager, CALL.recorded, CALL.stopped
+        previous = CALL.eager, CALL.recorded, CALL.stopped, CALL.whole
         records = torch.is_grad_enabled()
         recorded: set[int] = set()
         stopped: set[int] = set()
-        CALL.eager, CALL.depth = set(), CALL.depth + 1
+        CALL.eager, CALL.depth, CALL.whole = set(), CALL.depth + 1, self.whole
         CALL.recorded, CALL.stopped = (recorded, stopped) if records else (None, None)
         try:
             with watch_recompile_limit() as limits, state_across_modules() if self.across else nullcontext():
                 output = self.run(*args, **kwargs)
         finally:
             eager, CALL.depth = CALL.eager or set(), CALL.depth - 1
-            CALL.eager, CALL.recorded, CALL.stopped = previous
+            CALL.eager, CALL.recorded, CALL.stopped, CALL.whole = previous
             self.handle.captures.after_call(eager, limits)
             for message in limits:
                 warnings.warn(RecompileLimitWarning(message), stacklevel=3)

@@ -1,11 +1,12 @@
 """Regional compilation: a block that repeats is captured once for all its copies.
 
 The model's own forward then runs as it is written, and each block as captured: adapters and weights are inputs of the
-graph, so that one serves all layers. Sixteen layers compile in the time of one, and a step takes what it took, because
-no rewrite reaches across blocks. The other way, ``torch.compiler.nested_compile_region`` within one graph, gave wrong
-gradients under Inductor (torch 2.13).
+graph, so that one serves all layers, and no rewrite reaches across blocks. The other way,
+``torch.compiler.nested_compile_region`` within one graph, gave wrong gradients under Inductor (torch 2.13).
 
-A call that fills or reads a cache is captured whole: each layer's place in the cache is a constant of its code.
+Some calls are captured whole: those that give a block a cache (each layer's place in it is a constant of its code),
+that run a block under ``no_grad`` inside a call with gradients (a region that ``lift_no_grad`` lifts), or that ask for
+hidden states (which hooks record that transformers sets later). What only a block can see is told by ``CaptureWhole``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from adaptc.runtime.attach import adapters_of
+from adaptc.runtime.attach import CALL
 from adaptc.runtime.prologue import Prologue
 
 if TYPE_CHECKING:
@@ -31,11 +32,20 @@ _CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "c
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
 
 
+class CaptureWhole(BaseException):
+    """Raised by a block, past what the model itself catches: the call in progress is to be captured whole."""
+
+
 class BlockPrologue(Prologue):
     """The call of one block; ``entry`` names the blocks that are captured with it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or has_cache(args, kwargs):
+        if torch.compiler.is_compiling() or CALL.whole:
+            return self.owner._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        cached = has_cache(args, kwargs)
+        if CALL.depth > 0 and (cached or (CALL.recorded is not None and not torch.is_grad_enabled())):
+            raise CaptureWhole
+        if cached:
             return self.owner._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self.handle.captures.block(self.entry)(self.owner, *args, **kwargs)
 
@@ -50,14 +60,17 @@ def arm(handle: Handle) -> dict[str, str]:
 
     Returns what is captured together, by the path of the block; nothing where the model is captured whole.
     """
-    wanted = _wanted(handle)
-    for path, module in handle.model.named_modules():
+    for module in handle.model.modules():
         present = module.__dict__.get(Prologue.KEY)
-        if isinstance(present, BlockPrologue) and present.entry != wanted.get(path):
+        if isinstance(present, BlockPrologue):
             present.disarm()
-        if path in wanted and Prologue.KEY not in module.__dict__:
-            BlockPrologue(handle, module, wanted[path])
-    return wanted
+    armed = {}
+    for path, name in _wanted(handle).items():
+        block = handle.model.get_submodule(path)
+        if not isinstance(block.__dict__.get(Prologue.KEY), Prologue):
+            BlockPrologue(handle, block, name)
+            armed[path] = name
+    return armed
 
 
 def has_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -65,20 +78,22 @@ def has_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return any(kwargs.get(name) is not None for name in _CACHES) or any(hasattr(a, "get_seq_length") for a in args)
 
 
-def makes_cache(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of the whole model gives its blocks a cache: its own, or one that the model makes."""
-    if has_cache(args, kwargs):
+def wants_whole(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of the model says by its arguments, or the model's config, that it is to be captured whole."""
+    if has_cache(args, kwargs) or kwargs.get("use_cache"):
         return True
-    asked = kwargs.get("use_cache")
-    if asked is not None:
-        return bool(asked)
     config = getattr(model, "config", None)
-    get = getattr(config, "get_text_config", None)
-    text = get() if callable(get) else config
-    if getattr(text, "is_decoder", True) is False and not getattr(config, "is_encoder_decoder", False):
-        return False  # encoders have the flag, and no cache
-    checkpointed = model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    return bool(getattr(text, "use_cache", False)) and not checkpointed
+    return any(
+        bool(getattr(config, name, False) if kwargs.get(name) is None else kwargs[name])
+        for name in ("output_hidden_states", "output_attentions")
+    )
+
+
+def kind_of_call(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[object, ...]:
+    """Equal for calls of which all are captured whole when one was found to need it."""
+    config = getattr(model, "config", None)
+    asked = kwargs.get("use_cache"), getattr(config, "use_cache", None)
+    return *asked, model.training, torch.is_grad_enabled()
 
 
 def _wanted(handle: Handle) -> dict[str, str]:
@@ -106,10 +121,22 @@ def _blocks(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _kind(path: str, block: nn.Module) -> tuple[object, ...]:
-    """Equal for blocks that one graph is likely to serve: of one list, with one class and the same weights' shapes."""
+    """Equal for blocks that one graph may serve: of one list and class, with weights of the same shapes, and with hooks
+    and replaced forwards at the same places. Dynamo does not guard on a hook that is not there."""
     tensors = [*block.named_parameters(), *block.named_buffers()]
     shapes = [(name, tuple(t.shape), t.dtype) for name, t in tensors if ".adapters." not in f".{name}"]
-    return path.rpartition(".")[0], type(block), tuple(shapes)
+    acted = [
+        (name, "forward" in module.__dict__, *map(len, _hooks(module)))
+        for name, module in block.named_modules()
+        if "forward" in module.__dict__ or any(_hooks(module))
+    ]
+    return path.rpartition(".")[0], type(block), tuple(shapes), tuple(acted)
+
+
+def _hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    return (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
+    )  # fmt: skip
 
 
 def _pays(handle: Handle, blocks: Mapping[str, nn.Module], kinds: int) -> bool:
@@ -118,15 +145,16 @@ def _pays(handle: Handle, blocks: Mapping[str, nn.Module], kinds: int) -> bool:
         return False
     if handle.adapters.has_taps or any(_is_hooked(block) for block in blocks.values()):
         return False
+    # A forward of an instance is a constant of its code: every layer would be compiled.
+    if any("forward" in inner.__dict__ for block in blocks.values() for inner in block.modules()):
+        return False
     return all(any(f"{site.path}.".startswith(f"{path}.") for path in blocks) for site in handle.sites)
 
 
 def _is_hooked(block: nn.Module) -> bool:
     """Whether others than we act on the block's call: hooks, as sharding sets them, or a compilation of its own."""
-    ours = adapters_of(block) is not None
-    hooks = (block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
     compiled = block.__dict__.get("_compiled_call_impl")
-    return ours or any(hooks) or not (compiled is None or isinstance(compiled, BlockPrologue))
+    return any(_hooks(block)) or not (compiled is None or isinstance(compiled, BlockPrologue))
 
 
-__all__ = ["arm", "has_cache", "makes_cache", "run_block"]
+__all__ = ["CaptureWhole", "arm", "kind_of_call", "run_block", "wants_whole"]

@@ -3,9 +3,9 @@
 before:  %s1 = randint(2^62, (1,));  %d1 = seeded_dropout(%x, %s1, p);  %s2 = randint(2^62, (1,));  ...
 after:   %s = randint(2^62, (n,));   %d1 = seeded_dropout(%x, %s[0:1], p);  %d2 = seeded_dropout(%x2, %s[1:2], p);  ...
 
-Changes no bit: the generator gives the same numbers. Inductor's C++ has where a number stands in the generator's stream
-as a constant, so that every draw is a kernel of its own to compile. Elsewhere it is an argument, and a seed with a
-place in a larger tensor would be the constant.
+The generator gives the numbers that it would give one by one, if nothing else draws in between. Inductor's C++ has
+where a number stands in the generator's stream as a constant, so that every draw is a kernel of its own to compile.
+Elsewhere it is an argument, and a seed with a place in a larger tensor would be the constant.
 """
 
 from __future__ import annotations
