@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from adaptc.runtime.handle import Handle
 
 #: "auto" captures blocks from this many on, if there are this many of a kind: below it compiling them all is as fast.
-MANY = 8
-ALIKE = 4
+MANY = 6
+ALIKE = 3
 
 #: Arguments by which blocks are given a cache.
 _CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "cache")

@@ -266,6 +266,7 @@ def test_site_paths():
 
 
 @pytest.mark.inductor
+@pytest.mark.slow
 def test_by_its_name_under_inductor(caplog, monkeypatch):
     monkeypatch.setattr(peft_backend, "_told", set())
     peft_backend.GRAPHS.clear()

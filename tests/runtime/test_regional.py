@@ -25,7 +25,7 @@ def regional(base, lora=LORA, **options):
     return adaptc.compile(copy.deepcopy(base), lora, **options)
 
 
-def llama(layers=3, **options):
+def llama(layers=2, **options):
     return hosts.build("llama", train=True, num_hidden_layers=layers, **{"use_cache": False, **options})
 
 
@@ -37,9 +37,9 @@ def check_nothing_is_left_out(model, *outside):
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("checkpointed", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("checkpointed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_inductor_has_every_gradient_of_every_layer(checkpointed):
-    base = llama(hidden_size=32, intermediate_size=48)
+    base = llama(3, hidden_size=32, intermediate_size=48)
     model = regional(base, backend="inductor")
     if checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -50,6 +50,7 @@ def test_inductor_has_every_gradient_of_every_layer(checkpointed):
         check_steps_agree(got, want)
     # The first block has a graph of its own: nothing asks for the gradient of what it reads.
     assert [(len(g.sites), len(g.ran)) for g in model.adaptc.graphs] == [(7, 7), (7, 14)]
+    assert "7 sites (ran for 14)" in str(model.adaptc.explain())
     check_nothing_is_left_out(model)
 
 
@@ -92,9 +93,9 @@ def test_layers_have_seeds_of_their_own_and_repeat_with_torchs(monkeypatch):
         loss, gradients = step(model, batch)
         runs.append((list(seen), loss, gradients))
     (first, loss, gradients), (again, same, equal), (other, *_) = runs
-    assert len(set(first)) == 21
+    assert len(set(first)) == 14
     # Forward, what the factors' gradients read, and the inputs' gradients where somebody asks for them.
-    assert len(first) == 21 + 21 + 18
+    assert len(first) == 14 + 14 + 11
     assert first == again and torch.equal(loss, same) and all(torch.equal(gradients[n], equal[n]) for n in equal)
     assert not set(first) & set(other)
 
@@ -135,7 +136,7 @@ def test_automatic_where_there_are_many_and_nothing_is_lost():
     assert [len(g.ran) for g in model.adaptc.graphs] == [7, 49]
     paths = {f"model.layers.{i}" for i in range(8)}
     assert regions(many) == paths
-    assert regions(llama(7)) == set()
+    assert regions(llama(5)) == set()
     assert regions(many, regional=False) == set()
     assert regions(many, fullgraph=True) == set()
     embedding = adaptc.LoRA(r=3, init="random", targets=["embed_tokens", "q_proj"])
@@ -154,8 +155,7 @@ def test_what_runs_outside_the_blocks_is_reported():
     assert model.adaptc.eager_sites() == ["lm_head"]
     report = str(model.adaptc.explain())
     assert "ran outside a captured graph: lm_head" in report
-    assert "captured by themselves, and together (LlamaDecoderLayer): model.layers.{0..2}" in report
-    assert "1 site (ran for 2)" in report
+    assert "captured by themselves, and together (LlamaDecoderLayer): model.layers.0" in report
 
 
 def test_a_call_with_a_cache_is_captured_whole():
@@ -168,7 +168,7 @@ def test_a_call_with_a_cache_is_captured_whole():
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
     got, want = model.generate(**prompt, **options), base.generate(**prompt, **options)
     assert torch.equal(got, want)
-    assert len(model.adaptc.graphs) <= 3 and all(len(g.sites) == 21 for g in model.adaptc.graphs)
+    assert len(model.adaptc.graphs) <= 3 and all(len(g.sites) == 14 for g in model.adaptc.graphs)
     model.train()
     step(model, {**hosts.batch("llama"), "use_cache": False})
     assert len(model.adaptc.graphs[-1].sites) == 7
@@ -182,7 +182,7 @@ def test_switching_recompiles_nothing():
     for name in ("default", "second", "default"):
         model.adaptc.switch(name)
         check_against_reference(model, base, hosts.batch("llama"), name=name)
-    assert [len(g.ran) for g in model.adaptc.graphs] == [2 * 7, 2 * 14], "both adapters ran through the same two"
+    assert [len(g.ran) for g in model.adaptc.graphs] == [2 * 7, 2 * 7], "both adapters ran through the same two"
 
 
 def test_layers_that_differ_have_graphs_of_their_own():
@@ -220,8 +220,8 @@ def test_layers_without_adapters_have_graphs_of_their_own(layers):
 def test_a_hook_inside_one_block_is_called():
     base = llama()
     model = regional(base)
-    model.model.layers[2].mlp.register_forward_hook(lambda module, args, y: y * 1.5)
-    base.model.layers[2].mlp.register_forward_hook(lambda module, args, y: y * 1.5)
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, y: y * 1.5)
+    base.model.layers[1].mlp.register_forward_hook(lambda module, args, y: y * 1.5)
     check_against_reference(model, base, hosts.batch("llama"))
 
 
@@ -249,7 +249,7 @@ def test_what_only_a_block_can_see_has_the_call_captured_whole(freeze):
             warnings.simplefilter("ignore", LiftedRegionWarning)
             check_against_reference(model, base, ids)
     (graph,) = model.adaptc.graphs
-    assert len(graph.sites) == 21 and model.adaptc.eager_sites() == []
+    assert len(graph.sites) == 14 and model.adaptc.eager_sites() == []
 
 
 def test_copies_files_and_the_way_back():
@@ -280,7 +280,7 @@ def test_hidden_states_are_recorded():
         for asked in ({"output_hidden_states": True}, {}):
             model.config.output_hidden_states = base.config.output_hidden_states = not asked
             got, want = (m(**hosts.batch("llama"), **asked) for m in (model, base))
-            assert len(got.hidden_states) == 4
+            assert len(got.hidden_states) == 3
             torch.testing.assert_close(got.hidden_states, want.hidden_states, rtol=1e-5, atol=1e-5)
 
 
