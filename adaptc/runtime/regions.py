@@ -148,7 +148,9 @@ def _pays(handle: Handle, blocks: Mapping[str, nn.Module], kinds: int) -> bool:
     # A forward of an instance is a constant of its code: every layer would be compiled.
     if any("forward" in inner.__dict__ for block in blocks.values() for inner in block.modules()):
         return False
-    return all(any(f"{site.path}.".startswith(f"{path}.") for path in blocks) for site in handle.sites)
+    outside = [s for s in handle.sites if not any(f"{s.path}.".startswith(f"{path}.") for path in blocks)]
+    # A head that is trained in full is an ordinary layer: nothing of it would be rewritten.
+    return all(adapter.replaces_forward for site in outside for adapter in site.adapters.values())
 
 
 def _is_hooked(block: nn.Module) -> bool:

@@ -142,6 +142,8 @@ def test_automatic_where_there_are_many_and_nothing_is_lost():
     embedding = adaptc.LoRA(r=3, init="random", targets=["embed_tokens", "q_proj"])
     assert regions(many, embedding) == set(), "a site outside would not be captured"
     assert regions(many, embedding, regional=True) == paths
+    head = adaptc.Rule(adaptc.Match(targets=["lm_head"]), train="full")
+    assert regions(many, adaptc.Plan([head, adaptc.Rule(adaptc.Match(targets=["q_proj"]), LORA)])) == paths
     hooked = copy.deepcopy(many)
     hooked.model.layers[3].register_forward_hook(lambda *args: None)
     assert regions(hooked) == set()
