@@ -89,7 +89,7 @@ def test_every_layer_is_recognised(options):
     assert "mul" not in {n.name for n in graph.graph_module("lower").graph.nodes if n.meta.get("custom")}
 
 
-@pytest.mark.parametrize("host", ["bert", *(pytest.param(h, marks=pytest.mark.slow) for h in ("gpt2", "clip"))])
+@pytest.mark.parametrize("host", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_other_hosts(host):
     model, backend = peft_model(host), Recorded(verify="raise")
     check_as_in_double(model, hosts.batch(host), backend)
