@@ -13,7 +13,7 @@ import torch
 
 from bench import train
 from bench.__main__ import main
-from bench.contenders import BUILDERS, Base, Contender, build_floor, build_peft_eager
+from bench.contenders import BUILDERS, USUAL, Base, Contender, build_floor, build_peft_eager
 from bench.settings import Case, Settings
 from bench.torch_internals import graph_counts
 
@@ -30,7 +30,7 @@ def forget_compiled_frames() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
     settings = Settings(**TINY, backend="aot_eager", warmup=1)  # type: ignore[arg-type]
-    return train.measure(settings, [Case("fp32", 0.0), Case("bf16", 0.05)], list(BUILDERS))
+    return train.measure(settings, [Case("fp32", 0.0), Case("bf16", 0.05)], list(USUAL))
 
 
 def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -181,6 +181,6 @@ def test_flags_that_make_no_run_are_refused(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_table_on_cuda() -> None:
     settings = Settings(**TINY, backend="aot_eager", device="cuda")
-    found = train.measure(settings, [Case("bf16", 0.05)], list(BUILDERS))
+    found = train.measure(settings, [Case("bf16", 0.05)], list(USUAL))
     assert found["machine"]["gpu"]
     assert all(row["peak_bytes"] > row["saved_bytes"] > 0 for row in rows(found))
