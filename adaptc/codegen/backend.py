@@ -81,18 +81,20 @@ class AdapterBackend:
         trained = positions(inputs, tensors.trained) if graph.training else {}
         graph.sites = sorted(sites.values())
         graph.input_sources = [torch_internals.source_name(n) for n in placeholders]
-        gm, reports = self.pipeline.run(
-            gm,
-            "dynamo",
-            Context(
-                sites=sites,
-                trained={placeholders[i]: path for i, path in trained.items()},
-                record=bool(self.options.verify),
-            ),
-            start=start,
-            on_stage=graph.keep_stage,
-            validate=validate.validator(self.options.verify, inputs),
-        )
+        # What passes compute to know a value is not part of the step, of which a checkpoint counts what is saved.
+        with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+            gm, reports = self.pipeline.run(
+                gm,
+                "dynamo",
+                Context(
+                    sites=sites,
+                    trained={placeholders[i]: path for i, path in trained.items()},
+                    record=bool(self.options.verify),
+                ),
+                start=start,
+                on_stage=graph.keep_stage,
+                validate=validate.validator(self.options.verify, inputs),
+            )
         graph.reports += reports
         compiled = self._lower(gm, inputs, graph)
         return _note_sites(compiled, list(site_ids), self.ran, graph.ran)
@@ -125,6 +127,10 @@ class AdapterBackend:
             return compile_aot_eager(gm, inputs, joint)
         graph.notes.append(f"backend {name!r} hides the joint graph: joint passes did not run")
         return torch_internals.lookup_backend(name)(gm, list(inputs))  # type: ignore[no-any-return]
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _same_frame(graph: CapturedGraph, earlier: CapturedGraph) -> bool:

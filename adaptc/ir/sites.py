@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from adaptc.codegen.torch_internals import OpOverload
@@ -32,8 +34,35 @@ def site_of(node: fx.Node) -> str:
     return str(custom.get("adaptc", "(unknown site)"))
 
 
+def cast_dtype(node: fx.Node) -> torch.dtype | None:
+    """The dtype that ``tensor.to(dtype)`` or ``tensor.to(dtype=dtype)`` casts to; None for any other node."""
+    if node.op != "call_method" or node.target != "to" or set(node.kwargs) - {"dtype"}:
+        return None
+    named = [*node.args[1:], *node.kwargs.values()]
+    return named[0] if len(named) == 1 and isinstance(named[0], torch.dtype) else None
+
+
 def is_cast(node: fx.Node) -> bool:
-    """True for ``tensor.to(dtype)`` as the passes write it."""
-    if node.op != "call_method" or node.target != "to" or len(node.args) != 2 or node.kwargs:
-        return False
-    return isinstance(node.args[1], torch.dtype)
+    return cast_dtype(node) is not None
+
+
+def adapter_below(y: object) -> fx.Node | None:
+    """The adapter whose corrected output ``y`` is, directly or through casts."""
+    while isinstance(y, fx.Node) and is_cast(y):
+        y = y.args[0]
+    if not (isinstance(y, fx.Node) and y.target is operator.getitem and y.args[1] == 0):
+        return None
+    first = y.args[0]
+    return first if isinstance(first, fx.Node) and first.target is LORA_LINEAR() else None
+
+
+def dropout_of(node: fx.Node) -> tuple[fx.Node, float, bool] | None:
+    """(what is dropped, p, training) of a call of ``torch.nn.functional.dropout``; None for another node, for one in
+    place, and where p or the mode is not known."""
+    if node.target is not F.dropout:
+        return None
+    given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | node.kwargs
+    x, p, training = given.get("input"), given.get("p", 0.5), given.get("training", True)
+    if given.get("inplace", False) or not (isinstance(x, fx.Node) and isinstance(training, bool)):
+        return None
+    return (x, float(p), training) if isinstance(p, float | int) else None

@@ -6,8 +6,8 @@ after:   %y = linear(%x, %W);  %d = dropout(%x, 0.05, True);  %s = full((1,), 2.
          %t = lora_linear(%d, %y, %A, %B, %s, "n");  %out = %t[0]
 
 As ``adaptc.compile`` has it: in the dtype of the frozen layer's output, to which factors are cast instead of the
-activation. Factors are known by where Dynamo read them (``lora_A``, ``lora_B``); their products by their form, which
-stands in one piece. What has another form is left as it was, with the reason.
+activation. Factors are known by where Dynamo read them (``lora_A``, ``lora_B``), their products by their form. What has
+another form is left as it was, with the reason.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import dataclasses
 import operator
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,8 @@ from torch import fx
 
 from adaptc.codegen.torch_internals import node_value, source_name
 from adaptc.ir.edit import Edit, Result, nested
-from adaptc.ir.sites import LORA_LINEAR
+from adaptc.ir.effects import barrier
+from adaptc.ir.sites import adapter_below, cast_dtype, dropout_of, is_cast
 from adaptc.methods.lora import expand_site
 from adaptc.passes.contract import Context, Contract
 
@@ -109,20 +110,18 @@ def _match(A: fx.Node, first: fx.Node, sources: Mapping[fx.Node, str], order: Ma
     product, output = node_value(second), node_value(y)
     if not isinstance(output, torch.Tensor) or output.shape != product.shape:
         raise _OtherForm("the layer's output has another shape than its product")
-    x, dropout, training, before = _input(cast(fx.Node, first.args[0]), order[_frozen(y)], order)
+    x, dropout, training, before = _input(cast(fx.Node, first.args[0]))
     matched = [*before, first, second, scaled, total]
-    if _casts(y) and _is_adapter(cast(Any, y.args[0])) and len(y.users) == 1:
+    if is_cast(y) and adapter_below(y) is not None and len(y.users) == 1:
         # Another adapter of the site, whose sum PEFT keeps in the factors' dtype.
-        matched.insert(0, y)
+        matched.append(y)
         y = cast(fx.Node, y.args[0])
     after = next(iter(total.users)) if len(total.users) == 1 else total
-    if _casts(after) and node_value(after).dtype == node_value(y).dtype:
+    if cast_dtype(after) == node_value(y).dtype:
         matched.append(after)
     matched.sort(key=order.__getitem__)
-    # It might write to what is read again further down; other adapters of the site do not.
-    for node in [node for node, at in order.items() if order[matched[0]] < at < order[matched[-1]]]:
-        if node not in matched and "adaptc" not in node.meta.get("custom", {}):
-            raise _OtherForm(f"{node.name} stands between its products")
+    if reason := barrier(matched[0], matched[-1]):
+        raise _OtherForm(f"{reason} between its products")
     return _Match(matched, x, y, A, B, float(scaled.args[1]), dropout, training)
 
 
@@ -137,35 +136,21 @@ def _reader(node: fx.Node, what: str) -> fx.Node:
     return next(iter(node.users))
 
 
-def _frozen(y: fx.Node) -> fx.Node:
-    """The frozen layer's output, of what adapters made of it."""
-    while True:
-        below = cast(fx.Node, y.args[0]) if _casts(y) else y
-        if not _is_adapter(below):
-            return y
-        y = cast(fx.Node, cast(fx.Node, below.args[0]).args[1])
-
-
-def _input(node: fx.Node, layer: int, order: Mapping[fx.Node, int]) -> tuple[fx.Node, float, bool, list[fx.Node]]:
-    """What a first product reads, before it is cast and dropped: (it, p, training, nodes in between). A cast before the
-    frozen ``layer`` (its place) is the model's own."""
+def _input(node: fx.Node) -> tuple[fx.Node, float, bool, list[fx.Node]]:
+    """What a first product reads, before it is dropped and cast: (it, p, training, nodes in between)."""
     before: list[fx.Node] = []
-    dropout, training = 0.0, False
-    if node.target is F.dropout and len(node.users) == 1:
-        given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | node.kwargs
-        if not given.get("inplace", False) and isinstance(given.get("training"), bool):
-            dropout, training = float(cast(float, given["p"])), cast(bool, given["training"])
+    p, training = 0.0, False
+    dropout = dropout_of(node)
+    if dropout is not None and len(node.users) == 1:
+        before.append(node)
+        node, p, training = dropout
+    if is_cast(node):
+        source = cast(fx.Node, node.args[0])
+        wide, narrow = node_value(node).dtype, node_value(source).dtype
+        if torch.promote_types(wide, narrow) == wide:  # to the factors' dtype: nothing is lost without it
             before.append(node)
-            node = cast(fx.Node, given["input"])
-    if _casts(node) and order[node] > layer:
-        before.insert(0, node)
-        node = cast(fx.Node, node.args[0])
-    return node, dropout, training, before
-
-
-def _casts(node: fx.Node) -> bool:
-    named = [*node.args[1:], *node.kwargs.values()]
-    return node.op == "call_method" and node.target == "to" and [type(n) for n in named] == [torch.dtype]
+            node = source
+    return node, p, training, before
 
 
 def _write(edit: Edit, match: _Match) -> fx.Node:
@@ -173,10 +158,6 @@ def _write(edit: Edit, match: _Match) -> fx.Node:
     out = expand_site(edit, match.x, match.y, scale, match.A, match.B, scale, match.dropout, match.training, None)
     wanted = node_value(match.matched[-1]).dtype
     return out if node_value(out).dtype == wanted else edit.call("to", out, wanted)
-
-
-def _is_adapter(node: fx.Node) -> bool:
-    return node.target is operator.getitem and cast(fx.Node, node.args[0]).target is LORA_LINEAR()
 
 
 def site_path(source: str) -> str:

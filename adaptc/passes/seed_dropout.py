@@ -18,7 +18,7 @@ from torch import fx
 from adaptc.codegen.torch_internals import node_value
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
-from adaptc.ir.sites import site_of
+from adaptc.ir.sites import dropout_of, site_of
 from adaptc.passes.contract import Context, Contract, everywhere
 
 CONTRACT = Contract(
@@ -44,11 +44,10 @@ def _dropouts(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.Node, float]]:
     """The active dropouts that adapters read, and nothing else does; with what they drop and how often."""
     found = []
     for node in gm.graph.find_nodes(op="call_function", target=F.dropout):
-        given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | node.kwargs
-        x, p = given.get("input"), given.get("p", 0.5)
-        active = given.get("training", True) is True and not given.get("inplace", False)
-        if not active or not isinstance(p, float) or p == 0 or not isinstance(x, fx.Node):
+        dropout = dropout_of(node)
+        if dropout is None or not dropout[2] or dropout[1] == 0:
             continue
+        x, p, _ = dropout
         if node.users and all(dialect.of_target(user.target) for user in node.users):
             found.append((node, x, p))
     return found

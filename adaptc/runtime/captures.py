@@ -44,6 +44,8 @@ class Captures:
         self.regions: dict[str, str] = {}
         #: Kinds of calls that a block found to need capturing whole.
         self._whole: set[tuple[object, ...]] = set()
+        #: Whether the last call was captured whole, for blocks that its backward computes again.
+        self.last_was_whole = False
         #: (path, module) of layers in 4-bit codes; None: not looked for yet.
         self._packable: list[tuple[str, nn.Module]] | None = None
         self._signatures: set[tuple[object, ...]] = set()
@@ -71,7 +73,8 @@ class Captures:
 
     def _capture(self, entry: str, function: Callable[..., Any], backend: AdapterBackend | None) -> Capture:
         """``function`` captured whole by ``backend``, or as it is, its blocks captured."""
-        key = (entry, backend is not None)
+        self.last_was_whole = backend is not None
+        key = (entry, self.last_was_whole)
         if key not in self._callables:
             self._callables[key] = Capture(self.handle, function, backend)
         return self._callables[key]

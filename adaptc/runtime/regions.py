@@ -40,13 +40,13 @@ class BlockPrologue(Prologue):
     """The call of one block; ``entry`` names the blocks that are captured with it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or CALL.whole:
+        # Outside of a call of the model it is computed again for a backward: as it ran in the forward.
+        whole = CALL.whole if CALL.depth > 0 else self.handle.captures.last_was_whole
+        if torch.compiler.is_compiling() or whole:
             return self.owner._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-        cached = has_cache(args, kwargs)
-        if CALL.depth > 0 and (cached or (CALL.recorded is not None and not torch.is_grad_enabled())):
+        lifts = CALL.recorded is not None and not torch.is_grad_enabled()
+        if CALL.depth > 0 and (lifts or has_cache(args, kwargs)):
             raise CaptureWhole
-        if cached:
-            return self.owner._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self.handle.captures.block(self.entry)(self.owner, *args, **kwargs)
 
 
@@ -102,9 +102,10 @@ def _wanted(handle: Handle) -> dict[str, str]:
         return {}
     blocks = dict(_blocks("", handle.model))
     kinds: dict[tuple[object, ...], str] = {}
-    for path, block in blocks.items():
-        kinds.setdefault(_kind(path, block), f"{path.rpartition('.')[0]}: {type(block).__name__} {len(kinds)}")
-    wanted = {path: kinds[_kind(path, block)] for path, block in blocks.items()}
+    wanted = {
+        path: kinds.setdefault(_kind(path, block), f"{path.rpartition('.')[0]}: {type(block).__name__} {len(kinds)}")
+        for path, block in blocks.items()
+    }
     return wanted if asked is True or _pays(handle, blocks, len(kinds)) else {}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import warnings
 
@@ -15,7 +16,14 @@ from adaptc.errors import LiftedRegionWarning
 from adaptc.ir import dialect
 from adaptc.runtime.regions import arm
 from tests.models import hosts
-from tests.reference import check_against_reference, check_steps_agree, reference_step, step
+from tests.reference import (
+    check_against_reference,
+    check_steps_agree,
+    factors_of,
+    reference_model,
+    reference_step,
+    step,
+)
 
 LORA = adaptc.LoRA(r=3, alpha=6, init="random", targets="all-linear")
 
@@ -283,6 +291,67 @@ def test_hidden_states_are_recorded():
             got, want = (m(**hosts.batch("llama"), **asked) for m in (model, base))
             assert len(got.hidden_states) == 3
             torch.testing.assert_close(got.hidden_states, want.hidden_states, rtol=1e-5, atol=1e-5)
+
+
+class Checkpointing(nn.Module):
+    """A model that checkpoints its blocks itself, in one graph or not."""
+
+    def __init__(self, breaks):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3))
+        self.breaks, self.checkpoints = breaks, True
+
+    def forward(self, x, output_attentions=False):
+        for layer in self.layers:
+            if self.breaks:
+                torch._dynamo.graph_break()
+            x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False) if self.checkpoints else layer(x)
+        return x
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["by block", "whole"])
+@pytest.mark.parametrize("breaks", [False, True], ids=["one graph", "broken"])
+def test_blocks_that_the_model_checkpoints_itself(breaks, whole):
+    """Compiled inside of a checkpoint, and computed again as they ran in the forward."""
+    base = Checkpointing(breaks).train()
+    model = regional(base, adaptc.LoRA(r=2, init="random", targets="all-linear"))
+    base.checkpoints = False
+    for seed in range(2):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
+        model.zero_grad()
+        model(x, output_attentions=whole).square().sum().backward()
+        reference = reference_model(base, factors_of(model))
+        reference(x.double()).square().sum().backward()
+        for site in model.adaptc.sites:
+            adapter, want = site.adapters["default"], reference.get_submodule(site.path)
+            torch.testing.assert_close(adapter.lora_A.grad.double(), want.A.grad, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(adapter.lora_B.grad.double(), want.B.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["hooks", "attributes", "modules", "methods"])
+def test_layers_that_differ_in_python(what):
+    """What Dynamo guards on by itself; if it ever stops, layers compute what the first one does."""
+    base = llama(3, hidden_size=16, intermediate_size=24)
+    lora = adaptc.LoRA(r=2, init="random", targets=["q_proj"])
+    rule = lambda i, method: adaptc.Rule(adaptc.Match(targets=["q_proj"], layers=str(i)), method)  # noqa: E731
+    plan = adaptc.Plan([
+        rule(0, adaptc.LoRA(r=2, init="random")), rule(1, adaptc.LoRA(r=2, init="random", lora_bias=True)),
+        rule(2, adaptc.LoRA(r=2, init="random", dora=True)),
+    ])  # fmt: skip
+    model = regional(base, plan if what == "methods" else lora)
+    for i, layer in enumerate(model.model.layers):
+        if what == "hooks":
+            layer.mlp.register_forward_hook(lambda module, args, y, i=i: y * (1 + i))
+        elif what == "attributes":
+            layer.self_attn.scaling *= 1 + i
+        elif what == "modules":
+            layer.mlp.act_fn = (nn.GELU, nn.SiLU, nn.Tanh)[i]()
+    whole = copy.deepcopy(model)
+    whole.adaptc.options = dataclasses.replace(whole.adaptc.options, regional=False)
+    for seed in range(2):
+        batch = hosts.batch("llama", seed=seed)
+        check_steps_agree(step(model, batch), step(whole, batch))
+    assert not whole.adaptc.captures.regions and model.adaptc.captures.regions
 
 
 class Stages(nn.Module):

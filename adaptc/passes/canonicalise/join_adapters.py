@@ -21,14 +21,14 @@ from torch import fx
 from adaptc.codegen.torch_internals import node_value
 from adaptc.ir.edit import Edit, Result, Rewrite
 from adaptc.ir.effects import barrier
-from adaptc.ir.sites import LORA_LINEAR, is_cast, lora_nodes, site_of
+from adaptc.ir.sites import adapter_below, is_cast, lora_nodes, site_of
 from adaptc.passes.contract import Context
 
 
 def join_adapters(gm: fx.GraphModule, context: Context, result: Result) -> None:
     for second in lora_nodes(gm):
         between = second.args[1]
-        first = _adapter_below(between)
+        first = adapter_below(between)
         if first is None:
             continue
         assert isinstance(between, fx.Node)
@@ -39,16 +39,6 @@ def join_adapters(gm: fx.GraphModule, context: Context, result: Result) -> None:
             result.refuse(site_of(second), reason)
             continue
         result.applied.append(_join(gm, first, between, second, record=context.record))
-
-
-def _adapter_below(y: object) -> fx.Node | None:
-    """The adapter whose corrected output ``y`` is, directly or through casts."""
-    while isinstance(y, fx.Node) and is_cast(y):
-        y = y.args[0]
-    if not (isinstance(y, fx.Node) and y.target is operator.getitem and y.args[1] == 0):
-        return None
-    first = y.args[0]
-    return first if isinstance(first, fx.Node) and first.target is LORA_LINEAR() else None
 
 
 def _why_not(first: fx.Node, between: fx.Node, second: fx.Node) -> str | None:

@@ -15,7 +15,7 @@ from torch import fx
 from adaptc.codegen.torch_internals import node_value
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.effects import barrier
-from adaptc.ir.sites import is_cast, lora_nodes, site_of
+from adaptc.ir.sites import cast_dtype, is_cast, lora_nodes, site_of
 from adaptc.passes.contract import Context
 
 
@@ -23,7 +23,7 @@ def sink_casts(gm: fx.GraphModule, context: Context, result: Result) -> None:
     for node in lora_nodes(gm):
         x, y, a, b, scale, scale_at = node.args
         dtype = getattr(node_value(x), "dtype", None)  # type: ignore[arg-type]
-        casts = [f for f in (a, b) if isinstance(f, fx.Node) and is_cast(f) and f.args[1] == dtype]
+        casts = [f for f in (a, b) if isinstance(f, fx.Node) and is_cast(f) and cast_dtype(f) == dtype]
         if not casts:
             continue
         if reason := next(filter(None, (barrier(c, node) for c in casts)), None):
