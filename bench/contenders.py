@@ -163,7 +163,9 @@ def build_peft_regional(base: Base, settings: Settings, case: Case) -> Contender
 
 
 def build_peft_backend(base: Base, settings: Settings, case: Case) -> Contender:
-    """``torch.compile(peft_model, backend="adaptc")``."""
+    """``torch.compile(peft_model, backend="adaptc")``, which lowers through Inductor."""
+    if settings.backend != "inductor":
+        raise BenchError(f"adaptc-backend lowers through inductor, and --backend is {settings.backend}")
     model, adapter = peft_model(base, settings, case)
     compiled = torch.compile(model, backend="adaptc")
     return Contender("adaptc-backend", compiled, base.fresh_embeds(), base.labels, adapter, compiled=True)
