@@ -175,6 +175,7 @@ class _Comparison:
                     f"a difference of {off / size if size else off:.1e} of its largest value",
                 )
             if not pair[0].dtype.is_floating_point:
+                yield 0.0, off / (size or 1.0)
                 continue
             errors = [
                 difference(pair[0], torch.zeros_like(pair[0]) if v is None else v) / (size or 1.0)
@@ -200,12 +201,14 @@ def fp64_tolerance(sizes: Sequence[int]) -> float:
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest absolute difference, in fp64. Equal infinities, and NaN in both, count as equal; otherwise a value
-    that is not finite makes it infinite."""
+    that is not finite makes it infinite. Integers beyond fp64's 53 bits differ by at least one."""
     if a.numel() == 0:
         return 0.0
     left, right = (t.detach().to(torch.float64) for t in (a, b))
     same = (left == right) | (left.isnan() & right.isnan())
     off = torch.where(same, 0.0, (left - right).abs())
+    if not (a.is_floating_point() or b.is_floating_point()):
+        off = torch.where(a == b, 0.0, off.clamp(min=1.0))
     return float(torch.nan_to_num(off, nan=math.inf, posinf=math.inf).max())
 
 

@@ -313,5 +313,6 @@ def test_difference_and_tolerance():
     assert difference(a, torch.tensor([1.0, 3.0, nan, -inf])) == inf
     assert difference(a, torch.tensor([1.0, inf, 0.0, -inf])) == inf
     assert difference(torch.empty(0), torch.empty(0)) == 0
+    assert difference(torch.tensor([2**62]), torch.tensor([2**62 + 1])) == 1, "no double holds both"
     # Looser than rounding, tighter than fp32: 1e-7 would hide a cast that was left behind.
     assert 1e-13 < fp64_tolerance([1]) < fp64_tolerance([4096 * 4096]) < 2e-9

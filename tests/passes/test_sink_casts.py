@@ -118,12 +118,20 @@ def test_a_cast_to_another_dtype_than_the_computation_stays():
     assert_left_alone(build.module(adapter()))
 
 
+def test_a_cast_may_name_its_dtype():
+    values = mixed()
+    build = Graph()
+    x, y, a, b, s = (build.input(name, tensor) for name, tensor in values.items())
+    gm = build.module(build.lora(x, y, build.call("to", a, dtype=HALF), b, s))
+    assert len(run_rewrite(sink_casts, gm).applied) == 1 and ops(gm) == {"lora_linear": 1}
+    check_adapters(gm, values)
+
+
 @pytest.mark.parametrize("write", [
-    lambda build, a: build.call("to", a, dtype=HALF),
     lambda build, a: build.call("to", a, HALF, True),
     lambda build, a: build.call("bfloat16", a),
-], ids=["keyword", "more arguments", "another method"])  # fmt: skip
-def test_casts_that_no_pass_wrote_stay(write):
+], ids=["more arguments", "another method"])  # fmt: skip
+def test_other_ways_of_casting_stay(write):
     build = Graph()
     x, y, a, b, s = (build.input(name, tensor) for name, tensor in mixed().items())
     assert_left_alone(build.module(build.lora(x, y, write(build, a), b, s)))
