@@ -42,7 +42,7 @@ def ours_to_theirs(name):
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_are_pefts(case):
     host, config = CASES[case]
-    base = hosts.build(host, train=True)
+    base = hosts.short(host, train=True)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     wrapped = peft.get_peft_model(base, config)
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_losses_and_gradients_are_pefts(case):
 
 
 def several():
-    wrapped = peft.get_peft_model(hosts.build("llama", num_hidden_layers=1), lora())
+    wrapped = peft.get_peft_model(hosts.short("llama"), lora())
     wrapped.add_adapter("sft", lora(r=2, target_modules=["v_proj", "q_proj"]))
     wrapped.set_adapter("sft")
     return wrapped
@@ -125,7 +125,7 @@ def merged():
 
 
 def other_kind():
-    return peft.get_peft_model(hosts.build("llama", num_hidden_layers=1), peft.PolyConfig(target_modules=["q_proj"]))
+    return peft.get_peft_model(hosts.short("llama"), peft.PolyConfig(target_modules=["q_proj"]))
 
 
 def second_does_not_fit():
@@ -154,7 +154,7 @@ def test_it_names_what_is_wrong():
     with pytest.raises(AdapterNameError, match="no adapter named 'dpo'"):
         adaptc.compile(several(), name="dpo")
     with pytest.raises(UnsupportedError, match="needs a plan"):
-        adaptc.compile(hosts.build("llama", num_hidden_layers=1))
+        adaptc.compile(hosts.short("llama"))
 
 
 def test_random_numbers_stay_where_they_were():

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.models import hosts
 from tests.reference import reference_loss, relative_errors, step
 
 #: (tensors of a site by their names, module, input, output) -> the new output
@@ -22,13 +21,6 @@ Before = Callable[[Mapping[str, torch.Tensor], nn.Module, torch.Tensor], torch.T
 
 #: Two orders of summation in fp32; CLIP multiplies its logits by 14.
 LOSS, GRADIENT = 4e-6, 1e-5
-#: Host -> changes that keep its test short: one encoder and one decoder block of T5 instead of two.
-SHORT = {"t5": {"num_layers": 1}}
-
-
-def build(host: str, **options: Any) -> nn.Module:
-    """The tiny model ``host``, as short as it gets."""
-    return hosts.build(host, **SHORT.get(host, {}), **options)
 
 
 def formula_step(

@@ -72,7 +72,7 @@ def check_same(model, twin, batch):
 
 @pytest.mark.parametrize("host", ["llama", "gpt2", pytest.param("bert", marks=pytest.mark.slow)])
 def test_every_class_computes_what_peft_computes(host):
-    base = hosts.build(host, train=True, num_hidden_layers=1)
+    base = hosts.short(host, train=True)
     model = adaptc.compile(copy.deepcopy(base), adaptc.LoRA(**OPTIONS), backend="aot_eager")
     randomise_magnitudes(model)
     twin = peft_twin(base, model)
@@ -87,9 +87,9 @@ def test_every_class_computes_what_peft_computes(host):
 def test_dropout_is_pefts(host):
     """Equal seeds draw equal masks, because both draw one a site in the order of the calls."""
     plan = adaptc.Plan([adaptc.LoRA(**OPTIONS, dropout=0.25)], passes={"skip": ["seed_dropout"]})
-    model = adaptc.compile(hosts.build(host, train=True, num_hidden_layers=1), plan, backend="eager")
+    model = adaptc.compile(hosts.short(host, train=True), plan, backend="eager")
     randomise_magnitudes(model)
-    twin = peft_twin(hosts.build(host, num_hidden_layers=1), model, lora_dropout=0.25).train()
+    twin = peft_twin(hosts.short(host), model, lora_dropout=0.25).train()
     batch = hosts.batch(host)
     torch.manual_seed(5)
     loss, got = step(model, batch)

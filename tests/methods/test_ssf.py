@@ -13,17 +13,17 @@ from torch import nn
 import adaptc
 from adaptc.errors import PlanError, SiteError
 from adaptc.methods.ssf import SSF_AFFINE
-from tests.methods.in_fp64 import build, check_against_formula, errors_of, formula_step, randomise
+from tests.methods.in_fp64 import check_against_formula, errors_of, formula_step, randomise
 from tests.models import hosts
 from tests.reference import check_all_rewritten, loss_of, step
 
 #: Host -> sites of each kind (linear, norm, convolution, embedding), and how many.
 PLACES = {
     # Not q_proj: its gradient here is a small difference of large terms, in fp32 exact to 3e-5 only.
-    "llama": (["v_proj", "o_proj", "down_proj", "input_layernorm", "norm"], 9),
-    "gpt2": (["c_attn", "c_fc", "ln_1", "wte"], 7),
-    "bert": (["query", "attention.output.dense", "LayerNorm"], 9),
-    "roberta": (["value", "intermediate.dense", "LayerNorm"], 9),
+    "llama": (["v_proj", "o_proj", "down_proj", "input_layernorm", "norm"], 5),
+    "gpt2": (["c_attn", "c_fc", "ln_1", "wte"], 4),
+    "bert": (["query", "attention.output.dense", "LayerNorm"], 5),
+    "roberta": (["value", "intermediate.dense", "LayerNorm"], 5),
     "t5": (["q", "wo", "layer_norm", "final_layer_norm"], 12),
     "clip": (["patch_embedding", "q_proj", "layer_norm1", "fc2", "pre_layrnorm"], 14),
 }
@@ -42,7 +42,7 @@ def ssf(host, **options):
 
 @pytest.mark.parametrize("host", PLACES)
 def test_every_class_computes_the_formula(host):
-    base = build(host)
+    base = hosts.short(host)
     backend = "aot_eager" if host in ("llama", "clip") else "eager"
     model = adaptc.compile(copy.deepcopy(base), ssf(host), backend=backend).train()
     randomise(model)
@@ -51,7 +51,7 @@ def test_every_class_computes_the_formula(host):
 
 
 def test_sixteen_bit_result_is_rounded_once():
-    base = hosts.build("llama", train=True, num_hidden_layers=1).to(torch.bfloat16)
+    base = hosts.short("llama", train=True).to(torch.bfloat16)
     model = adaptc.compile(copy.deepcopy(base), ssf("llama"), backend="aot_eager")
     assert {p.dtype for p in model.adaptc.parameters()} == {torch.float32}
     batch = hosts.batch("llama", rows=4, length=12)
@@ -115,7 +115,7 @@ def test_channels_lie_where_the_module_puts_them():
 
 
 def test_identity_is_the_base_and_default_is_not():
-    base, batch = hosts.build("llama", num_hidden_layers=1), hosts.batch("llama")
+    base, batch = hosts.short("llama"), hosts.batch("llama")
     same = adaptc.compile(copy.deepcopy(base), ssf("llama", init="identity"), backend="eager")
     assert torch.equal(same(**batch).logits, base(**batch).logits)
     drawn = adaptc.compile(copy.deepcopy(base), ssf("llama"), backend="eager")
@@ -127,7 +127,7 @@ def test_identity_is_the_base_and_default_is_not():
 
 def test_it_folds_into_linear_layers_convolutions_and_norms():
     """W' = diag(gamma) W, b' = gamma * b + beta, exact in real numbers: the fp64 model agrees to rounding."""
-    base = hosts.build("clip").double()
+    base = hosts.short("clip").double()
     batch = hosts.batch("clip")
     batch["pixel_values"] = batch["pixel_values"].double()
     model = adaptc.compile(copy.deepcopy(base), ssf("clip"), backend="eager")
@@ -144,7 +144,7 @@ def test_it_folds_into_linear_layers_convolutions_and_norms():
 
 def test_what_it_refuses():
     with pytest.raises(SiteError, match="the channels of LlamaMLP are not known"):
-        adaptc.compile(hosts.build("llama"), adaptc.SSF(targets=["mlp"]), backend="eager")
+        adaptc.compile(hosts.short("llama"), adaptc.SSF(targets=["mlp"]), backend="eager")
     with pytest.raises(PlanError, match="SSF: init is not legal"):
         adaptc.SSF(targets=["q_proj"], init="ones")
 

@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 import adaptc
 from adaptc.errors import PlanError, SiteError
 from adaptc.methods.vera import VERA
-from tests.methods.in_fp64 import build, check_against_formula, errors_of, formula_step, randomise
+from tests.methods.in_fp64 import check_against_formula, errors_of, formula_step, randomise
 from tests.models import hosts
 from tests.reference import check_all_rewritten, relative_errors, step
 
 #: Host -> sites of different shapes, how many, and the largest input and output among them.
 PLACES = {
-    "llama": (["q_proj", "k_proj", "down_proj"], 6, 96, 64),
-    "gpt2": (["c_attn", "c_proj"], 6, 96, 192),
-    "bert": (["query", "intermediate.dense"], 4, 64, 96),
-    "roberta": (["value", "re:.*layer\\.\\d+\\.output\\.dense"], 4, 96, 64),
+    "llama": (["q_proj", "k_proj", "down_proj"], 3, 96, 64),
+    "gpt2": (["c_attn", "c_proj"], 3, 96, 192),
+    "bert": (["query", "intermediate.dense"], 2, 64, 96),
+    "roberta": (["value", "re:.*layer\\.\\d+\\.output\\.dense"], 2, 96, 64),
     "t5": (["q", "wo"], 5, 96, 64),
     "clip": (["q_proj", "fc2"], 8, 80, 64),
 }
@@ -84,7 +84,7 @@ def peft_step(twin, batch):
 
 @pytest.mark.parametrize("host", PLACES)
 def test_every_class_computes_the_formula(host):
-    base = build(host)
+    base = hosts.short(host)
     model = adaptc.compile(copy.deepcopy(base), vera(host), backend="eager").train()
     randomise(model)
     check_against_formula(model, base, hosts.batch(host), after=formula(host))
@@ -93,9 +93,9 @@ def test_every_class_computes_the_formula(host):
 
 @pytest.mark.parametrize("host", ["llama", "gpt2"])
 def test_the_lowered_graph_computes_what_peft_computes(host):
-    model = adaptc.compile(hosts.build(host, train=True), vera(host), backend="aot_eager")
+    model = adaptc.compile(hosts.short(host, train=True), vera(host), backend="aot_eager")
     randomise(model)
-    twin = peft_twin(hosts.build(host), model).train()
+    twin = peft_twin(hosts.short(host), model).train()
     batch = hosts.batch(host)
     (loss, got), (want_loss, want) = step(model, batch), peft_step(twin, batch)
     assert len(want) == 2 * PLACES[host][1]
@@ -109,7 +109,7 @@ def test_the_lowered_graph_computes_what_peft_computes(host):
 @pytest.mark.parametrize("key", [0, 3])
 @pytest.mark.parametrize("r", [1, 6, 256])
 def test_matrices_are_pefts_bit_for_bit(r, key):
-    base = hosts.build("llama", num_hidden_layers=1)
+    base = hosts.short("llama")
     model = adaptc.compile(copy.deepcopy(base), vera(r=r, projection_prng_key=key), backend="eager")
     twin = peft_twin(base, model, r=r, projection_prng_key=key).base_model
     for name, want in zip(("vera_A", "vera_B"), matrices(r, 96, 64, key), strict=True):
@@ -119,7 +119,7 @@ def test_matrices_are_pefts_bit_for_bit(r, key):
 
 @pytest.mark.parametrize("kind", ["bf16-base", "autocast"])
 def test_sixteen_bit_arithmetic_is_as_exact_as_pefts(kind):
-    base = hosts.build("llama", train=True, num_hidden_layers=1)
+    base = hosts.short("llama", train=True)
     if kind == "bf16-base":
         base = base.to(torch.bfloat16)
     ours, theirs = [], []
@@ -143,7 +143,7 @@ def test_sixteen_bit_arithmetic_is_as_exact_as_pefts(kind):
 
 
 def test_a_new_adapter_is_the_identity_and_learns():
-    base = hosts.build("llama")
+    base = hosts.short("llama")
     model = adaptc.compile(copy.deepcopy(base), vera(init="default", d_initial=0.25), backend="aot_eager")
     batch = hosts.batch("llama")
     assert torch.equal(model(**batch).logits, base(**batch).logits)
@@ -155,7 +155,7 @@ def test_a_new_adapter_is_the_identity_and_learns():
 
 
 def test_delta_is_what_the_site_adds_to_its_weight():
-    model = adaptc.compile(hosts.build("llama"), vera(), backend="eager")
+    model = adaptc.compile(hosts.short("llama"), vera(), backend="eager")
     randomise(model)
     A, B = (t.double() for t in matrices(R, 96, 64, KEY))
     for site in model.adaptc.sites:
@@ -165,9 +165,9 @@ def test_delta_is_what_the_site_adds_to_its_weight():
 
 
 def test_the_matrices_are_there_once():
-    model = adaptc.compile(hosts.build("llama"), vera(), backend="eager")
+    model = adaptc.compile(hosts.short("llama"), vera(), backend="eager")
     shared = projections(model)
-    assert all(p is shared[0] for p in shared) and len(shared) == 6
+    assert all(p is shared[0] for p in shared) and len(shared) == 3
     assert sum("vera_A" in name for name, _ in model.named_buffers(remove_duplicate=False)) == 1
     assert sum("vera_A" in name for name in model.state_dict()) == 1
     assert not any("vera_A" in name for name, _ in model.named_parameters())
@@ -175,7 +175,7 @@ def test_the_matrices_are_there_once():
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_a_copy_has_its_own_matrices_once(clone):
-    model = adaptc.compile(hosts.build("llama", num_hidden_layers=1), vera(), backend="eager")
+    model = adaptc.compile(hosts.short("llama"), vera(), backend="eager")
     batch = hosts.batch("llama")
     want = model(**batch).logits
     other = clone(model)
@@ -188,8 +188,8 @@ def test_a_copy_has_its_own_matrices_once(clone):
 
 
 def test_moving_casting_and_loading_reach_every_site():
-    model = adaptc.compile(hosts.build("llama", num_hidden_layers=1), vera(), backend="eager")
-    other = adaptc.compile(hosts.build("llama", num_hidden_layers=1), vera(projection_prng_key=1), backend="eager")
+    model = adaptc.compile(hosts.short("llama"), vera(), backend="eager")
+    other = adaptc.compile(hosts.short("llama"), vera(projection_prng_key=1), backend="eager")
     assert not torch.equal(projections(model)[-1].vera_A, projections(other)[-1].vera_A)
     other.load_state_dict(model.state_dict())
     assert torch.equal(projections(model)[-1].vera_A, projections(other)[-1].vera_A)
@@ -201,7 +201,7 @@ def test_moving_casting_and_loading_reach_every_site():
 
 
 def test_detach_leaves_no_trace():
-    base = hosts.build("llama", num_hidden_layers=1)
+    base = hosts.short("llama")
     before = list(base.state_dict())
     model = adaptc.compile(base, vera(), backend="eager")
     assert model.adaptc.detach() is base
@@ -209,7 +209,7 @@ def test_detach_leaves_no_trace():
 
 
 def test_adapters_of_two_seeds_have_a_pair_each():
-    model = adaptc.compile(hosts.build("llama", num_hidden_layers=1), vera(), backend="eager")
+    model = adaptc.compile(hosts.short("llama"), vera(), backend="eager")
     model.adaptc.add("other", vera(projection_prng_key=1))
     batch = hosts.batch("llama")
     first = model(**batch).logits
@@ -223,7 +223,7 @@ def test_adapters_of_two_seeds_have_a_pair_each():
 
 def test_dropout_acts_on_the_adapters_input_only():
     """With b = 0 the site is the base whatever is dropped; in training two calls differ, in evaluation none do."""
-    base = hosts.build("llama", num_hidden_layers=1)
+    base = hosts.short("llama")
     model = adaptc.compile(copy.deepcopy(base), vera(dropout=0.5), backend="aot_eager")
     batch = hosts.batch("llama")
     plain = adaptc.compile(copy.deepcopy(base), vera(), backend="aot_eager")
@@ -238,7 +238,7 @@ def test_dropout_acts_on_the_adapters_input_only():
 
 
 def test_peft_reads_what_is_saved_and_back(tmp_path):
-    base = hosts.build("llama")
+    base = hosts.short("llama")
     model = adaptc.compile(copy.deepcopy(base), vera(dropout=0.1), backend="eager")
     randomise(model)
     batch = hosts.batch("llama")
@@ -255,7 +255,7 @@ def test_peft_reads_what_is_saved_and_back(tmp_path):
 
 
 def test_without_the_matrices_in_the_file_they_come_from_the_seed(tmp_path):
-    base = hosts.build("llama", num_hidden_layers=1)
+    base = hosts.short("llama")
     with pytest.warns(UserWarning, match="not save vera_A"):
         options = {"save_projection": False, "init_weights": False, "projection_prng_key": 9}
         config = peft.VeraConfig(r=R, target_modules=["q_proj", "down_proj"], **options)
@@ -277,7 +277,7 @@ def test_illegal_options_are_named(option, value):
 
 def test_on_other_modules_it_refuses():
     with pytest.raises(SiteError, match="LlamaRMSNorm is not a linear layer"):
-        adaptc.compile(hosts.build("llama"), vera(targets=["norm"]), backend="eager")
+        adaptc.compile(hosts.short("llama"), vera(targets=["norm"]), backend="eager")
 
 
 def terms(x, y, A, B, d, b, grad):

@@ -192,6 +192,12 @@ def build(name: str, *, seed: int = 0, train: bool = False, **changes: Any) -> P
     return model.train(train)
 
 
+def short(name: str, **options: Any) -> PreTrainedModel:
+    """:func:`build` with one layer (of T5 one in either half; CLIP's towers have two), where depth adds time only."""
+    depth = {"clip": {}, "t5": {"num_layers": 1}}.get(name, {"num_hidden_layers": 1})
+    return build(name, **{**depth, **options})
+
+
 def batch(name: str, *, rows: int = 2, length: int = 10, seed: int = 0) -> dict[str, Any]:
     """Inputs with labels; the last row is padded on the right by a third of its length."""
     if name not in HOSTS:

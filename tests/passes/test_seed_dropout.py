@@ -161,7 +161,7 @@ def test_two_forwards_before_a_backward():
 def test_every_site_has_a_mask_of_its_own():
     """q, k and v read one value; PEFT drops other elements of it in each."""
     model = nn.Sequential(nn.Linear(4, 4))
-    base = hosts.build("llama", train=True, num_hidden_layers=1)
+    base = hosts.short("llama", train=True)
     model = adaptc.compile(base, adaptc.LoRA(r=2, dropout=0.5, targets=["q_proj", "k_proj", "v_proj"]), backend="eager")
     model(**hosts.batch("llama"))
     (graph,) = model.adaptc.graphs

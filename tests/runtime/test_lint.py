@@ -210,7 +210,7 @@ def test_a_forward_without_gradients_is_not_looked_at():
 
 @pytest.mark.parametrize("host", ["llama", "bert"])
 def test_real_models_that_train_as_a_whole_say_nothing(host):
-    model = compiled(hosts.build(host))
+    model = compiled(hosts.short(host))
     model.train()
     with warnings.catch_warnings():
         warnings.simplefilter("error", AdaptcWarning)
