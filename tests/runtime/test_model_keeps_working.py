@@ -81,8 +81,7 @@ def test_grad_scaler_under_fp16_autocast():
         torch.testing.assert_close(new.detach(), old - 0.1 * grad)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("host", ["llama", "bert"])
+@pytest.mark.parametrize("host, when", [("llama", "after"), ("bert", "before")])
 def test_transformers_checkpointing_is_one_graph(host, when):
     # transformers warns, and so breaks the graph of any model, when a cache is asked for as well.
     base = hosts.build(host, train=True, use_cache=False)

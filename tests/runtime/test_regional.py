@@ -205,7 +205,7 @@ def test_layers_that_differ_have_graphs_of_their_own():
     assert sorted((len(g.sites), len(g.ran)) for g in model.adaptc.graphs) == [(1, 1), (1, 1), (2, 4)]
 
 
-@pytest.mark.parametrize("layers", ["0-1", "2-3"])
+@pytest.mark.parametrize("layers", [pytest.param("0-1", marks=pytest.mark.slow), "2-3"])
 def test_layers_without_adapters_have_graphs_of_their_own(layers):
     """Of equal ranks and shapes: Dynamo does not guard on hooks that are not there."""
     base = llama(4)
