@@ -24,7 +24,7 @@ from bench.contenders import (
 from bench.errors import BenchError, DisagreementError
 from bench.settings import Case, Settings
 
-SMALL = Settings(layers=2, hidden=64, head_dim=16, vocab=64, tokens=24, rank=4, backend="aot_eager")
+SMALL = Settings(layers=1, hidden=64, head_dim=16, vocab=64, tokens=24, rank=4, backend="aot_eager")
 PLAIN, DROPPED, BF16 = Case("fp32", 0.0), Case("fp32", 0.05), Case("bf16", 0.0)
 
 
@@ -69,7 +69,7 @@ def scale_one_site(contender: Contender) -> None:
 
 
 def swap_two_factors(contender: Contender) -> None:
-    q, k = (contender.adapter[f"model.layers.1.self_attn.{n}_proj.lora_B"] for n in "qk")
+    q, k = (contender.adapter[f"model.layers.0.self_attn.{n}_proj.lora_B"] for n in "qk")
     with torch.no_grad():
         q.copy_(k)
 
@@ -160,7 +160,7 @@ def test_values_that_are_not_finite_are_refused(
 
 def test_a_missing_site_is_refused(bases: dict[str, Base], agreements: dict[Case, Agreement]) -> None:
     wrong = build_peft_eager(bases["fp32"], SMALL, PLAIN)
-    del wrong.adapter["model.layers.1.self_attn.q_proj.lora_A"]
+    del wrong.adapter["model.layers.0.self_attn.q_proj.lora_A"]
     with pytest.raises(
         DisagreementError,
         match=r"1 parameters are not the same as PEFT's: \S+q_proj\.lora_A: \(4, 64\) and absent",

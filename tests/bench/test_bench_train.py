@@ -17,7 +17,7 @@ from bench.contenders import BUILDERS, USUAL, Base, Contender, build_floor, buil
 from bench.settings import Case, Settings
 from bench.torch_internals import graph_counts
 
-TINY = {"layers": 2, "hidden": 64, "head_dim": 16, "vocab": 64, "tokens": 24, "rank": 4, "rounds": 6}
+TINY = {"layers": 1, "hidden": 64, "head_dim": 16, "vocab": 64, "tokens": 24, "rank": 4, "rounds": 6}
 FLAGS = [part for name, value in TINY.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 

@@ -55,7 +55,7 @@ def bottleneck(host="llama", **options):
     return adaptc.Bottleneck(**chosen)
 
 
-@pytest.mark.parametrize("host, placement", list(zip(PLACES, 2 * PLACEMENTS, strict=True)))
+@pytest.mark.parametrize("host, placement", hosts.slowly(PLACES, 2 * PLACEMENTS))
 def test_every_class_computes_the_formula(host, placement):
     base = hosts.short(host)
     model = adaptc.compile(copy.deepcopy(base), bottleneck(host, placement=placement), backend="eager").train()

@@ -66,7 +66,7 @@ def peft_step(twin, batch):
     return loss, {ours.sub(r"\1.adapters.default.ia3_l", name): g.flatten() for name, g in gradients.items()}
 
 
-@pytest.mark.parametrize("host", PLACES)
+@pytest.mark.parametrize("host", hosts.slowly(PLACES))
 def test_every_class_computes_the_formula(host):
     base = hosts.short(host)
     model = adaptc.compile(copy.deepcopy(base), plan(host), backend="eager")

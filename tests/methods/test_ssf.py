@@ -40,7 +40,7 @@ def ssf(host, **options):
     return adaptc.SSF(targets=PLACES[host][0], **options)
 
 
-@pytest.mark.parametrize("host", PLACES)
+@pytest.mark.parametrize("host", hosts.slowly(PLACES))
 def test_every_class_computes_the_formula(host):
     base = hosts.short(host)
     backend = "aot_eager" if host in ("llama", "clip") else "eager"

@@ -9,7 +9,7 @@ that swapped dimensions show; Llama and Mixtral use grouped-query attention (``k
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -161,11 +161,19 @@ HOSTS: dict[str, Builder] = {
     "albert": albert,
     "clip": clip,
 }
-#: Every host, those that take longest in the slow set.
-EVERY = [
-    pytest.param(name, marks=pytest.mark.slow) if name in ("roberta", "albert", "mixtral", "t5", "clip") else name
-    for name in HOSTS
-]
+
+
+def slowly(names: Iterable[str], *rest: Iterable[Any]) -> list[Any]:
+    """Parameters of a test, one for each of ``names`` (with what stands beside it in ``rest``): hosts that take
+    longest, or resemble another, are in the slow set."""
+    slow = ("roberta", "albert", "mixtral", "t5", "clip")
+    return [
+        pytest.param(*row, marks=[pytest.mark.slow] if row[0] in slow else [])
+        for row in zip(names, *rest, strict=True)
+    ]
+
+
+EVERY = slowly(HOSTS)
 #: Host -> modules of :func:`short` that "all-linear" adapts, and how often they are called in one forward.
 ALL_LINEAR = {
     "llama": (7, 7),

@@ -65,7 +65,10 @@ def gradients(model):
 EVERYWHERE = ["q_proj", "v_proj", "fc1", "film_mul", "reduces.*"]
 
 
-@pytest.mark.parametrize("targets", [EVERYWHERE, ["clip.*.q_proj"]], ids=["everywhere", "in the towers alone"])
+@pytest.mark.parametrize("targets", [
+    pytest.param(EVERYWHERE, marks=pytest.mark.slow, id="everywhere"),
+    pytest.param(["clip.*.q_proj"], id="in the towers alone"),
+])  # fmt: skip
 def test_adapters_in_the_towers_get_the_gradients_of_a_model_without_the_region(monkeypatch, targets):
     base = clipseg().double()  # some gradients are small differences
     model = compiled(base, targets)

@@ -71,9 +71,7 @@ GRAPHS = {
 }
 
 
-@pytest.mark.parametrize(
-    "host", [pytest.param(h, marks=pytest.mark.slow) if h == "t5" else h for h in GRAPHS]
-)
+@pytest.mark.parametrize("host", [pytest.param(h, marks=pytest.mark.slow) if h == "t5" else h for h in GRAPHS])
 def test_blocks_of_many_classes(host):
     changes = {"use_cache": False} if host in ("llama", "gpt2", "t5") else {}
     base = hosts.build(host, train=True, **changes)
@@ -261,6 +259,7 @@ def test_what_only_a_block_can_see_has_the_call_captured_whole(freeze):
     assert len(graph.sites) == 14 and model.adaptc.eager_sites() == []
 
 
+@pytest.mark.slow
 def test_copies_files_and_the_way_back():
     base, batch = llama(), hosts.batch("llama")
     model = regional(base)
@@ -278,6 +277,7 @@ def test_copies_files_and_the_way_back():
     assert torch.equal(model(**batch).loss, base(**batch).loss)
 
 
+@pytest.mark.slow
 def test_hidden_states_are_recorded():
     base = llama().eval()
     model = regional(base)
@@ -328,7 +328,9 @@ def test_blocks_that_the_model_checkpoints_itself(breaks, whole):
             torch.testing.assert_close(adapter.lora_B.grad.double(), want.B.grad, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("what", ["hooks", "attributes", "modules", "methods"])
+@pytest.mark.parametrize(
+    "what", ["hooks", *(pytest.param(what, marks=pytest.mark.slow) for what in ("attributes", "modules", "methods"))]
+)
 def test_layers_that_differ_in_python(what):
     """What Dynamo guards on by itself; if it ever stops, layers compute what the first one does."""
     base = llama(3, hidden_size=16, intermediate_size=24)
