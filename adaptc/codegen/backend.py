@@ -71,7 +71,7 @@ class AdapterBackend:
             training=torch.is_grad_enabled(),
             pipeline=str(self.pipeline),
         )
-        graph.is_recompile = any(_same_frame(graph, earlier) for earlier in self.graphs)
+        earlier = list(self.graphs)
         self.graphs.append(graph)
         start = graph.keep_stage("captured", gm)
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -80,6 +80,7 @@ class AdapterBackend:
         sites = {placeholders[i]: path for i, path in site_ids.items()}
         trained = positions(inputs, tensors.trained) if graph.training else {}
         graph.sites = sorted(sites.values())
+        graph.is_recompile = any(_same_frame(graph, one) and _same_sites(graph, one, tensors) for one in earlier)
         graph.input_sources = [torch_internals.source_name(n) for n in placeholders]
         # What passes compute to know a value is not part of the step, of which a checkpoint counts what is saved.
         with torch.autograd.graph.saved_tensors_hooks(_same, _same):
@@ -138,6 +139,14 @@ def _same_frame(graph: CapturedGraph, earlier: CapturedGraph) -> bool:
     if graph.compile_id is None or earlier.compile_id is None:
         return False
     return graph.compile_id[0] == earlier.compile_id[0] and graph.compile_id != earlier.compile_id
+
+
+def _same_sites(graph: CapturedGraph, earlier: CapturedGraph, tensors: AdapterTensors) -> bool:
+    """Whether a frame is compiled once more for sites that ran through its earlier graph. A frame that layers share
+    may have several graphs from the start: the first block's, whose input needs no gradient."""
+    paths = {id(tensor): path for tensor, path in tensors.site_ids}
+    ran = {*earlier.sites, *(paths[i] for i in earlier.ran if i in paths)}
+    return not ran.isdisjoint(graph.sites) or not (ran or graph.sites)
 
 
 def _note_sites(

@@ -122,7 +122,7 @@ class Handle:
 
     def metrics(self) -> dict[str, int]:
         """Counters. ``graphs`` and ``recompiles`` are those of this epoch (since the set of sites changed):
-        a recompile is a graph of a frame that had been compiled before."""
+        a recompile is a graph of a frame that had been compiled before, for sites that it had been compiled for."""
         graphs = self.graphs
         return {
             **self.captures.counts,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.errors import LiftedRegionWarning
+from adaptc.errors import LiftedRegionWarning, NewSignatureWarning
 from adaptc.ir import dialect
 from adaptc.runtime.regions import arm
 from tests.models import hosts
@@ -190,6 +190,12 @@ def test_switching_recompiles_nothing():
         model.adaptc.switch(name)
         check_against_reference(model, base, hosts.batch("llama"), name=name)
     assert [len(g.ran) for g in model.adaptc.graphs] == [2 * 7, 2 * 7], "both adapters ran through the same two"
+    assert model.adaptc.metrics()["recompiles"] == 0, "the first block has a graph of its own from the start"
+    model.adaptc.add("wide", adaptc.LoRA(r=5, alpha=6, init="random", targets="all-linear"))
+    with pytest.warns(NewSignatureWarning, match="'wide'"):
+        model.adaptc.switch("wide")
+    check_against_reference(model, base, hosts.batch("llama"), name="wide")
+    assert model.adaptc.metrics()["recompiles"] == 2
 
 
 def test_layers_that_differ_have_graphs_of_their_own():
