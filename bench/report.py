@@ -66,12 +66,16 @@ def render(data: Path) -> list[Path]:
     return [table, picture]
 
 
+def _method(flags: dict[str, Any]) -> str:
+    return "DoRA" if flags.get("dora") else "LoRA"
+
+
 def markdown(results: dict[str, Any]) -> str:
     """The table as text: one block per case, then how it was measured."""
     flags, machine = results["flags"], results["machine"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
     lines = [
-        f"# Training step, LoRA r = {flags['rank']} on all linear layers, {flags['device']}",
+        f"# Training step, {_method(flags)} r = {flags['rank']} on all linear layers, {flags['device']}",
         "",
         f"Llama: {flags['layers']} layers, hidden {flags['hidden']}, MLP {flags['intermediate']}, "
         f"{flags['batch']} x {flags['tokens']} tokens; backend {flags['backend']}; {flags['rounds']} rounds; "
@@ -186,7 +190,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         panel.margins(x=0.15)
     flags = results["flags"]
     figure.suptitle(
-        f"One LoRA training step: {flags['layers']} layers, hidden {flags['hidden']}, "
+        f"One {_method(flags)} training step: {flags['layers']} layers, hidden {flags['hidden']}, "
         f"{flags['batch']} x {flags['tokens']} tokens, r = {flags['rank']}, {flags['device']}", size=11
     )  # fmt: skip
     figure.savefig(path, dpi=120)
