@@ -70,7 +70,7 @@ def check_same(model, twin, batch):
     assert max(errors.values()) < GRADIENT, max(errors, key=errors.get)
 
 
-@pytest.mark.parametrize("host", ["llama", "gpt2", pytest.param("bert", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("host", hosts.slowly(["llama", "gpt2", "bert"], also=("gpt2", "bert")))
 def test_every_class_computes_what_peft_computes(host):
     base = hosts.short(host, train=True)
     model = adaptc.compile(copy.deepcopy(base), adaptc.LoRA(**OPTIONS), backend="aot_eager")

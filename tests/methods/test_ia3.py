@@ -89,7 +89,7 @@ def test_the_lowered_graph_computes_what_peft_computes(host):
     check_all_rewritten(model, COUNT[host])
 
 
-@pytest.mark.parametrize("kind", ["bf16-base", "autocast"])
+@pytest.mark.parametrize("kind", ["bf16-base", pytest.param("autocast", marks=pytest.mark.slow)])
 def test_sixteen_bit_arithmetic_is_as_exact_as_pefts(kind):
     base = hosts.short("llama", train=True)
     if kind == "bf16-base":

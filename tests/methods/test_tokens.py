@@ -164,7 +164,8 @@ def test_loss_and_gradients_are_pefts(host, kind):
         torch.testing.assert_close(parameter.grad, pairs[name].grad, rtol=2e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["prefix", pytest.param("prompt", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_a_classifier_on_a_decoder_finds_the_last_token_under_padding(kind):
     """PEFT gives embeddings instead of ids to it, so that it cannot see the padding: row by row it can."""
     base, batch = build("llama-score"), batch_of("llama-score")

@@ -117,7 +117,7 @@ def test_matrices_are_pefts_bit_for_bit(r, key):
         assert torch.equal(got, getattr(twin, name)["default"]) and torch.equal(got, want)
 
 
-@pytest.mark.parametrize("kind", ["bf16-base", "autocast"])
+@pytest.mark.parametrize("kind", ["bf16-base", pytest.param("autocast", marks=pytest.mark.slow)])
 def test_sixteen_bit_arithmetic_is_as_exact_as_pefts(kind):
     base = hosts.short("llama", train=True)
     if kind == "bf16-base":

@@ -9,7 +9,7 @@ that swapped dimensions show; Llama and Mixtral use grouped-query attention (``k
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -163,17 +163,14 @@ HOSTS: dict[str, Builder] = {
 }
 
 
-def slowly(names: Iterable[str], *rest: Iterable[Any]) -> list[Any]:
+def slowly(names: Iterable[str], *rest: Iterable[Any], also: Sequence[str] = ()) -> list[Any]:
     """Parameters of a test, one for each of ``names`` (with what stands beside it in ``rest``): hosts that take
-    longest, or resemble another, are in the slow set."""
-    slow = ("roberta", "albert", "mixtral", "t5", "clip")
+    longest, or resemble another, and those in ``also`` are in the slow set."""
+    slow = ("roberta", "albert", "mixtral", "t5", "clip", *also)
     return [
         pytest.param(*row, marks=[pytest.mark.slow] if row[0] in slow else [])
         for row in zip(names, *rest, strict=True)
     ]
-
-
-EVERY = slowly(HOSTS)
 #: Host -> modules of :func:`short` that "all-linear" adapts, and how often they are called in one forward.
 ALL_LINEAR = {
     "llama": (7, 7),

@@ -52,8 +52,12 @@ def checkpoint_every_block(model: nn.Module) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-@pytest.mark.parametrize("cut", [break_before_every_block, compile_every_block, checkpoint_every_block])
-@pytest.mark.parametrize("host", ["llama", pytest.param("bert", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("host, cut", [
+    ("llama", break_before_every_block),
+    *(pytest.param("llama", cut, marks=pytest.mark.slow) for cut in (compile_every_block, checkpoint_every_block)),
+    *(pytest.param("bert", cut, marks=pytest.mark.slow)
+      for cut in (break_before_every_block, compile_every_block, checkpoint_every_block)),
+])  # fmt: skip
 def test_frames_that_layers_share_give_every_layer_its_own_adapter(host: str, cut: Callable[[nn.Module], None]):
     # transformers sets BERT's problem type in the first call, and a changed config recompiles any model.
     options = {"problem_type": "single_label_classification"} if host == "bert" else {}

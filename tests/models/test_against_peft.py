@@ -64,11 +64,8 @@ class CountingBackend:
         return gm
 
 
-#: Whose graphs take longest to compile, twice each; test_against_formula has them among the default tests.
-LONG = ("gpt2", "bert")
-
-
-@pytest.mark.parametrize("host", [pytest.param(h, marks=pytest.mark.slow) if h in LONG else h for h in hosts.EVERY])
+# test_against_formula has GPT-2 and BERT among the default tests.
+@pytest.mark.parametrize("host", hosts.slowly(hosts.HOSTS, also=("gpt2", "bert")))
 def test_every_class_computes_what_peft_computes(host):
     cases = [(train, hosts.batch(host, **shape)) for train, shape in itertools.product((True, False), SHAPES)]
     counting = CountingBackend()

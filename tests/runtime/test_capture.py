@@ -77,7 +77,7 @@ def test_torch_containers_as_root(build, shape, sites, backend):
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(backend, dtype):
-    base = hosts.build("llama", train=True)
+    base = hosts.short("llama", train=True)
     model = adaptc.compile(copy.deepcopy(base), LORA, backend=backend)
     with torch.autocast("cpu", dtype):
         check_against_reference(model, base, hosts.batch("llama"), rtol=0.08, atol=1e-2)

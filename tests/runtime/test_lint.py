@@ -208,7 +208,7 @@ def test_a_forward_without_gradients_is_not_looked_at():
     assert model.adaptc.lint.silent == {}
 
 
-@pytest.mark.parametrize("host", ["llama", "bert"])
+@pytest.mark.parametrize("host", hosts.slowly(["llama", "bert"], also=["bert"]))
 def test_real_models_that_train_as_a_whole_say_nothing(host):
     model = compiled(hosts.short(host))
     model.train()

@@ -434,7 +434,9 @@ SPLIT = [
 ]
 
 
-@pytest.mark.parametrize("method", SPLIT, ids=[f"{m.init} {i}" for i, m in enumerate(SPLIT)])
+@pytest.mark.parametrize("method", [
+    pytest.param(m, id=f"{m.init} {i}", marks=[pytest.mark.slow] if i in (2, 3) else []) for i, m in enumerate(SPLIT)
+])  # fmt: skip
 def test_a_part_of_the_weight_is_saved_as_a_plain_lora_of_twice_the_rank(method: LoRA, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = compiled("bert", method).eval()

@@ -45,7 +45,8 @@ def check_nothing_is_left_out(model, *outside):
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("checkpointed", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointed", [False, True])
 def test_inductor_has_every_gradient_of_every_layer(checkpointed):
     base = llama(3, hidden_size=32, intermediate_size=48)
     model = regional(base, backend="inductor")
