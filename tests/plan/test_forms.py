@@ -238,7 +238,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_peft_config_object_dict_file_and_folder_are_one_plan(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
     config.save_pretrained(tmp_path)
     expected = Plan(LoRA(r=4, alpha=8, targets=["q_proj", "v_proj"]))
