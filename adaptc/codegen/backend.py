@@ -142,11 +142,11 @@ def _same_frame(graph: CapturedGraph, earlier: CapturedGraph) -> bool:
 
 
 def _same_sites(graph: CapturedGraph, earlier: CapturedGraph, tensors: AdapterTensors) -> bool:
-    """Whether a frame is compiled once more for sites that ran through its earlier graph. A frame that layers share
-    may have several graphs from the start: the first block's, whose input needs no gradient."""
+    """Whether a frame is compiled once more for sites that ran through its earlier graph, or with or without any. A
+    frame that layers share may have several graphs from the start: the first block's, whose input needs no gradient."""
     paths = {id(tensor): path for tensor, path in tensors.site_ids}
     ran = {*earlier.sites, *(paths[i] for i in earlier.ran if i in paths)}
-    return not ran.isdisjoint(graph.sites) or not (ran or graph.sites)
+    return not (ran and graph.sites) or not ran.isdisjoint(graph.sites)
 
 
 def _note_sites(

@@ -82,6 +82,7 @@ def test_none_gives_the_base_and_its_own_graph(pair):
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, base(**batch).logits)
     assert model.adaptc.graphs[-1].sites == []
+    assert model.adaptc.metrics()["recompiles"] == 1, "of the frame that adapters ran through"
 
 
 def test_several_adapters_together_add_up(pair):
