@@ -35,6 +35,7 @@ from adaptc.ir.dialect import Cost
 from adaptc.ir.edit import nested
 from adaptc.ir.effects import may_write
 from adaptc.ir.names import op_name
+from adaptc.ir.sites import is_inserted
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def is_adapter(node: fx.Node) -> bool:
 
     A sum of gradients counts when it adds an adapter's.
     """
-    if is_anchor(node) or "adaptc" in (node.meta.get("custom") or {}):
+    if is_anchor(node) or is_inserted(node):
         return True
     return bool(node.meta.get("is_gradient_acc")) and any(is_adapter(n) for n in node.all_input_nodes)
 

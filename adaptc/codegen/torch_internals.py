@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import platform
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -323,6 +324,20 @@ def inductor_missing() -> str | None:
     except Exception as error:  # torch raises several types here, some of them generated
         return f"{type(error).__name__}: {error}".split("\n")[0]
     return None
+
+
+@functools.cache
+def cpu_emulates(dtype: torch.dtype) -> bool:
+    """Whether this CPU has no instructions for products of ``dtype``, so that libraries go through fp32 number by
+    number. 2.11 to 2.15."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if dtype == torch.bfloat16 and platform.machine() in ("x86_64", "AMD64"):
+        # oneDNN takes bf16 on any CPU with AVX-512, and converts it there.
+        return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    supported = getattr(torch.ops.mkldnn, name, None)
+    return supported is None or not supported()
 
 
 def load_cpp(source: str) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from adaptc.codegen.torch_internals import cpu_emulates, node_value
 from adaptc.ir import dialect
 from adaptc.ir.dialect import Cost, DialectOp
 from adaptc.ir.lora import draw_dtypes, draw_tensor, rows, scaled
@@ -65,8 +66,13 @@ def _joined(
 
 
 def _whole(lists: int) -> Callable[..., bool]:
-    """On a CPU, several sites together: joining and cutting are kernels that take longer to compile than to run."""
-    return lambda device, *args: device == "cpu" and len(args[lists]) > 1
+    """On a CPU, several sites together: joining and cutting are kernels that take longer to compile than to run. Not
+    where products are better made in another dtype, which needs them in the graph."""
+
+    def whole(device: str, *args: Any) -> bool:
+        return device == "cpu" and len(args[lists]) > 1 and not cpu_emulates(node_value(args[1 - lists]).dtype)
+
+    return whole
 
 
 def input_grads_fake(dx: torch.Tensor, q: Sequence[torch.Tensor], A: Sequence[torch.Tensor]) -> torch.Tensor:

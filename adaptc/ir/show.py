@@ -25,6 +25,7 @@ from torch import fx
 from adaptc.codegen.torch_internals import OpOverload, gradient_inputs, is_backward, node_value, size_text
 from adaptc.ir import dialect, names
 from adaptc.ir.edit import nested
+from adaptc.ir.sites import is_inserted
 
 #: Column of the types; a fixed one keeps unchanged lines equal when others change.
 _TYPES_AT = 88
@@ -285,7 +286,7 @@ def _is_anchor(node: fx.Node) -> bool:
 
 
 def _is_adapter(node: fx.Node) -> bool:
-    return "adaptc" in (node.meta.get("custom") or {}) or _is_anchor(node)
+    return is_inserted(node) or _is_anchor(node)
 
 
 def _short(node: fx.Node) -> str:

@@ -34,6 +34,11 @@ def site_of(node: fx.Node) -> str:
     return str(custom.get("adaptc", "(unknown site)"))
 
 
+def is_inserted(node: fx.Node) -> bool:
+    """Whether a pass added the node for an adapter."""
+    return "adaptc" in (node.meta.get("custom") or {})
+
+
 def cast_dtype(node: fx.Node) -> torch.dtype | None:
     """The dtype that ``tensor.to(dtype)`` or ``tensor.to(dtype=dtype)`` casts to; None for any other node."""
     if node.op != "call_method" or node.target != "to" or set(node.kwargs) - {"dtype"}:

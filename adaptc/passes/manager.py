@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from adaptc.codegen.cost import level_cost
-from adaptc.codegen.torch_internals import carry_capture_metadata
+from adaptc.codegen.torch_internals import carry_capture_metadata, cpu_emulates
 from adaptc.errors import AdaptcWarning, PipelineError, VerifyError
 from adaptc.ir import dialect, structure
 from adaptc.ir.code_hash import code_hash
@@ -36,6 +36,7 @@ _TABLE = {
     "seed_dropout": "adaptc.passes.seed_dropout:seed_dropout",
     "share": "adaptc.passes.share:share",
     "lower": "adaptc.passes.lower:lower",
+    "widen": "adaptc.passes.widen:widen",
 }
 
 
@@ -164,6 +165,7 @@ class Pipeline:
         """Identifies everything the rewritten code depends on besides the graph itself."""
         digest = hashlib.sha256(f"{self}|{torch.__version__}|{package_hash()}".encode())
         digest.update(dialect.fingerprint().encode())
+        digest.update(bytes(map(cpu_emulates, (torch.bfloat16, torch.float16))))
         for one in self.passes:
             digest.update(code_hash(one.run))
         return digest.hexdigest()

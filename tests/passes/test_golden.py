@@ -13,17 +13,21 @@ import pytest
 import torch
 
 from adaptc.codegen.torch_internals import TORCH
+from adaptc.ir import lora_split
+from adaptc.passes import widen
 from tests.passes.models import adapted, trained_graph
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
-STAGES = ("captured", "insert", "canonicalise", "joint", "share", "lower")
+STAGES = ("captured", "insert", "canonicalise", "joint", "share", "lower", "widen")
 #: The order of AOTAutograd's nodes and Dynamo's names differ between versions; the files are of this one.
 VERSION = (2, 13)
 
 
 @pytest.mark.skipif(TORCH.release[:2] != VERSION, reason="the files are of torch 2.13")
 @pytest.mark.parametrize("stage", STAGES)
-def test_graph_text(stage):
+def test_graph_text(stage, monkeypatch):
+    for module in (lora_split, widen):
+        monkeypatch.setattr(module, "cpu_emulates", lambda dtype: stage == "widen" and dtype == torch.bfloat16)
     _, model = adapted(dtype=torch.bfloat16)
     graph = trained_graph(model, dtype=torch.bfloat16)
     assert tuple(s for s in graph.stages if s not in ("lift_no_grad", "seed_dropout")) == STAGES

@@ -94,7 +94,7 @@ def test_the_text():
     pipeline = Pipeline.parse(text)
     assert str(pipeline) == text
     assert pipeline.limits == {"canonicalise": 3, "*": 9}
-    default = "insert,lift_no_grad,canonicalise,seed_dropout,share,lower"
+    default = "insert,lift_no_grad,canonicalise,seed_dropout,share,lower,widen"
     assert str(Pipeline.from_options()) == ",".join(manager.default_order()) == default
 
 
@@ -118,14 +118,14 @@ def test_text_that_is_not_a_pipeline_is_refused(text, error):
 
 
 @pytest.mark.parametrize("passes, text", [
-    (None, "insert,lift_no_grad,canonicalise,seed_dropout,share,lower"),
-    ({"skip": ["canonicalise"]}, "insert,lift_no_grad,seed_dropout,share,lower"),
+    (None, "insert,lift_no_grad,canonicalise,seed_dropout,share,lower,widen"),
+    ({"skip": ["canonicalise"]}, "insert,lift_no_grad,seed_dropout,share,lower,widen"),
     ({"order": ["insert", "lower"]}, "insert,lower"),
     ({"order": ["insert", "canonicalise", "lower"], "skip": ["lower"]}, "insert,canonicalise"),
-    ({"limit": 3}, "insert,lift_no_grad,canonicalise,seed_dropout,share,lower;limit=3"),
-    ({"limit": {"canonicalise": 0}}, "insert,lift_no_grad,canonicalise{limit=0},seed_dropout,share,lower"),
+    ({"limit": 3}, "insert,lift_no_grad,canonicalise,seed_dropout,share,lower,widen;limit=3"),
+    ({"limit": {"canonicalise": 0}}, "insert,lift_no_grad,canonicalise{limit=0},seed_dropout,share,lower,widen"),
     ({"limit": {"lower": 1, "insert": 2}, "skip": ["lower"]},
-     "insert{limit=2},lift_no_grad,canonicalise,seed_dropout,share"),
+     "insert{limit=2},lift_no_grad,canonicalise,seed_dropout,share,widen"),
 ])  # fmt: skip
 def test_passes_of_a_plan(passes, text):
     _, model = adapted(passes=passes)
@@ -162,7 +162,9 @@ def test_a_limit_stops_one_pass():
 def test_a_limit_for_all_is_shared_by_the_passes_of_a_level():
     _, model = adapted(passes={"limit": 3})
     applied = {r.name: len(r.result.applied) for r in trained_graph(model).reports}
-    assert applied == {"insert": 2, "lift_no_grad": 0, "canonicalise": 1, "seed_dropout": 0, "share": 1, "lower": 2}
+    assert applied == {
+        "insert": 2, "lift_no_grad": 0, "canonicalise": 1, "seed_dropout": 0, "share": 1, "lower": 2, "widen": 0,
+    }  # fmt: skip
 
 
 def test_the_smaller_of_two_limits_holds():
@@ -206,10 +208,10 @@ def test_a_report_has_ops_and_costs_of_both_sides():
     """fp32: the scale moves from M x N to M x r."""
     _, model = adapted()
     graph = trained_graph(model)
-    inserted, _, canonical, *_, lowered = graph.reports
+    inserted, _, canonical, *_, lowered, _ = graph.reports
     assert [(r.name, r.level) for r in graph.reports] == [
         ("insert", "dynamo"), ("lift_no_grad", "dynamo"), ("canonicalise", "dynamo"), ("seed_dropout", "dynamo"),
-        ("share", "joint"), ("lower", "joint"),
+        ("share", "joint"), ("lower", "joint"), ("widen", "joint"),
     ]  # fmt: skip
     assert inserted.ops_before["lora_site"] == 2 and "lora_site" not in inserted.ops_after
     assert inserted.ops_after["lora_linear"] == 2
@@ -325,6 +327,14 @@ def test_keys_of_different_pipelines_differ():
     passes = [get("insert"), a_pass("mine", run=edited(lower.lower))]
     keys |= {Pipeline(passes).uuid(), Pipeline([passes[0], a_pass("mine", run=edited(passes[0].run))]).uuid()}
     assert len(keys) == len(options) + 2
+
+
+def test_the_key_changes_with_what_the_cpu_emulates(monkeypatch):
+    keys = set()
+    for emulated in ((), (torch.bfloat16,), (torch.float16,)):
+        monkeypatch.setattr(manager, "cpu_emulates", lambda dtype, among=emulated: dtype in among)
+        keys.add(Pipeline.from_options().uuid())
+    assert len(keys) == 3
 
 
 def test_the_key_changes_with_the_version_of_torch(monkeypatch):
