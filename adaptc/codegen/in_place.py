@@ -3,7 +3,7 @@
 before:  %y = mm(%x, %W);  %out = addmm(%y, %h, %B);  f(%out)        the library copies y, then adds to the copy
 after:   %y = mm(%x, %W);  add_product_(%y, %h, %B);  f(%y)
 
-and the same for ``lora_input_grads(%dx, %q, %A)``. Where nothing else reads the first product, and it has the shape of
+and the same for ``lora_input_grads(%dx, ...)``. Where nothing else reads the first product, and it has the shape of
 the second; on the CPU, where it was measured. After partitioning, because what runs before that must be functional. The
 op returns nothing: Inductor takes the result of ``addmm_`` for another buffer than its argument, and gives its memory
 away while the other is still read.
@@ -34,16 +34,16 @@ def _add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) 
 _LIBRARY = torch.library.Library("adaptc_lowered", "DEF")  # type: ignore[no-untyped-call]
 
 
-def _define(name: str, factors: str, function: Callable[..., None]) -> OpOverload:
-    schema = f"(Tensor(a!) total, {factors} left, {factors} right) -> ()"
+def _define(name: str, arguments: str, function: Callable[..., None]) -> OpOverload:
+    schema = f"(Tensor(a!) total, {arguments}) -> ()"
     torch.library.define(f"adaptc_lowered::{name}", schema, lib=_LIBRARY, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(f"adaptc_lowered::{name}", "CPU", function, lib=_LIBRARY)
-    torch.library.register_fake(f"adaptc_lowered::{name}", lambda total, left, right: None, lib=_LIBRARY)
+    torch.library.register_fake(f"adaptc_lowered::{name}", lambda *arguments: None, lib=_LIBRARY)
     return cast(OpOverload, getattr(torch.ops.adaptc_lowered, name).default)
 
 
-ADD_PRODUCT = _define("add_product_", "Tensor", _add_product_)
-ADD_PRODUCTS = _define("add_products_", "Tensor[]", add_input_grads)
+ADD_PRODUCT = _define("add_product_", "Tensor left, Tensor right", _add_product_)
+ADD_PRODUCTS = _define("add_products_", "Tensor[] left, Tensor[] right, Tensor[] seeds, float[] p", add_input_grads)
 
 
 def accumulate_in_place(graph: fx.Graph) -> int:
@@ -53,14 +53,14 @@ def accumulate_in_place(graph: fx.Graph) -> int:
     for node in graph.nodes:
         if node.target not in in_place or node.kwargs:
             continue
-        views, left, right = cast(tuple[fx.Node, ...], node.args)
+        views, *rest = cast(tuple[fx.Node, ...], node.args)
         product = _owned_product(views)
         if product is None or not _same_memory(product, node):
             continue
-        if views in tree_leaves((left, right)):  # y + y W: one reader, which needs the product as it was
+        if views in tree_leaves(rest):  # y + y W: one reader, which needs the product as it was
             continue
         with graph.inserting_before(node):
-            graph.call_function(in_place[node.target], (product, left, right)).meta = {**node.meta, "val": None}
+            graph.call_function(in_place[node.target], (product, *rest)).meta = {**node.meta, "val": None}
             total = _viewed(graph, product, views)
         node.replace_all_uses_with(total)
         graph.erase_node(node)

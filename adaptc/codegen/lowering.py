@@ -138,10 +138,23 @@ def _contiguous(edit: Edit, node: fx.Node) -> fx.Node:
     return edit.call(aten.clone.default, node, memory_format=torch.contiguous_format)
 
 
-def _shrink(edit: Edit, x: fx.Node, A: Sequence[fx.Node], scale: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
-    factors = _joined(edit, [_cast(edit, a, node_value(x).dtype) for a in A], 0)
-    wide = edit.call(aten.mm.default, _rows(edit, x), _transposed(edit, factors))
-    parts = _parts(edit, wide, [_size(edit, a, 0) for a in A], 1)
+def _dropped(edit: Edit, x: fx.Node, seeds: Sequence[fx.Node], p: Sequence[float]) -> list[fx.Node]:
+    """What each site reads of ``x`` (..., k), as rows."""
+    drop = dialect.get("seeded_dropout").lowering
+    assert drop is not None
+    return [_rows(edit, drop(edit, x, seed, one)[0]) for seed, one in zip(seeds, p, strict=True)]
+
+
+def _shrink(
+    edit: Edit, x: fx.Node, A: Sequence[fx.Node], scale: Sequence[fx.Node], seeds: Sequence[fx.Node], p: Sequence[float]
+) -> tuple[fx.Node, ...]:
+    factors = [_cast(edit, a, node_value(x).dtype) for a in A]
+    if seeds:
+        pairs = zip(_dropped(edit, x, seeds, p), factors, strict=True)
+        parts = [edit.call(aten.mm.default, one, _transposed(edit, a)) for one, a in pairs]
+    else:
+        wide = edit.call(aten.mm.default, _rows(edit, x), _transposed(edit, _joined(edit, factors, 0)))
+        parts = _parts(edit, wide, [_size(edit, a, 0) for a in A], 1)
     found = []
     for part, one in zip(parts, scale, strict=True):
         h = _scaled(edit, part, one)
@@ -156,7 +169,13 @@ def _expand(edit: Edit, y: fx.Node, h: fx.Node, B: fx.Node) -> tuple[fx.Node, ..
     return (_like(edit, edit.call(aten.addmm.default, _rows(edit, y), _rows(edit, h), factor), y),)
 
 
-def _factor_grads(edit: Edit, left: Sequence[fx.Node], right: fx.Node, dtype: torch.dtype) -> tuple[fx.Node, ...]:
+def _factor_grads(
+    edit: Edit, left: Sequence[fx.Node], right: fx.Node, dtype: torch.dtype, seeds: Sequence[fx.Node],
+    p: Sequence[float],
+) -> tuple[fx.Node, ...]:  # fmt: skip
+    if seeds:
+        pairs = zip(left, _dropped(edit, right, seeds, p), strict=True)
+        return tuple(_factor_grad(edit, q, one, dtype)[0] for q, one in pairs)
     wide = _joined(edit, [_rows(edit, q) for q in left], 1)
     product = _cast(edit, edit.call(aten.mm.default, _transposed(edit, wide), _rows(edit, right)), dtype)
     # Each a tensor of its own: they become the gradients of parameters.
@@ -164,7 +183,16 @@ def _factor_grads(edit: Edit, left: Sequence[fx.Node], right: fx.Node, dtype: to
     return tuple(_contiguous(edit, part) for part in _parts(edit, product, sizes, 0))
 
 
-def _input_grads(edit: Edit, dx: fx.Node, q: Sequence[fx.Node], A: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+def _input_grads(
+    edit: Edit, dx: fx.Node, q: Sequence[fx.Node], A: Sequence[fx.Node], seeds: Sequence[fx.Node], p: Sequence[float]
+) -> tuple[fx.Node, ...]:
+    if seeds:
+        drop = dialect.get("seeded_dropout").lowering
+        assert drop is not None
+        for one, a, seed, rate in zip(q, A, seeds, p, strict=True):
+            product = _input_grad(edit, one, a)[0]
+            dx = edit.call(aten.add.Tensor, dx, drop(edit, product, seed, rate)[0])
+        return (dx if node_value(dx).is_contiguous() else _contiguous(edit, dx),)
     wide = _joined(edit, [_rows(edit, one) for one in q], 1)
     factors = _joined(edit, [_cast(edit, a, node_value(dx).dtype) for a in A], 0)
     return (_like(edit, edit.call(aten.addmm.default, _rows(edit, dx), wide, factors), dx),)

@@ -63,7 +63,7 @@ class DialectOp:
         tolerances: factor on the error of the body at the same compute dtype that a lowering may have.
         lowering: emits the op in ATen ops, as the functions of ``codegen.lowering`` do, for an op without one there.
         recomputed: cheaper to compute again in the backward than to keep: its values are never saved.
-        kernel: what the body computes, to the bit, faster; None where it cannot, and then the body runs.
+        kernel: what the body computes, faster, with no larger error; None where it cannot, and then the body runs.
         whole: (device type, arguments as nodes) -> whether the op stays one node in compiled code instead of being
             lowered: it has a kernel there, or would become more kernels than it has products.
     """

@@ -53,9 +53,9 @@ def keep_mask(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
 
 def body(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     wide = torch.float32 if x.dtype.itemsize < 4 else x.dtype
-    scaled = (x.to(wide) * (1 / (1 - p) if p < 1 else 0.0)).to(x.dtype)
+    scaled = (x.contiguous().to(wide) * (1 / (1 - p) if p < 1 else 0.0)).to(x.dtype)
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
-    return torch.where(keep_mask(x, seed, p), scaled, zero).contiguous()
+    return torch.where(keep_mask(x, seed, p), scaled, zero)
 
 
 def fake(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:

@@ -194,7 +194,8 @@ class _Printer:
             # Tensors by position and constants by name, as the dialect's ops are documented.
             assert isinstance(node.target, OpOverload)
             schema = [argument.name for argument in node.target._schema.arguments]
-            keywords = {n: a for n, a in zip(schema, positional, strict=False) if not isinstance(a, fx.Node)}
+            constants = zip(schema, positional, strict=False)
+            keywords = {n: a for n, a in constants if not isinstance(a, fx.Node) and a not in ([], ())}
             positional = [a for a in positional if isinstance(a, fx.Node)]
         parts = [self._value(a, section) for a in positional]
         parts += [f"{k}={self._value(a, section)}" for k, a in {**keywords, **node.kwargs}.items()]
@@ -250,8 +251,10 @@ def _results(gm: fx.GraphModule, unpacked: Mapping[fx.Node, dict[int, fx.Node]])
     seen: collections.Counter[str] = collections.Counter()
     for node in gm.graph.nodes:
         result = node if _is_anchor(node) else None
-        if dialect.of_target(node.target) is not None:
-            result = unpacked.get(node, {}).get(0)
+        if (op := dialect.of_target(node.target)) is not None:
+            # Of an op that returns a list the first is one site's bottleneck or gradient.
+            is_tuple = len(op.overload._schema.returns) > 1
+            result = unpacked.get(node, {}).get(0) if is_tuple else node if op.name == "lora_expand" else None
         module = names.module_of(node)
         if result is None or module is None:
             continue

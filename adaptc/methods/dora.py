@@ -4,9 +4,15 @@
 
 z is the frozen layer's output without its bias; under dropout it is drop(x) W^T, a second product with W, as in
 PEFT. The row norms are constants of the backward pass. ``LoRA(dora=True)`` is the method.
+
+Without dropout that is a LoRA and a factor per column, y' = c * (y + s * x A^T B^T) + (1 - c) * bias, and is written so
+where its rounding in between does no harm: in fp32 and fp64. Whatever makes LoRA faster then does so here, and the
+factors become part of what reads y'. At c = 1 without a correction y' is y to the bit in either form.
 """
 
 from __future__ import annotations
+
+import operator
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +21,7 @@ from torch import fx, nn
 from adaptc.codegen.torch_internals import node_value
 from adaptc.ir.dora import DORA_LINEAR, DORA_ROW_NORM, linear_body, row_norm_body
 from adaptc.ir.edit import Edit
+from adaptc.ir.sites import LORA_LINEAR
 from adaptc.methods.base import Anchor
 
 
@@ -57,16 +64,33 @@ def expand_site(
     def cast(node: fx.Node, to: torch.dtype) -> fx.Node:
         return node if node_value(node).dtype == to else edit.call("to", node, to)
 
+    norm = edit.call(DORA_ROW_NORM.overload, weight, A, B, scale, transposed)
     dropped = edit.call(F.dropout, cast(x, dtype), dropout, training)
+    is_dropped = training and dropout > 0
+    if not is_dropped and dtype.itemsize >= 4:
+        factors = cast(A, dtype), cast(B, dtype)
+        corrected = edit.item(edit.call(LORA_LINEAR(), dropped, cast(y, dtype), *factors, scale, "n"), 0)
+        return cast(_rescaled(edit, corrected, bias, magnitude, norm), out_dtype)
     base = None
-    if training and dropout > 0:
+    if is_dropped:
         W = cast(weight, out_dtype)
         W = edit.call("t", W) if transposed else W
         base = cast(edit.call(F.linear, cast(dropped, out_dtype), W), dtype)
-    norm = edit.call(DORA_ROW_NORM.overload, weight, A, B, scale, transposed)
     operands = (dropped, cast(y, dtype), base, bias, A, B, magnitude, norm, scale)
     corrected = edit.item(edit.call(DORA_LINEAR.overload, *operands), 0)
     return cast(corrected, out_dtype)
+
+
+def _rescaled(edit: Edit, y: fx.Node, bias: fx.Node | None, magnitude: fx.Node, norm: fx.Node) -> fx.Node:
+    """c * y + (1 - c) * bias, in the dtype of ``y``."""
+    dtype = node_value(y).dtype
+    exact = edit.call(operator.truediv, magnitude, norm)
+    c = edit.call("to", exact, dtype)
+    product = edit.call(operator.mul, y, c)
+    if bias is None:
+        return product
+    rest = edit.call("to", edit.call(operator.mul, edit.call(operator.sub, 1, exact), bias), dtype)
+    return edit.call(operator.add, product, rest)
 
 
 ANCHORS = (Anchor(dora_site, expand_site),)

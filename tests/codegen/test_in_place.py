@@ -58,7 +58,7 @@ def test_the_gradients_of_several_adapters_are_added_in_place(name):
 
     def total(x, w, q1, q2, a1, a2):
         dx = (x @ w).view(*batch, 5)
-        return joined(dx, [q1, q2], [a1, a2]).exp()
+        return joined(dx, [q1, q2], [a1, a2], [], []).exp()
 
     x, w, *_ = operands()
     count, targets = rewritten(total, x, w, *q, *A)
@@ -70,7 +70,7 @@ def test_the_gradients_of_several_adapters_are_added_in_place(name):
 
     def read_twice(x, w, q1, q2, a1, a2):
         dx = (x @ w).view(*batch, 5)
-        return joined(dx, [q1, q2], [a1, a2]), dx.exp()
+        return joined(dx, [q1, q2], [a1, a2], [], []), dx.exp()
 
     assert rewritten(read_twice, x, w, *q, *A)[0] == 0
 

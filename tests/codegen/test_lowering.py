@@ -93,10 +93,12 @@ def test_new_nodes_know_what_they_compute(name, data):
         def run_node(self, n):
             value = super().run_node(n)
             if isinstance(value, torch.Tensor) and n.op == "call_function":
-                known = n.meta["val"]
-                got = (value.shape, value.stride(), value.dtype)
-                assert got == (known.shape, known.stride(), known.dtype), n.format_node()
+                assert kind(value) == kind(n.meta["val"]), n.format_node()
             return value
+
+    def kind(t):
+        # The stride of a dimension of one element says nothing, and torch's own ops differ in it.
+        return t.shape, [s for s, size in zip(t.stride(), t.shape, strict=True) if size != 1], t.dtype
 
     Compare(gm).run(*tensors)
 
@@ -129,10 +131,10 @@ def test_one_symbolic_graph_serves_every_size(name):
             "lora_bottleneck_grad": [y, B, scale],
             "lora_factor_grad": [y, x, torch.float64],
             "lora_input_grad": [torch.einsum("...n,nr->...r", y, B), A],
-            "lora_shrink": [x, [A, 2 * A], [scale, scale]],
+            "lora_shrink": [x, [A, 2 * A], [scale, scale], [], []],
             "lora_expand": [y, torch.einsum("...k,rk->...r", x, A), B],
-            "lora_factor_grads": [[y, x], x, torch.float64],
-            "lora_input_grads": [x, [y[..., :3], y[..., 3:]], [A, 2 * A]],
+            "lora_factor_grads": [[y, x], x, torch.float64, [], []],
+            "lora_input_grads": [x, [y[..., :3], y[..., 3:]], [A, 2 * A], [], []],
         }[name]
 
     gm, _ = graph_of(name, args_for((4, 5)), "symbolic")
@@ -154,10 +156,10 @@ def test_one_symbolic_graph_serves_every_size(name):
         ("lora_bottleneck_grad", lambda x, y, A, B, s: [y, B, s], {aten.mm.default: 1}),
         ("lora_factor_grad", lambda x, y, A, B, s: [y, x, torch.float64], {aten.mm.default: 1}),
         ("lora_input_grad", lambda x, y, A, B, s: [y @ B, A], {aten.mm.default: 1}),
-        ("lora_shrink", lambda x, y, A, B, s: [x, [A, A], [s, s]], {aten.mm.default: 1}),
+        ("lora_shrink", lambda x, y, A, B, s: [x, [A, A], [s, s], [], []], {aten.mm.default: 1}),
         ("lora_expand", lambda x, y, A, B, s: [y, y @ B, B], {aten.addmm.default: 1}),
-        ("lora_factor_grads", lambda x, y, A, B, s: [[y, y], x, torch.float64], {aten.mm.default: 1}),
-        ("lora_input_grads", lambda x, y, A, B, s: [x, [y @ B, y @ B], [A, A]], {aten.addmm.default: 1}),
+        ("lora_factor_grads", lambda x, y, A, B, s: [[y, y], x, torch.float64, [], []], {aten.mm.default: 1}),
+        ("lora_input_grads", lambda x, y, A, B, s: [x, [y @ B, y @ B], [A, A], [], []], {aten.addmm.default: 1}),
     ],
 )
 def test_gemms_of_one_op(name, args, expected):
@@ -175,17 +177,19 @@ def test_a_contiguous_activation_is_not_copied():
 
 @pytest.mark.parametrize("sites", [1, 2])
 @pytest.mark.parametrize("name", ["lora_shrink", "lora_factor_grads", "lora_input_grads"])
-def test_products_of_several_sites_are_one_node_on_a_cpu(name, sites, monkeypatch):
-    """Joining and cutting small tensors would be a C++ kernel each to compile."""
+@pytest.mark.parametrize("drops", [False, True])
+def test_products_of_several_sites_and_with_dropout_are_one_node_on_a_cpu(name, sites, drops, monkeypatch):
+    """Joining and cutting small tensors would be a C++ kernel each to compile; a kernel drops what it reads."""
     x, y, A, _, scale = layouts()
+    seeds = [[torch.tensor([7])] * sites, [0.5] * sites] if drops else [[], []]
     args = {
-        "lora_shrink": [x, [A] * sites, [scale] * sites],
-        "lora_factor_grads": [[y] * sites, x, torch.float64],
-        "lora_input_grads": [x, [y[..., :3]] * sites, [A] * sites],
+        "lora_shrink": [x, [A] * sites, [scale] * sites, *seeds],
+        "lora_factor_grads": [[y] * sites, x, torch.float64, *seeds],
+        "lora_input_grads": [x, [y[..., :3]] * sites, [A] * sites, *seeds],
     }[name]
     gm, _ = graph_of(name, args)
     monkeypatch.setattr(dialect.get(name), "whole", WHOLE[name])
-    assert len(lower(gm, Context()).applied) == (1 if sites == 1 else 0)
+    assert len(lower(gm, Context()).applied) == (0 if drops or sites > 1 else 1)
     assert not WHOLE[name]("cuda", *args)
 
 

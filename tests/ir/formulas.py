@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+WORD = 2**32
+
+
+def kept(seed, row, column, p):
+    """Whether a seeded dropout keeps an element, in Python's integers."""
+    h = (column * 0x9E3779B1 + row * 0xC13FA9A9 + seed + seed // WORD * 0x85EBCA6B) % WORD
+    h = (h ^ (h >> 16)) * 0x7FEB352D % WORD
+    h ^= (row * 0xD1B54A33 + seed // WORD) % WORD
+    h = (h ^ (h >> 15)) * 0x846CA68B % WORD
+    signed = h - WORD if h >= WORD // 2 else h
+    return signed + WORD // 2 >= min(math.floor(p * WORD), WORD - 1)
+
+
+def dropped(x, count, seeds, p):
+    """What each of ``count`` sites reads of x: where it has a seed, x / (1 - p) where that keeps it and 0 elsewhere."""
+    if not seeds:
+        return [x] * count
+    width, found = x.shape[-1], []
+    for seed, rate in zip(seeds, p, strict=True):
+        mask = [kept(int(seed), i // width, i % width, rate) for i in range(x.numel())]
+        found.append(x * torch.tensor(mask).view(x.shape) / (1 - rate))
+    return found
 
 
 def lora_linear(x, y, A, B, scale, scale_at):
@@ -27,20 +51,25 @@ def lora_input_grad(q, A):
     return torch.einsum("...r,rk->...k", q, A)
 
 
-def lora_shrink(x, A, scale):
-    return [s * torch.einsum("...k,rk->...r", x, a) for a, s in zip(A, scale, strict=True)]
+def lora_shrink(x, A, scale, seeds=(), p=()):
+    reads = dropped(x, len(A), seeds, p)
+    return [s * torch.einsum("...k,rk->...r", one, a) for one, a, s in zip(reads, A, scale, strict=True)]
 
 
 def lora_expand(y, h, B):
     return y + torch.einsum("...r,nr->...n", h, B)
 
 
-def lora_factor_grads(left, right, dtype):
-    return [torch.einsum("...i,...j->ij", one, right) for one in left]
+def lora_factor_grads(left, right, dtype, seeds=(), p=()):
+    reads = dropped(right, len(left), seeds, p)
+    return [torch.einsum("...i,...j->ij", one, read) for one, read in zip(left, reads, strict=True)]
 
 
-def lora_input_grads(dx, q, A):
-    return dx + sum(torch.einsum("...r,rk->...k", one, a) for one, a in zip(q, A, strict=True))
+def lora_input_grads(dx, q, A, seeds=(), p=()):
+    products = [torch.einsum("...r,rk->...k", one, a) for one, a in zip(q, A, strict=True)]
+    for i, product in enumerate(products):
+        dx = dx + dropped(product, 1, seeds[i : i + 1], p[i : i + 1])[0]
+    return dx
 
 
 FORMULAS: dict[str, Callable[..., Any]] = {
@@ -65,7 +94,7 @@ def in_double(args: Sequence[Any], *, absolute: bool = False) -> list[Any]:
     def one(a: Any) -> Any:
         if isinstance(a, list | tuple):
             return [one(t) for t in a]
-        if not isinstance(a, torch.Tensor):
+        if not (isinstance(a, torch.Tensor) and a.is_floating_point()):
             return a
         return a.detach().double().abs() if absolute else a.detach().double()
 

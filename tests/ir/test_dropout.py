@@ -16,22 +16,11 @@ from adaptc.ir.dropout import keep_mask
 from adaptc.passes.contract import Context
 from adaptc.passes.lower import lower
 from tests.codegen.test_lowering import graph_of
-
-WORD = 2**32
+from tests.ir.formulas import WORD, kept
 
 
 def dropout(*args):
     return dialect.get("seeded_dropout").overload(*args)
-
-
-def kept(seed, row, column, p):
-    """In Python's integers."""
-    h = (column * 0x9E3779B1 + row * 0xC13FA9A9 + seed + seed // WORD * 0x85EBCA6B) % WORD
-    h = (h ^ (h >> 16)) * 0x7FEB352D % WORD
-    h ^= (row * 0xD1B54A33 + seed // WORD) % WORD
-    h = (h ^ (h >> 15)) * 0x846CA68B % WORD
-    signed = h - WORD if h >= WORD // 2 else h
-    return signed + WORD // 2 >= min(math.floor(p * WORD), WORD - 1)
 
 
 @given(st.data())

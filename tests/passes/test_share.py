@@ -156,11 +156,40 @@ def test_a_write_between_two_readers_is_seen(backend):
     assert "lora_shrink" not in ops(graph.graph_module("share")), "they read two values"
 
 
-def test_dropout_gives_every_site_another_value():
-    lora = adaptc.LoRA(r=3, dropout=0.3, targets=["q_proj", "k_proj"])
-    model = adaptc.compile(hosts.short("llama", train=True), lora, backend="aot_eager")
-    found = ops(graph_of(model, hosts.batch("llama")).graph_module("share"))
-    assert found["lora_linear"] == 2 and "lora_shrink" not in found
+def dropped(targets, verify=False, backend="aot_eager", passes=None, **options):
+    lora = adaptc.LoRA(r=3, dropout=0.3, targets=targets, init="random")
+    plan = adaptc.Plan([lora], passes=passes)
+    torch.manual_seed(0)
+    return adaptc.compile(hosts.short("llama", train=True), plan, backend=backend, verify=verify, **options)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "k_proj"], ["o_proj"], "all-linear"])
+def test_dropouts_become_part_of_the_products(targets):
+    """Every site has a mask of its own; what they read is read once."""
+    model = dropped(targets, verify="raise")
+    gm = graph_of(model, hosts.batch("llama")).graph_module("share")
+    found = ops(gm)
+    assert "seeded_dropout" not in found and "lora_linear" not in found and "lora_input_grad" not in found
+    groups = {"o_proj": [1], "q_proj": [2]}.get(targets[0], [3, 1, 2, 1])
+    shrinks = gm.graph.find_nodes(op="call_function", target=dialect.get("lora_shrink").overload)
+    assert [len(n.args[3]) for n in shrinks] == groups
+    assert all(len(set(n.args[3])) == len(n.args[3]) and set(n.args[4]) == {0.3} for n in shrinks)
+    assert found["lora_factor_grads"] == found["lora_shrink"] == len(groups)
+    assert found["lora_factor_grad"] == sum(groups), "those of the second factors"
+
+
+def test_the_masks_are_those_of_the_dropouts():
+    """The same step with and without the pass: one seed, the same masks, in the forward and in the backward."""
+    found = []
+    for passes in (None, {"skip": ["share"]}):
+        model = dropped("all-linear", passes=passes)
+        torch.manual_seed(3)
+        loss = model(**hosts.batch("llama")).loss
+        loss.backward()
+        found.append((loss.detach(), *(p.grad for p in model.adaptc.parameters())))
+    for got, want in zip(*found, strict=True):
+        assert float(want.abs().max()) > 0
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
 def test_factors_that_are_made_late_are_not_waited_for():
@@ -199,7 +228,7 @@ def swapped_factors(gm, context):
     for rewrite in result.applied:
         for graph in (gm.graph, rewrite.after.graph if rewrite.after else gm.graph):
             for node in graph.find_nodes(op="call_function", target=dialect.get("lora_shrink").overload):
-                node.args = (node.args[0], node.args[1][::-1], node.args[2])
+                node.args = (node.args[0], node.args[1][::-1], *node.args[2:])
     gm.recompile()
     return result
 
@@ -209,7 +238,7 @@ def one_term_lost(gm, context):
     for rewrite in result.applied:
         for graph in (gm.graph, rewrite.after.graph if rewrite.after else gm.graph):
             for node in graph.find_nodes(op="call_function", target=dialect.get("lora_input_grads").overload):
-                node.args = (node.args[0], node.args[1][:1], node.args[2][:1])
+                node.args = (node.args[0], node.args[1][:1], node.args[2][:1], *node.args[3:])
     gm.recompile()
     return result
 

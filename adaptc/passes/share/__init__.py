@@ -1,9 +1,11 @@
 """What sites have in common is done once: q, k and v; gate and up; keys and values of cross-attention read one value.
 
+    share_seeds    one draw of the seeds of all dropouts
     share_shrink   one product of x with the first factors of all of them
     share_factors  one product of x with the gradients of all their bottlenecks
     share_inputs   one accumulation into the gradient of x
-    share_seeds    one draw of the seeds of all dropouts
+
+Dropouts become part of these products, of one site's too: their seeds are operands.
 
 On the joint graph, which is functional: between two readers of a node its value cannot change, whatever the captured
 graph wrote to. The frozen weights stay where they are, and so do the sites' own products with them.
@@ -24,7 +26,7 @@ CONTRACT = Contract(
     level="joint", numerics="reassociates", provides=frozenset({"shared"}), conflicts=frozenset({"aten"})
 )
 
-REWRITES = (share_shrink, share_factors, share_inputs, share_seeds)
+REWRITES = (share_seeds, share_shrink, share_factors, share_inputs)
 
 
 def share(gm: fx.GraphModule, context: Context) -> Result:

@@ -1,7 +1,10 @@
-"""Read a value once for the gradients of all first factors that multiply it.
+"""Read a value once for the gradients of all first factors that multiply it, each through its own dropout if any.
 
 before:  %dA1 = lora_factor_grad(%q1, %x, f32);   %dA2 = lora_factor_grad(%q2, %x, f32)
-after:   %dA1, %dA2 = lora_factor_grads([%q1, %q2], %x, f32)
+after:   %dA1, %dA2 = lora_factor_grads([%q1, %q2], %x, f32, [], [])
+
+before:  %d = seeded_dropout(%x, %seed, p);  %dA = lora_factor_grad(%q, %d, f32)
+after:   %dA = lora_factor_grads([%q], %x, f32, [%seed], [p])
 
 Reassociates nothing. The new node stands where the last of the old ones did; a gradient that something reads before
 that keeps its own product.
@@ -9,12 +12,15 @@ that keeps its own product.
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import fx
 
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.sites import site_of
 from adaptc.passes.contract import Context
+from adaptc.passes.share.dropped import Dropped, dropouts_of, dropped, seeds_of
 
 
 def share_factors(gm: fx.GraphModule, context: Context, result: Result) -> None:
@@ -24,21 +30,25 @@ def share_factors(gm: fx.GraphModule, context: Context, result: Result) -> None:
         late = [node for node in products if all(order[user] > last for user in node.users)]
         for node in (n for n in products if n not in late):
             result.refuse(site_of(node), "the gradient of its first factor is read before the others are known")
-        if len(late) < 2 or products[-1] not in late:
+        values = [cast(Dropped, dropped(node.args[1])) for node in late]
+        seeds = seeds_of(values)
+        if len(late) < (1 if seeds[0] else 2) or products[-1] not in late:
             continue
         if not context.spend():
             result.refused += [(site_of(node), "limit reached") for node in late]
             continue
-        edit = Edit(gm, site_of(late[0]), late, late, record=context.record)
-        _, x, dtype = late[0].args
-        wide = edit.call(dialect.get("lora_factor_grads").overload, [node.args[0] for node in late], x, dtype)
+        matched = sorted({*dropouts_of(values), *late}, key=order.__getitem__)
+        edit = Edit(gm, site_of(late[0]), matched, late, record=context.record)
+        left, dtype = [node.args[0] for node in late], late[0].args[2]
+        wide = edit.call(dialect.get("lora_factor_grads").overload, left, values[0].source, dtype, *seeds)
         result.applied.append(edit.finish(*(edit.item(wide, i) for i in range(len(late)))))
 
 
 def _groups(gm: fx.GraphModule) -> list[list[fx.Node]]:
-    """The products with one right operand and dtype, two at least, in graph order."""
-    found: dict[tuple[object, object], list[fx.Node]] = {}
+    """The products with one right operand and dtype, in graph order; those without dropout two at least."""
+    found: dict[tuple[object, ...], list[fx.Node]] = {}
     target = dialect.get("lora_factor_grad").overload
     for node in gm.graph.find_nodes(op="call_function", target=target):
-        found.setdefault((node.args[1], node.args[2]), []).append(node)
-    return [nodes for nodes in found.values() if len(nodes) > 1]
+        if (x := dropped(node.args[1])) is not None:
+            found.setdefault((x.dropout is not None, x.source, node.args[2]), []).append(node)
+    return [nodes for (is_dropped, *_), nodes in found.items() if is_dropped or len(nodes) > 1]

@@ -2,7 +2,10 @@
 
 before:  %a = lora_input_grad(%q1, A:q);  %s1 = add(%a, %dx1)
          %b = lora_input_grad(%q2, A:k);  %s2 = add(%s1, %b);  %dx = add(%s2, %dx2)
-after:   %s = add(%dx1, %dx2);            %dx = lora_input_grads(%s, [%q1, %q2], [A:q, A:k])
+after:   %s = add(%dx1, %dx2);            %dx = lora_input_grads(%s, [%q1, %q2], [A:q, A:k], [], [])
+
+before:  %a = lora_input_grad(%q, A:q);  %d = seeded_dropout(%a, %seed, p);  %dx = add(%d, %dx1)
+after:   %dx = lora_input_grads(%dx1, [%q], [A:q], [%seed], [p])
 
 Reassociates a sum. It is taken from its last addition down, through additions that nothing else reads; one adapter is
 worth it too, because its product then needs no tensor of its own.
@@ -19,31 +22,44 @@ from adaptc.ir.edit import Edit, Result
 from adaptc.ir.sites import site_of
 from adaptc.ir.structure import same_type
 from adaptc.passes.contract import Context
+from adaptc.passes.share.dropped import Dropped, dropped, seeds_of
 
 _ADD = torch.ops.aten.add.Tensor
 
 
 def share_inputs(gm: fx.GraphModule, context: Context, result: Result) -> None:
-    product = dialect.get("lora_input_grad").overload
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     for root in list(gm.graph.find_nodes(op="call_function", target=_ADD)):
         if not _is_sum(root) or _is_inner(root) or not node_value(root).is_contiguous():
             continue
         sums, terms = _flatten(root)
-        ours = [t for t in terms if t.target is product and len(t.users) == 1]
+        parts = {t: part for t in terms if (part := _adapters_part(t)) is not None}
+        # Of one kind in an op: those that drop, or those that do not.
+        drops = any(part.dropout is not None for part in parts.values())
+        ours = [t for t, part in parts.items() if (part.dropout is not None) == drops]
         others = [t for t in terms if t not in ours]
         if not ours or not others:
             continue
         if not context.spend():
             result.refused += [(site_of(node), "limit reached") for node in ours]
             continue
-        matched = sorted({*sums, *ours}, key=order.__getitem__)
+        products = [parts[t].source for t in ours]
+        matched = sorted({*sums, *ours, *products}, key=order.__getitem__)
         edit = Edit(gm, site_of(ours[0]), matched, [root], record=context.record)
         total = others[0]
         for other in others[1:]:
             total = edit.call(_ADD, total, other)
-        q, A = ([t.args[i] for t in ours] for i in (0, 1))
-        result.applied.append(edit.finish(edit.call(dialect.get("lora_input_grads").overload, total, q, A)))
+        q, A = ([node.args[i] for node in products] for i in (0, 1))
+        seeds = seeds_of([parts[t] for t in ours])
+        result.applied.append(edit.finish(edit.call(dialect.get("lora_input_grads").overload, total, q, A, *seeds)))
+
+
+def _adapters_part(term: fx.Node) -> Dropped | None:
+    """The product ``lora_input_grad`` that a term of a sum is, as it is or dropped, where nothing else reads it."""
+    part = dropped(term)
+    if part is None or part.source.target is not dialect.get("lora_input_grad").overload:
+        return None
+    return part if all(len(node.users) == 1 for node in {term, part.source}) else None
 
 
 def _is_sum(node: fx.Node) -> bool:

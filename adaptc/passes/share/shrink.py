@@ -1,11 +1,14 @@
-"""Read a value once for the bottlenecks of all adapters that read it.
+"""Read a value once for the bottlenecks of all adapters that read it, each through its own dropout if it has one.
 
 before:  %q:q, %h1 = lora_linear(%x, %y1, A:q, B:q, s:q, "r");   %q:k, %h2 = lora_linear(%x, %y2, A:k, B:k, s:k, "r")
-after:   %h1, %h2 = lora_shrink(%x, [A:q, A:k], [s:q, s:k])
+after:   %h1, %h2 = lora_shrink(%x, [A:q, A:k], [s:q, s:k], [], [])
          %q:q = lora_expand(%y1, %h1, B:q);   %q:k = lora_expand(%y2, %h2, B:k)
 
+before:  %d = seeded_dropout(%x, %seed, p);  %q:q, %h = lora_linear(%d, %y, A:q, B:q, s:q, "r")
+after:   %h = lora_shrink(%x, [A:q], [s:q], [%seed], [p]);  %q:q = lora_expand(%y, %h, B:q)
+
 Reassociates nothing: each bottleneck is the same sum. An adapter whose factors are made behind the first reader, as
-those of several adapters that were joined, keeps its own product.
+those of several adapters that were joined, keeps its own product; one whose seed is drawn there, its own op.
 """
 
 from __future__ import annotations
@@ -20,44 +23,59 @@ from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result, Rewrite
 from adaptc.ir.sites import lora_nodes, site_of
 from adaptc.passes.contract import Context
+from adaptc.passes.share.dropped import Dropped, dropouts_of, dropped, seeds_of
 
 
 def share_shrink(gm: fx.GraphModule, context: Context, result: Result) -> None:
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    for readers in _groups(gm):
-        early = [node for node in readers if _is_known(node, order[readers[0]], order)]
-        for node in (n for n in readers if n not in early):
-            result.refuse(site_of(node), "its first factor is made after another site reads the same value")
-        if len(early) < 2:
-            continue
-        if not context.spend(len(early) + 1):
-            result.refused += [(site_of(node), "limit reached") for node in early]
-            continue
-        shrinks = [_split(gm, node, context, result) for node in early]
+    for is_dropped, readers in _groups(gm):
+        while readers:
+            early = [node for node in readers if _is_known(node, order[readers[0]], order)]
+            late = [node for node in readers if node not in early]
+            if not is_dropped:
+                for node in late:
+                    result.refuse(site_of(node), "its first factor is made after another site reads the same value")
+            if is_dropped or len(early) > 1:
+                _share(gm, early or readers[:1], context, result)
+            readers = late[0 if early else 1 :] if is_dropped else []
+
+
+def _share(gm: fx.GraphModule, readers: list[fx.Node], context: Context, result: Result) -> None:
+    if not context.spend(len(readers) + (len(readers) > 1)):
+        result.refused += [(site_of(node), "limit reached") for node in readers]
+        return
+    shrinks = [_split(gm, node, context, result) for node in readers]
+    if len(shrinks) > 1:
         result.applied.append(_join(gm, shrinks, record=context.record))
 
 
-def _groups(gm: fx.GraphModule) -> list[list[fx.Node]]:
-    """The adapters with their scale at the bottleneck that read one value, two at least, in graph order."""
-    readers: dict[fx.Node, list[fx.Node]] = {}
+def _groups(gm: fx.GraphModule) -> list[tuple[bool, list[fx.Node]]]:
+    """The adapters with their scale at the bottleneck that read one value, in graph order; whether they drop some of
+    it. Without dropout two at least."""
+    readers: dict[tuple[bool, fx.Node], list[fx.Node]] = {}
     for node in lora_nodes(gm):
-        x = node.args[0]
-        if isinstance(x, fx.Node) and node.args[5] == "r":
-            readers.setdefault(x, []).append(node)
-    return [nodes for nodes in readers.values() if len(nodes) > 1]
+        x = dropped(node.args[0])
+        if x is not None and node.args[5] == "r":
+            readers.setdefault((x.dropout is not None, x.source), []).append(node)
+    return [(is_dropped, nodes) for (is_dropped, _), nodes in readers.items() if is_dropped or len(nodes) > 1]
 
 
 def _is_known(node: fx.Node, place: int, order: Mapping[fx.Node, int]) -> bool:
-    """Whether the first factor and the scale stand before ``place``."""
-    return all(order[cast(fx.Node, node.args[i])] < place for i in (2, 4))
+    """Whether the first factor, the scale and the seed stand before ``place``."""
+    needed = [cast(fx.Node, node.args[i]) for i in (2, 4)]
+    seeds, _ = seeds_of([cast(Dropped, dropped(node.args[0]))])
+    return all(order[one] < place for one in (*needed, *seeds))
 
 
 def _split(gm: fx.GraphModule, node: fx.Node, context: Context, result: Result) -> fx.Node:
     """Write the two products of a site as two nodes; returns the bottleneck."""
     x, y, A, B, scale, _ = node.args
+    read = cast(Dropped, dropped(x))
     outputs = [user for user in node.users if user.target is operator.getitem]
-    edit = Edit(gm, site_of(node), [node, *outputs], outputs, at=node, record=context.record)
-    h = edit.item(edit.call(dialect.get("lora_shrink").overload, x, [A], [scale]), 0)
+    matched = [*dropouts_of([read]), node, *outputs]
+    edit = Edit(gm, site_of(node), matched, outputs, at=node, record=context.record)
+    shrink = edit.call(dialect.get("lora_shrink").overload, read.source, [A], [scale], *seeds_of([read]))
+    h = edit.item(shrink, 0)
     new = (edit.call(dialect.get("lora_expand").overload, y, h, B), h)
     result.applied.append(edit.finish(*(new[output.args[1]] for output in outputs)))  # type: ignore[index]
     return h
@@ -67,6 +85,6 @@ def _join(gm: fx.GraphModule, bottlenecks: list[fx.Node], *, record: bool) -> Re
     calls = [cast(fx.Node, h.args[0]) for h in bottlenecks]
     matched = [node for call, h in zip(calls, bottlenecks, strict=True) for node in (call, h)]
     edit = Edit(gm, site_of(bottlenecks[0]), matched, bottlenecks, at=calls[0], record=record)
-    factors, scales = ([cast(Any, call.args[i])[0] for call in calls] for i in (1, 2))
-    wide = edit.call(dialect.get("lora_shrink").overload, calls[0].args[0], factors, scales)
+    lists = ([item for call in calls for item in cast(Any, call.args[i])] for i in (1, 2, 3, 4))
+    wide = edit.call(dialect.get("lora_shrink").overload, calls[0].args[0], *lists)
     return edit.finish(*(edit.item(wide, i) for i in range(len(calls))))
