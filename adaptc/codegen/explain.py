@@ -215,7 +215,7 @@ def _costs(graph: CapturedGraph) -> Iterator[str]:
     if graph.parts is not None:
         yield f"saved     {_over(*cost.saved_bytes(*graph.parts), 'B')}"
     if graph.in_place:
-        yield f"in place  {graph.in_place} sums are made in the memory of their first term"
+        yield f"in place  {graph.in_place} results are made in the memory of their first operand"
 
 
 def _moved(one: Cost) -> int:

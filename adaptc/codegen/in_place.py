@@ -3,16 +3,22 @@
 before:  %y = mm(%x, %W);  %out = addmm(%y, %h, %B);  f(%out)        the library copies y, then adds to the copy
 after:   %y = mm(%x, %W);  add_product_(%y, %h, %B);  f(%y)
 
-and the same for ``lora_input_grads(%dx, ...)``. Where nothing else reads the first product, and it has the shape of
-the second; on the CPU, where it was measured. After partitioning, because what runs before that must be functional. The
-op returns nothing: Inductor takes the result of ``addmm_`` for another buffer than its argument, and gives its memory
-away while the other is still read.
+the same for ``lora_input_grads(%dx, ...)``, and
+
+before:  %g = mul(...);  %dy, %dm = dora_rescale_grad(%g, %y, ...)
+after:   %g = mul(...);  %dm = rescale_grad_(%g, %y, ...);  f(%g)
+
+where %g is new memory, as that of a product or of what a loop writes. Where nothing else reads it, and it has the shape
+of the result; on the CPU, where it was measured. After partitioning, because what runs before that must be functional.
+The ops return none of their arguments: Inductor takes the result of ``addmm_`` for another buffer than its argument,
+and gives its memory away while the other is still read.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -20,10 +26,12 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from adaptc.codegen.torch_internals import OpOverload, node_value, tree_leaves
 from adaptc.ir import dialect
+from adaptc.ir.dora_rescale import grad_in_place
 from adaptc.ir.lora_split import add_input_grads
 
 aten = torch.ops.aten
 _PRODUCTS = (aten.mm.default, aten.addmm.default)
+_LOOPS = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.clone.default)
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
@@ -34,49 +42,110 @@ def _add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) 
 _LIBRARY = torch.library.Library("adaptc_lowered", "DEF")  # type: ignore[no-untyped-call]
 
 
-def _define(name: str, arguments: str, function: Callable[..., None]) -> OpOverload:
-    schema = f"(Tensor(a!) total, {arguments}) -> ()"
+def _define(
+    name: str, arguments: str, function: Callable[..., Any], result: str = "()",
+    fake: Callable[..., Any] = lambda *arguments: None,
+) -> OpOverload:  # fmt: skip
+    schema = f"(Tensor(a!) total, {arguments}) -> {result}"
     torch.library.define(f"adaptc_lowered::{name}", schema, lib=_LIBRARY, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(f"adaptc_lowered::{name}", "CPU", function, lib=_LIBRARY)
-    torch.library.register_fake(f"adaptc_lowered::{name}", lambda *arguments: None, lib=_LIBRARY)
+    torch.library.register_fake(f"adaptc_lowered::{name}", fake, lib=_LIBRARY)
     return cast(OpOverload, getattr(torch.ops.adaptc_lowered, name).default)
+
+
+def _rescale_grad_(
+    grad: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, magnitude: torch.Tensor, norm: torch.Tensor
+) -> torch.Tensor:
+    return grad_in_place(grad, y, bias, magnitude, norm)
 
 
 ADD_PRODUCT = _define("add_product_", "Tensor left, Tensor right", _add_product_)
 ADD_PRODUCTS = _define("add_products_", "Tensor[] left, Tensor[] right, Tensor[] seeds, float[] p", add_input_grads)
+RESCALE_GRAD = _define(
+    "rescale_grad_", "Tensor y, Tensor? bias, Tensor magnitude, Tensor norm", _rescale_grad_, "Tensor",
+    lambda total, y, bias, magnitude, norm: magnitude.new_empty(magnitude.shape),
+)  # fmt: skip
 
 
 def accumulate_in_place(graph: fx.Graph) -> int:
-    """Rewrite ``graph``; returns how many sums are made in place now."""
+    """Rewrite ``graph``; returns how many results are made in place now."""
     in_place = {aten.addmm.default: ADD_PRODUCT, dialect.get("lora_input_grads").overload: ADD_PRODUCTS}
     count = 0
     for node in graph.nodes:
         if node.target not in in_place or node.kwargs:
             continue
         views, *rest = cast(tuple[fx.Node, ...], node.args)
-        product = _owned_product(views)
+        product = _owned(views, _is_product)
         if product is None or not _same_memory(product, node):
             continue
         if views in tree_leaves(rest):  # y + y W: one reader, which needs the product as it was
             continue
         with graph.inserting_before(node):
-            graph.call_function(in_place[node.target], (product, *rest)).meta = {**node.meta, "val": None}
+            graph.call_function(in_place[node.target], (product, *rest)).meta = {**_meta(node), "val": None}
             total = _viewed(graph, product, views)
         node.replace_all_uses_with(total)
         graph.erase_node(node)
-        while views is not product:
-            views, dead = cast(fx.Node, views.args[0]), views
-            graph.erase_node(dead)
+        _erase_views(graph, views, product)
+        count += 1
+    return count + _rescale_in_place(graph)
+
+
+def _rescale_in_place(graph: fx.Graph) -> int:
+    count = 0
+    for node in graph.find_nodes(op="call_function", target=dialect.get("dora_rescale_grad").overload):
+        grad, *rest = cast(tuple[fx.Node, ...], node.args)
+        memory = _owned(grad, _is_new)
+        if memory is None or grad in rest or not _is_dense(memory):
+            continue
+        outputs = {cast(int, user.args[1]): user for user in node.users if user.target is operator.getitem}
+        with graph.inserting_before(node):
+            dm = graph.call_function(RESCALE_GRAD, (memory, *rest))
+            dm.meta = {**_meta(node), "val": node_value(node)[1]}
+            dy = memory if grad is memory else graph.call_function(aten.view.default, (memory, *grad.args[1:]))
+            dy.meta = dict(grad.meta)
+        for index, result in ((0, dy), (1, dm)):
+            if index in outputs:
+                outputs[index].replace_all_uses_with(result)
+                graph.erase_node(outputs[index])
+        graph.erase_node(node)
+        _erase_views(graph, grad, memory)
         count += 1
     return count
 
 
-def _owned_product(node: fx.Node) -> fx.Node | None:
-    """The product whose memory ``node`` is, when one node alone reads it, directly or through views."""
+def _meta(node: fx.Node) -> dict[str, Any]:
+    """What a node knows of itself, but for the layouts of its arguments: the new one may read them without views."""
+    return {key: value for key, value in node.meta.items() if key != "eager_input_vals"}
+
+
+def _erase_views(graph: fx.Graph, last: fx.Node, source: fx.Node) -> None:
+    while last is not source and not last.users:
+        last, dead = cast(fx.Node, last.args[0]), last
+        graph.erase_node(dead)
+
+
+def _owned(node: fx.Node, makes: Callable[[fx.Node], bool]) -> fx.Node | None:
+    """The node whose result ``node`` is the memory of, if it ``makes`` one that nothing else reads, directly or through
+    views."""
     while node.target in _VIEWS and len(node.users) == 1:
         node = cast(fx.Node, node.args[0])
     readers = [user for user in node.users if user.target not in (ADD_PRODUCT, ADD_PRODUCTS)]
-    return node if node.target in _PRODUCTS and len(readers) == 1 else None
+    return node if makes(node) and len(readers) == 1 else None
+
+
+def _is_product(node: fx.Node) -> bool:
+    return node.target in _PRODUCTS
+
+
+def _is_new(node: fx.Node) -> bool:
+    """Whether a node's memory is no other's: a product's, or what a loop over elements writes. A cast may be none: to
+    the dtype that a value has it is the value."""
+    return node.target in (*_PRODUCTS, *_LOOPS)
+
+
+def _is_dense(node: fx.Node) -> bool:
+    value = node_value(node)
+    return isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.is_contiguous()
 
 
 def _same_memory(product: fx.Node, total: fx.Node) -> bool:

@@ -12,14 +12,13 @@ factors become part of what reads y'. At c = 1 without a correction y' is y to t
 
 from __future__ import annotations
 
-import operator
-
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from adaptc.codegen.torch_internals import node_value
 from adaptc.ir.dora import DORA_LINEAR, DORA_ROW_NORM, linear_body, row_norm_body
+from adaptc.ir.dora_rescale import DORA_RESCALE
 from adaptc.ir.edit import Edit
 from adaptc.ir.sites import LORA_LINEAR
 from adaptc.methods.base import Anchor
@@ -70,7 +69,7 @@ def expand_site(
     if not is_dropped and dtype.itemsize >= 4:
         factors = cast(A, dtype), cast(B, dtype)
         corrected = edit.item(edit.call(LORA_LINEAR(), dropped, cast(y, dtype), *factors, scale, "n"), 0)
-        return cast(_rescaled(edit, corrected, bias, magnitude, norm), out_dtype)
+        return cast(edit.call(DORA_RESCALE.overload, corrected, bias, magnitude, norm), out_dtype)
     base = None
     if is_dropped:
         W = cast(weight, out_dtype)
@@ -79,18 +78,6 @@ def expand_site(
     operands = (dropped, cast(y, dtype), base, bias, A, B, magnitude, norm, scale)
     corrected = edit.item(edit.call(DORA_LINEAR.overload, *operands), 0)
     return cast(corrected, out_dtype)
-
-
-def _rescaled(edit: Edit, y: fx.Node, bias: fx.Node | None, magnitude: fx.Node, norm: fx.Node) -> fx.Node:
-    """c * y + (1 - c) * bias, in the dtype of ``y``."""
-    dtype = node_value(y).dtype
-    exact = edit.call(operator.truediv, magnitude, norm)
-    c = edit.call("to", exact, dtype)
-    product = edit.call(operator.mul, y, c)
-    if bias is None:
-        return product
-    rest = edit.call("to", edit.call(operator.mul, edit.call(operator.sub, 1, exact), bias), dtype)
-    return edit.call(operator.add, product, rest)
 
 
 ANCHORS = (Anchor(dora_site, expand_site),)

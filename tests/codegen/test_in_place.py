@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import adaptc
-from adaptc.codegen.in_place import ADD_PRODUCT, ADD_PRODUCTS, accumulate_in_place
+from adaptc.codegen.in_place import ADD_PRODUCT, ADD_PRODUCTS, RESCALE_GRAD, accumulate_in_place
 from adaptc.ir import dialect
 
 aten = torch.ops.aten
@@ -111,6 +111,80 @@ NOT = {
 def test_what_others_read_or_what_has_another_layout_is_not_written_to(name):
     count, _ = rewritten(NOT[name], *operands())
     assert count == (1 if name == "an input of the graph" else 0)
+
+
+RESCALED = {
+    "what a loop writes": (lambda g, f: g * f, 1),
+    "through views": (lambda g, f: (g * f).view(8, 5).view(2, 4, 5), 1),
+    "a product": (lambda g, f: g @ (f[0, 0][:, None] * f[0, 0]), 1),
+    "an input of the graph": (lambda g, f: g, 0),
+    "a slice": (lambda g, f: (torch.cat([g, g], -1) * 2)[..., :5], 0),
+}
+
+
+@pytest.mark.parametrize("name", RESCALED)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_the_gradient_of_a_rescaled_output_is_made_in_place(name, has_bias):
+    torch.manual_seed(0)
+    g, f, y = (torch.randn(2, 4, 5) for _ in range(3))
+    bias, magnitude, norm = (torch.rand(5) + 0.5 for _ in range(3))
+    make, count = RESCALED[name]
+    op = dialect.get("dora_rescale_grad").overload
+
+    def both(g, f, y, bias, magnitude, norm):
+        dy, dm = op(make(g, f), y, bias if has_bias else None, magnitude, norm)
+        return dy.sin(), dm
+
+    found, targets = rewritten(both, g, f, y, bias, magnitude, norm)
+    assert found == targets.count(RESCALE_GRAD) == count and targets.count(op) == 1 - count
+    dy, dm = both(g, f, y, bias, magnitude, norm)
+    exact = make(g.double(), f.double())
+    torch.testing.assert_close(dy, (exact * magnitude / norm).sin().float())
+    centred = y.double() - (bias if has_bias else 0)
+    torch.testing.assert_close(dm, ((exact * centred).sum((0, 1)) / norm).float())
+
+
+def test_a_gradient_that_others_read_is_not_written_to():
+    op = dialect.get("dora_rescale_grad").overload
+
+    def shared(g, y, magnitude, norm):
+        twice = g * 2
+        dy, dm = op(twice, y, None, magnitude, norm)
+        return dy, dm, twice.sin()
+
+    g, y = torch.randn(4, 5), torch.randn(4, 5)
+    assert rewritten(shared, g, y, torch.rand(5), torch.rand(5))[0] == 0
+    of_itself = rewritten(lambda y, m, n: op(s := y * 2, s, None, m, n), y, torch.rand(5), torch.rand(5))
+    assert of_itself[0] == 0
+
+
+@pytest.mark.inductor
+def test_dora_in_compiled_code():
+    """Loss and gradients of a step whose rescaled gradients are made in place, against V = diag(m / n) (W + s B A)."""
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8, bias=False), nn.Linear(8, 3)), torch.randn(5, 6)
+    lora = adaptc.LoRA(r=2, init="random", targets="all-linear", dora=True)
+    model = adaptc.compile(copy.deepcopy(base), lora, backend="inductor")
+    with torch.no_grad():
+        for site in model.adaptc.sites:
+            site.adapters["default"].lora_magnitude.mul_(torch.rand_like(site.adapters["default"].lora_magnitude) + 0.5)
+    loss = model(x).square().sum()
+    loss.backward()
+    leaves, h = [], x.double()
+    for index, site in zip((0, 2, 3), model.adaptc.sites, strict=True):
+        adapter, layer = site.adapters["default"], base[index]
+        trained = (adapter.lora_A, adapter.lora_B, adapter.lora_magnitude)
+        A, B, m = (p.detach().double().requires_grad_() for p in trained)
+        leaves += zip(trained, (A, B, m), strict=True)
+        V = layer.weight.double() + adapter.scaling * B @ A
+        h = h @ ((m / V.detach().norm(dim=1))[:, None] * V).T + (0 if layer.bias is None else layer.bias.double())
+        h = h.tanh() if index == 0 else h
+    want = h.square().sum()
+    want.backward()
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
+    for got, exact in leaves:
+        torch.testing.assert_close(got.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
+    assert sum(graph.in_place for graph in model.adaptc.graphs) > 0
 
 
 class Residual(nn.Module):

@@ -53,7 +53,7 @@ def test_a_training_step_computes_the_formula(host, generated):
     assert compilations == 2 * graphs, "a forward and a backward each"
     in_place = [graph.in_place for graph in model.adaptc.graphs if graph.sites]
     assert sum(in_place) >= (0 if host == "bert" else sites), "the corrected output of every site"
-    assert f"in place  {in_place[0]} sums" in str(model.adaptc.explain())
+    assert f"in place  {in_place[0]} results" in str(model.adaptc.explain())
 
 
 def test_dropout_draws_new_masks_each_step_and_repeats_with_the_seed(generated):

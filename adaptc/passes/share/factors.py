@@ -4,7 +4,10 @@ before:  %dA1 = lora_factor_grad(%q1, %x, f32);   %dA2 = lora_factor_grad(%q2, %
 after:   %dA1, %dA2 = lora_factor_grads([%q1, %q2], %x, f32, [], [])
 
 before:  %d = seeded_dropout(%x, %seed, p);  %dA = lora_factor_grad(%q, %d, f32)
-after:   %dA = lora_factor_grads([%q], %x, f32, [%seed], [p])
+after:   %c = clone(%x);  %dA = lora_factor_grads([%q], %c, f32, [%seed], [p])
+
+The copy is marked to be made in the backward. Of a value that only a product reads there the partitioner keeps the
+value; of what a copy reads it keeps what is smallest, such as the input of a norm that is kept anyway.
 
 Reassociates nothing. The new node stands where the last of the old ones did; a gradient that something reads before
 that keeps its own product.
@@ -14,8 +17,10 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import fx
 
+from adaptc.codegen.torch_internals import mark_recomputed
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.sites import site_of
@@ -39,8 +44,11 @@ def share_factors(gm: fx.GraphModule, context: Context, result: Result) -> None:
             continue
         matched = sorted({*dropouts_of(values), *late}, key=order.__getitem__)
         edit = Edit(gm, site_of(late[0]), matched, late, record=context.record)
-        left, dtype = [node.args[0] for node in late], late[0].args[2]
-        wide = edit.call(dialect.get("lora_factor_grads").overload, left, values[0].source, dtype, *seeds)
+        left, dtype, x = [node.args[0] for node in late], late[0].args[2], values[0].source
+        if seeds[0]:
+            x = edit.call(torch.ops.aten.clone.default, x)
+            mark_recomputed(x)
+        wide = edit.call(dialect.get("lora_factor_grads").overload, left, x, dtype, *seeds)
         result.applied.append(edit.finish(*(edit.item(wide, i) for i in range(len(late)))))
 
 
