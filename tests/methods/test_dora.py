@@ -265,7 +265,10 @@ def test_values_and_gradients_are_the_formulas(data):
     assert [g.dtype for g in grads] == [args[i].dtype for i in used]
 
 
-@pytest.mark.parametrize("name", ["dora_linear", "dora_row_norm", "dora_linear_backward"])
+@pytest.mark.parametrize(
+    "name",
+    ["dora_linear", "dora_row_norm", "dora_linear_backward", "dora_rescale", "dora_rescale_grad", "dora_factor"],
+)
 @given(data=st.data())
 @settings(max_examples=30)
 def test_fakes_tell_shapes_and_dtypes(name, data):
@@ -276,6 +279,8 @@ def test_fakes_tell_shapes_and_dtypes(name, data):
     pairs = zip(found, told, strict=True) if isinstance(found, list | tuple) else [(found, told)]
     for got, fake in pairs:
         assert (got.shape, got.dtype, got.stride()) == (fake.shape, fake.dtype, fake.stride())
+    if op.cost is None:
+        return
     cost = op.cost(*meta)
     assert cost.flops > 0 and cost.read > 0 and cost.written > 0
 
@@ -303,3 +308,53 @@ def test_frozen_operands_are_refused_a_gradient(i, name):
     args[i].requires_grad_()
     with pytest.raises(UnsupportedError, match=f"its {name} is frozen"):
         dialect.get("dora_linear").overload(*args)
+
+
+def rescale_formula(y, bias, magnitude, norm):
+    c = magnitude / norm
+    return c * y + (0 if bias is None else (1 - c) * bias)
+
+
+@given(data=st.data())
+def test_the_factor_per_column_and_its_gradients_are_the_formulas(data):
+    args = dialect.get("dora_rescale").sample(data.draw)
+    leaves = [None if a is None else a.clone().requires_grad_(i in (0, 2)) for i, a in enumerate(args)]
+    exact = [None if a is None else a.double().requires_grad_(i in (0, 2)) for i, a in enumerate(args)]
+    out, want = dialect.get("dora_rescale").overload(*leaves), rescale_formula(*exact)
+    seed = torch.linspace(-1, 1, want.numel(), dtype=torch.float64).reshape(want.shape)
+    grads = torch.autograd.grad(out, [leaves[0], leaves[2]], seed.to(out.dtype))
+    wants = torch.autograd.grad(want, [exact[0], exact[2]], seed.to(out.dtype).double())
+    assert out.is_contiguous() and grads[0].is_contiguous()
+    # At most 16 terms, each of at most 2 x 4, and a quotient of at most 4.
+    bound = 64 * 4 * torch.finfo(out.dtype).eps
+    for got, one in zip((out, *grads), (want, *wants), strict=True):
+        assert got.dtype == out.dtype
+        assert float((got.detach().double() - one.detach()).abs().max()) <= bound
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_second_derivatives_of_the_factor_per_column(has_bias):
+    y, bias, m, n = (torch.rand(s, dtype=torch.float64) + 0.5 for s in ((3, 4), (4,), (4,), (4,)))
+    y.requires_grad_()
+    m.requires_grad_()
+
+    def rescale(y, m):
+        return dialect.get("dora_rescale").overload(y, bias if has_bias else None, m, n)
+
+    assert torch.autograd.gradcheck(rescale, (y, m)) and torch.autograd.gradgradcheck(rescale, (y, m))
+
+
+def test_a_factor_of_one_keeps_every_bit():
+    y, bias, n = torch.randn(3, 5), torch.randn(5), torch.rand(5) + 0.5
+    assert torch.equal(dialect.get("dora_rescale").overload(y, bias, n, n), y)
+    with pytest.raises(UnsupportedError, match="its bias is frozen"):
+        dialect.get("dora_rescale").overload(y, bias.requires_grad_(), n, n)
+
+
+def test_sites_that_read_one_value_share_it():
+    model = adaptc.compile(hosts.short("llama", train=True), adaptc.LoRA(**OPTIONS), backend="aot_eager")
+    model(**hosts.batch("llama")).loss.backward()
+    (graph,) = model.adaptc.graphs
+    gm = graph.graph_module("share")
+    shrinks = gm.graph.find_nodes(op="call_function", target=dialect.get("lora_shrink").overload)
+    assert [len(node.args[1]) for node in shrinks] == [3, 2]

@@ -4,10 +4,10 @@ before:  %dA1 = lora_factor_grad(%q1, %x, f32);   %dA2 = lora_factor_grad(%q2, %
 after:   %dA1, %dA2 = lora_factor_grads([%q1, %q2], %x, f32, [], [])
 
 before:  %d = seeded_dropout(%x, %seed, p);  %dA = lora_factor_grad(%q, %d, f32)
-after:   %c = clone(%x);  %dA = lora_factor_grads([%q], %c, f32, [%seed], [p])
+after:   %dA = lora_factor_grads([%q], %x, f32, [%seed], [p])
 
-The copy is marked to be made in the backward. Of a value that only a product reads there the partitioner keeps the
-value; of what a copy reads it keeps what is smallest, such as the input of a norm that is kept anyway.
+Where %x is made by a loop over elements it is marked to be made again in the backward, as the dropped input was: what
+the loop reads, such as the input of a norm, is mostly kept for other reasons. A sum of two tensors is not.
 
 Reassociates nothing. The new node stands where the last of the old ones did; a gradient that something reads before
 that keeps its own product.
@@ -20,7 +20,7 @@ from typing import cast
 import torch
 from torch import fx
 
-from adaptc.codegen.torch_internals import mark_recomputed
+from adaptc.codegen.torch_internals import OpOverload, mark_recomputed, node_value
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.sites import site_of
@@ -45,8 +45,7 @@ def share_factors(gm: fx.GraphModule, context: Context, result: Result) -> None:
         matched = sorted({*dropouts_of(values), *late}, key=order.__getitem__)
         edit = Edit(gm, site_of(late[0]), matched, late, record=context.record)
         left, dtype, x = [node.args[0] for node in late], late[0].args[2], values[0].source
-        if seeds[0]:
-            x = edit.call(torch.ops.aten.clone.default, x)
+        if seeds[0] and _is_cheap(x):
             mark_recomputed(x)
         wide = edit.call(dialect.get("lora_factor_grads").overload, left, x, dtype, *seeds)
         result.applied.append(edit.finish(*(edit.item(wide, i) for i in range(len(late)))))
@@ -60,3 +59,12 @@ def _groups(gm: fx.GraphModule) -> list[list[fx.Node]]:
         if (x := dropped(node.args[1])) is not None:
             found.setdefault((x.dropout is not None, x.source, node.args[2]), []).append(node)
     return [nodes for (is_dropped, *_), nodes in found.items() if is_dropped or len(nodes) > 1]
+
+
+def _is_cheap(x: fx.Node) -> bool:
+    """Whether a loop over elements makes ``x`` from what is not larger, and other than by adding two of its size."""
+    if not (isinstance(x.target, OpOverload) and torch.Tag.pointwise in x.target.tags) or "recompute" in x.meta:
+        return False
+    size = node_value(x).numel()
+    whole = [n for n in x.all_input_nodes if isinstance(v := node_value(n), torch.Tensor) and v.numel() >= size]
+    return len(whole) < 2 or x.target is torch.ops.aten.mul.Tensor

@@ -1,0 +1,128 @@
+"""The C++ kernels for products with a small side, at sizes with whole and cut tiles, against fp64 and the op's body."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaptc.codegen.cpp import skinny
+from adaptc.ir import lora_split
+from adaptc.ir.dropout import keep_mask
+
+SIZES = st.sampled_from([1, 2, 5, 6, 7, 12, 13, 31, 64, 65, 130])
+WIDTHS = st.sampled_from([1, 3, 8, 15, 16, 17, 63, 64, 100, 129, 511, 513, 1030])
+RANKS = st.lists(st.sampled_from([1, 3, 4, 8, 9, 16, 17, 33]), min_size=1, max_size=3)
+
+
+@st.composite
+def cases(draw):
+    """dtype, x (M, K), h of each group (M, r), A of each (r, K), seeds and p."""
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    M, K, ranks = draw(SIZES), draw(WIDTHS), draw(RANKS)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def tensor(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    x = tensor(M, 2 * K)[:, :K] if draw(st.booleans()) else tensor(M, K)
+    seeds, p = [], []
+    if draw(st.booleans()):
+        seeds = [torch.tensor([draw(st.integers(0, 2**62 - 1))]) for _ in ranks]
+        p = [draw(st.sampled_from([0.0, 0.05, 0.5, 0.9])) for _ in ranks]
+    return x, [tensor(M, r) for r in ranks], [tensor(r, K) for r in ranks], seeds, p
+
+
+def masks(x, count, seeds, p):
+    """Which elements are kept, over 1 - p, in fp64; the bits of the hash are tested by integers elsewhere."""
+    if not seeds:
+        return [torch.ones(x.shape, dtype=torch.float64)] * count
+    return [keep_mask(x, seed, rate).double() / (1 - rate) for seed, rate in zip(seeds, p, strict=True)]
+
+
+def check(got, body, want, size):
+    """As near to fp64 as the body in the same dtype: all of it, and no element by more than what another order of the
+    sum may cost, a few units of what is summed."""
+    for one, other, exact, terms in zip(got, body, want, size, strict=True):
+        assert one.shape == exact.shape and one.is_contiguous()
+        eps = torch.finfo(other.dtype).eps
+        error, error_of_body = (one.double() - exact).abs(), (other.double() - exact).abs()
+        assert bool((error <= 1.1 * error_of_body + 4 * eps * terms).all()), float((error / terms).max() / eps)
+        assert float(error.square().mean().sqrt()) <= float(
+            1.1 * error_of_body.square().mean().sqrt() + eps * terms.square().mean().sqrt()
+        )
+
+
+def dropouts(seeds, p):
+    return list(zip(seeds, p, strict=True))
+
+
+@given(case=cases())
+@settings(max_examples=150)
+def test_shrink(case):
+    x, _, A, seeds, p = case
+    scale = [torch.tensor([0.5 + i], dtype=torch.float64) for i in range(len(A))]
+    got = skinny.shrink(x, A, scale, dropouts(seeds, p))
+    pairs = list(zip(masks(x, len(A), seeds, p), A, scale, strict=True))
+    want = [s * (x.double() * m) @ a.double().t() for m, a, s in pairs]
+    size = [s * (x.double() * m).abs() @ a.double().abs().t() for m, a, s in pairs]
+    check(got, lora_split.shrink_body(x, A, scale, seeds, p), want, size)
+    assert all(h.dtype == x.dtype for h in got)
+
+
+@given(case=cases())
+@settings(max_examples=150)
+def test_gradient(case):
+    x, h, _, seeds, p = case
+    pairs = list(zip(masks(x, len(h), seeds, p), h, strict=True))
+    want = [one.double().t() @ (x.double() * m) for m, one in pairs]
+    size = [one.double().abs().t() @ (x.double() * m).abs() for m, one in pairs]
+    body = lora_split.factor_grads_body(h, x, torch.float32, seeds, p)
+    got = skinny.gradient(h, x, dropouts(seeds, p))
+    check(got, body, want, size)
+    transposed = skinny.gradient(h, x, dropouts(seeds, p), transposed=True)
+    assert all(torch.equal(t.t(), one) and t.is_contiguous() for t, one in zip(transposed, got, strict=True))
+
+
+@given(case=cases())
+@settings(max_examples=150)
+def test_update(case):
+    x, q, A, seeds, p = case
+    total = x.contiguous()
+    pairs = list(zip(masks(x, len(A), seeds, p), q, A, strict=True))
+    want = total.double() + sum(m * (one.double() @ a.double()) for m, one, a in pairs)
+    size = total.double().abs() + sum(m * (one.double().abs() @ a.double().abs()) for m, one, a in pairs)
+    body = lora_split.input_grads_body(total, q, A, seeds, p)
+    got = total.clone()
+    skinny.update(got, q, A, dropouts(seeds, p))
+    check([got], [body], [want], [size])
+
+
+def test_what_the_kernels_do_not_take_is_left_to_torch():
+    x = torch.randn(3, 4)
+    assert skinny.takes(x) and skinny.takes(x.bfloat16())
+    assert not skinny.takes(x.double()) and not skinny.takes(x.half()) and not skinny.takes(x[:0])
+    assert not skinny.takes(x.to("meta")) and not skinny.takes(x, x.bfloat16())
+
+    class Wrapped(torch.Tensor):
+        pass
+
+    assert not skinny.takes(x.as_subclass(Wrapped))
+
+
+@pytest.mark.parametrize("name", ["lora_shrink", "lora_factor_grads", "lora_input_grads"])
+def test_without_a_compiler_the_bodies_run(name, monkeypatch):
+    from adaptc.ir import dialect
+
+    x, q, A, seed = torch.randn(5, 8), [torch.randn(5, 3)], [torch.randn(3, 8)], [torch.tensor([9])]
+    args = {
+        "lora_shrink": (x, A, [torch.ones(1)], seed, [0.4]),
+        "lora_factor_grads": (q, x, torch.float32, seed, [0.4]),
+        "lora_input_grads": (x, q, A, seed, [0.4]),
+    }[name]
+    with_kernel = dialect.get(name).overload(*args)
+    monkeypatch.setattr(skinny, "library", lambda: None)
+    without = dialect.get(name).overload(*args)
+    torch.testing.assert_close(with_kernel, without)
+    assert dialect.get(name).kernel(*args) is None
