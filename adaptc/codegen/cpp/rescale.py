@@ -17,17 +17,23 @@ SOURCE = r"""
 #include <algorithm>
 #include <cstdint>
 #include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static inline int omp_get_thread_num() { return 0; }
+#endif
 
-// dy = c * g, where dy may be g;  sums_j = sum_i g_ij (y_ij - bias_j), from partial sums of 64 rows in fp32
+// dy = c * g, where dy may be g;  sums_j = sum_i g_ij (y_ij - bias_j), from partial sums of 64 rows in fp32. The
+// threads' sums are added in the order of the threads: the same numbers in every run.
 extern "C" void rescale_gradient(const float* g, const float* y, const float* bias, const float* c, float* dy,
                                  double* sums, int64_t rows, int64_t width, int threads) {
     constexpr int64_t BLOCK = 64;
     const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
-    std::fill(sums, sums + width, 0.0);
+    std::vector<double> all(static_cast<size_t>(threads) * width, 0.0);
     #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         std::vector<float> part(width);
-        std::vector<double> own(width, 0.0);
+        double* own = all.data() + omp_get_thread_num() * width;
         #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; ++block) {
             std::fill(part.begin(), part.end(), 0.0f);
@@ -53,9 +59,10 @@ extern "C" void rescale_gradient(const float* g, const float* y, const float* bi
             }
             for (int64_t j = 0; j < width; ++j) own[j] += part[j];
         }
-        #pragma omp critical
-        for (int64_t j = 0; j < width; ++j) sums[j] += own[j];
     }
+    std::fill(sums, sums + width, 0.0);
+    for (int t = 0; t < threads; ++t)
+        for (int64_t j = 0; j < width; ++j) sums[j] += all[t * width + j];
 }
 """
 #: Elements below which a second thread costs more than it does.
