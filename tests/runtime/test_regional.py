@@ -84,10 +84,11 @@ def test_blocks_of_many_classes(host):
 
 
 def test_layers_have_seeds_of_their_own_and_repeat_with_torchs(monkeypatch):
-    def kernel(x, seed, p):
-        seen.append(int(seed))
+    def kernel(*args):
+        seen.extend(map(int, args[-2]))
 
-    monkeypatch.setattr(dialect.get("seeded_dropout"), "kernel", kernel)
+    for name in ("lora_shrink", "lora_factor_grads", "lora_input_grads"):
+        monkeypatch.setattr(dialect.get(name), "kernel", kernel)
     seen: list[int] = []
     lora = adaptc.LoRA(r=3, alpha=6, init="random", dropout=0.4, targets="all-linear")
     model, batch = regional(llama(), lora), hosts.batch("llama")
