@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,11 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         return Cost(*(a + b for a, b in pairs))
+
+
+def nbytes(*tensors: torch.Tensor | None) -> int:
+    """Bytes that ``tensors`` take, for a cost; nothing for None."""
+    return sum(math.prod(int(s) for s in t.shape) * t.dtype.itemsize for t in tensors if t is not None)
 
 
 @dataclasses.dataclass

@@ -22,7 +22,7 @@ import torch
 from adaptc.errors import UnsupportedError
 from adaptc.ir import dialect
 from adaptc.ir.derive import inline
-from adaptc.ir.dialect import Cost, DialectOp
+from adaptc.ir.dialect import Cost, DialectOp, nbytes
 from adaptc.ir.lora import draw_tensor
 
 #: Into how many blocks of rows W is cut: what is computed of a block (its squares; a 16-bit weight in fp32) is the
@@ -193,10 +193,6 @@ def _elements(*sizes: Any) -> int:
     return math.prod(int(s) for s in sizes)
 
 
-def _bytes(*tensors: torch.Tensor | None) -> int:
-    return sum(_elements(*t.shape) * t.dtype.itemsize for t in tensors if t is not None)
-
-
 def row_norm_cost(
     weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, transposed: bool
 ) -> Cost:
@@ -205,7 +201,7 @@ def row_norm_cost(
     dtype = norm_dtype(weight, A)
     wide = 0 if weight.dtype == dtype else size * dtype.itemsize
     flops = 2 * size * (1 + r) + 2 * int(r) * int(r) * (int(k) + n)
-    return Cost(flops=flops, read=2 * _bytes(weight) + wide + _bytes(A, B), written=wide + n * dtype.itemsize)
+    return Cost(flops=flops, read=2 * nbytes(weight) + wide + nbytes(A, B), written=wide + n * dtype.itemsize)
 
 
 def linear_cost(
@@ -217,9 +213,9 @@ def linear_cost(
     h, product = m * int(r) * x.dtype.itemsize, m * n * x.dtype.itemsize
     return Cost(
         flops=2 * m * int(r) * (int(k) + n) + 5 * m * n,
-        read=_bytes(x, y, base, bias, A, B, magnitude, norm) + h + product,
-        written=_bytes(y) + h + product,
-        saved=h + _bytes(y if base is None else base),
+        read=nbytes(x, y, base, bias, A, B, magnitude, norm) + h + product,
+        written=nbytes(y) + h + product,
+        saved=h + nbytes(y if base is None else base),
     )
 
 
@@ -237,11 +233,11 @@ def backward_cost(
     like = zip((x, grad, grad, A, B, magnitude), need, strict=True)
     return Cost(
         flops=small * (n * (q + G) + int(k) * (need_x + need_A)) + pointwise * m * n,
-        read=_bytes(grad) * (q + G + (pointwise > 0))
-        + need_magnitude * _bytes(z)
-        + need_A * _bytes(x)
-        + _bytes(A, B, h),
-        written=sum(_bytes(t) for t, wanted in like if wanted) + q * m * int(r) * grad.dtype.itemsize,
+        read=nbytes(grad) * (q + G + (pointwise > 0))
+        + need_magnitude * nbytes(z)
+        + need_A * nbytes(x)
+        + nbytes(A, B, h),
+        written=sum(nbytes(t) for t, wanted in like if wanted) + q * m * int(r) * grad.dtype.itemsize,
     )
 
 

@@ -23,7 +23,7 @@ from adaptc.codegen.torch_internals import node_value
 from adaptc.errors import UnsupportedError
 from adaptc.ir import dialect
 from adaptc.ir.derive import inline
-from adaptc.ir.dialect import Cost, DialectOp
+from adaptc.ir.dialect import Cost, DialectOp, nbytes
 from adaptc.ir.edit import Edit
 from adaptc.ir.lora import draw_tensor
 
@@ -54,11 +54,14 @@ def save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 def gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    need_y, _, need_magnitude, _ = ctx.needs_input_grad
+    if not need_magnitude:
+        c = ctx.saved_tensors[2] / ctx.saved_tensors[3]
+        return grad * c.to(grad.dtype) if need_y else None, None, None, None
     op = dialect.get("dora_rescale_grad")
     # With create_graph=True someone differentiates this result: the body has a second derivative, the op none.
     dy, dm = (op.body if torch.is_grad_enabled() else op.overload)(grad, *ctx.saved_tensors)
-    need_y, _, need_magnitude, _ = ctx.needs_input_grad
-    return dy if need_y else None, None, dm if need_magnitude else None, None
+    return dy if need_y else None, None, dm, None
 
 
 def grad_body(
@@ -119,20 +122,16 @@ def _cast(edit: Edit, node: fx.Node, like: fx.Node) -> fx.Node:
     return node if same else edit.call(torch.ops.prims.convert_element_type.default, node, dtype)
 
 
-def _bytes(*tensors: torch.Tensor | None) -> int:
-    return sum(math.prod(int(s) for s in t.shape) * t.dtype.itemsize for t in tensors if t is not None)
-
-
 def cost(y: torch.Tensor, bias: torch.Tensor | None, magnitude: torch.Tensor, norm: torch.Tensor) -> Cost:
     flops = (1 + (bias is not None)) * math.prod(int(s) for s in y.shape)
-    return Cost(flops=flops, read=_bytes(y, bias, magnitude, norm), written=_bytes(y), saved=_bytes(y))
+    return Cost(flops=flops, read=nbytes(y, bias, magnitude, norm), written=nbytes(y), saved=nbytes(y))
 
 
 def grad_cost(
     grad: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, magnitude: torch.Tensor, norm: torch.Tensor
 ) -> Cost:
     flops = (3 + (bias is not None)) * math.prod(int(s) for s in y.shape)
-    return Cost(flops=flops, read=_bytes(grad, y, bias, magnitude, norm), written=_bytes(grad, magnitude))
+    return Cost(flops=flops, read=nbytes(grad, y, bias, magnitude, norm), written=nbytes(grad, magnitude))
 
 
 def factor_sample(draw: Any) -> tuple[Any, ...]:

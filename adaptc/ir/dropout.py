@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from adaptc.codegen.cpp.elements import kept_scale, threshold
 from adaptc.codegen.cpp.seeded_dropout import seeded_dropout as cpp_dropout
 from adaptc.ir import dialect
 from adaptc.ir.derive import inline
@@ -48,12 +49,12 @@ def keep_mask(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     h = columns * _COLUMN + (rows * _ROW + (low + high * _JOIN))
     h = (_xorshift(h, 16) * _FIRST) ^ (rows * _OTHER_ROW + high)
     h = _xorshift(h, 15) * _SECOND
-    return h >= min(math.floor(p * 2**32), 2**32 - 1) - 2**31
+    return h >= threshold(p) - 2**31
 
 
 def body(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     wide = torch.float32 if x.dtype.itemsize < 4 else x.dtype
-    scaled = (x.contiguous().to(wide) * (1 / (1 - p) if p < 1 else 0.0)).to(x.dtype)
+    scaled = (x.contiguous().to(wide) * kept_scale(p)).to(x.dtype)
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
     return torch.where(keep_mask(x, seed, p), scaled, zero)
 

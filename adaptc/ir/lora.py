@@ -19,7 +19,7 @@ import torch
 
 from adaptc.errors import UnsupportedError
 from adaptc.ir import dialect
-from adaptc.ir.dialect import Cost, DialectOp
+from adaptc.ir.dialect import Cost, DialectOp, nbytes
 
 
 def _opmath(t: torch.Tensor) -> torch.dtype:
@@ -122,10 +122,6 @@ def _numel(*sizes: Any) -> int:
     return math.prod(int(s) for s in sizes)
 
 
-def _bytes(*tensors: torch.Tensor) -> int:
-    return sum(_numel(*t.shape) * t.dtype.itemsize for t in tensors)
-
-
 def linear_cost(
     x: torch.Tensor, y: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, scale_at: str
 ) -> Cost:
@@ -136,8 +132,8 @@ def linear_cost(
     extra = 2 * m * n * x.dtype.itemsize if scale_at == "n" else 0
     return Cost(
         flops=2 * m * r * (k + n) + wide + m * n,
-        read=_bytes(x, y, A, B) + h + extra,
-        written=_bytes(y) + h + extra,
+        read=nbytes(x, y, A, B) + h + extra,
+        written=nbytes(y) + h + extra,
         saved=h,
     )
 
@@ -204,7 +200,7 @@ def bottleneck_grad_fake(grad: torch.Tensor, B: torch.Tensor, scale: torch.Tenso
 def bottleneck_grad_cost(grad: torch.Tensor, B: torch.Tensor, scale: torch.Tensor) -> Cost:
     m, n, r = _numel(*grad.shape[:-1]), int(grad.shape[-1]), int(B.shape[1])
     q = m * r * grad.dtype.itemsize
-    return Cost(flops=2 * m * n * r + m * r, read=_bytes(grad, B), written=q)
+    return Cost(flops=2 * m * n * r + m * r, read=nbytes(grad, B), written=q)
 
 
 def bottleneck_grad_sample(draw: Any) -> tuple[Any, ...]:
@@ -227,7 +223,7 @@ def factor_grad_fake(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype
 
 def factor_grad_cost(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> Cost:
     m, i, j = _numel(*left.shape[:-1]), int(left.shape[-1]), int(right.shape[-1])
-    return Cost(flops=2 * m * i * j, read=_bytes(left, right), written=i * j * dtype.itemsize)
+    return Cost(flops=2 * m * i * j, read=nbytes(left, right), written=i * j * dtype.itemsize)
 
 
 def factor_grad_sample(draw: Any) -> tuple[Any, ...]:
@@ -246,7 +242,7 @@ def input_grad_fake(q: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
 
 def input_grad_cost(q: torch.Tensor, A: torch.Tensor) -> Cost:
     m, r, k = _numel(*q.shape[:-1]), int(q.shape[-1]), int(A.shape[1])
-    return Cost(flops=2 * m * r * k, read=_bytes(q, A), written=m * k * q.dtype.itemsize)
+    return Cost(flops=2 * m * r * k, read=nbytes(q, A), written=m * k * q.dtype.itemsize)
 
 
 def input_grad_sample(draw: Any) -> tuple[Any, ...]:

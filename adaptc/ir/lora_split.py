@@ -21,7 +21,7 @@ import torch
 from adaptc.codegen.cpp import skinny
 from adaptc.codegen.torch_internals import cpu_emulates, node_value
 from adaptc.ir import dialect, dropout
-from adaptc.ir.dialect import Cost, DialectOp
+from adaptc.ir.dialect import Cost, DialectOp, nbytes
 from adaptc.ir.lora import draw_dtypes, draw_tensor, rows, scaled
 
 Tensors = Sequence[torch.Tensor]
@@ -143,10 +143,6 @@ def input_grads_fake(dx: torch.Tensor, q: Tensors, A: Tensors, seeds: Tensors, p
     return dx.new_empty(dx.shape)
 
 
-def _bytes(*tensors: torch.Tensor) -> int:
-    return sum(math.prod(int(s) for s in t.shape) * t.dtype.itemsize for t in tensors)
-
-
 def _product(left: torch.Tensor, ranks: int, width: int) -> int:
     return 2 * math.prod(int(s) for s in left.shape[:-1]) * ranks * width
 
@@ -161,13 +157,13 @@ def shrink_cost(x: torch.Tensor, A: Tensors, scale: Tensors, seeds: Tensors, p: 
     ranks = sum(int(a.shape[0]) for a in A)
     scaling = sum(math.prod(int(s) for s in h.shape) for h in out)
     flops = _product(x, ranks, int(x.shape[-1])) + scaling + _masks(x, seeds, p)
-    return Cost(flops=flops, read=_bytes(x, *A), written=_bytes(*out), saved=_bytes(*out))
+    return Cost(flops=flops, read=nbytes(x, *A), written=nbytes(*out), saved=nbytes(*out))
 
 
 def expand_cost(y: torch.Tensor, h: torch.Tensor, B: torch.Tensor) -> Cost:
     sums = math.prod(int(s) for s in y.shape)
     flops = _product(h, int(h.shape[-1]), int(y.shape[-1])) + sums
-    return Cost(flops=flops, read=_bytes(y, h, B), written=_bytes(y))
+    return Cost(flops=flops, read=nbytes(y, h, B), written=nbytes(y))
 
 
 def factor_grads_cost(
@@ -175,13 +171,13 @@ def factor_grads_cost(
 ) -> Cost:
     out = factor_grads_fake(left, right, dtype, seeds, p)
     flops = _product(right, sum(int(t.shape[-1]) for t in left), int(right.shape[-1])) + _masks(right, seeds, p)
-    return Cost(flops=flops, read=_bytes(right, *left), written=_bytes(*out))
+    return Cost(flops=flops, read=nbytes(right, *left), written=nbytes(*out))
 
 
 def input_grads_cost(dx: torch.Tensor, q: Tensors, A: Tensors, seeds: Tensors, p: Sequence[float]) -> Cost:
     sums = math.prod(int(s) for s in dx.shape) * (len(q) if seeds else 1) + _masks(dx, seeds, p)
     flops = _product(dx, sum(int(t.shape[-1]) for t in q), int(dx.shape[-1])) + sums
-    return Cost(flops=flops, read=_bytes(dx, *q, *A), written=_bytes(dx))
+    return Cost(flops=flops, read=nbytes(dx, *q, *A), written=nbytes(dx))
 
 
 def _sizes(draw: Any) -> tuple[tuple[int, ...], int, list[int]]:

@@ -3,10 +3,9 @@
 before:  %h = mm(%x, %a)                                          bfloat16
 after:   %h = to(mm(to(%x, float32), to(%a, float32)), bfloat16)
 
-The library computes a 16-bit product there number by number: a rank-16 expansion of 512 x 1024 took 8 ms where fp32
-took 0.2. Both sum in fp32 and round once; a bias is added before the rounding. The copies of the factors in fp32 are
-small, those of activations are made again in the backward where it reads them. The base model's own products stay as
-they are, to the bit.
+The library computes a 16-bit product there number by number, many times slower than in fp32. Both sum in fp32 and round
+once; a bias is added before the rounding. The copies of the factors in fp32 are small, those of activations are made
+again in the backward where it reads them. The base model's own products stay as they are, to the bit.
 """
 
 from __future__ import annotations

@@ -81,8 +81,6 @@ def test_gradient(case):
     body = lora_split.factor_grads_body(h, x, torch.float32, seeds, p)
     got = skinny.gradient(h, x, dropouts(seeds, p))
     check(got, body, want, size)
-    transposed = skinny.gradient(h, x, dropouts(seeds, p), transposed=True)
-    assert all(torch.equal(t.t(), one) and t.is_contiguous() for t, one in zip(transposed, got, strict=True))
 
 
 @given(case=cases())
@@ -103,7 +101,7 @@ def test_what_the_kernels_do_not_take_is_left_to_torch():
     x = torch.randn(3, 4)
     assert skinny.takes(x) and skinny.takes(x.bfloat16())
     assert not skinny.takes(x.double()) and not skinny.takes(x.half()) and not skinny.takes(x[:0])
-    assert not skinny.takes(x.to("meta")) and not skinny.takes(x, x.bfloat16())
+    assert not skinny.takes(x.to("meta"))
 
     class Wrapped(torch.Tensor):
         pass

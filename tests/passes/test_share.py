@@ -178,6 +178,50 @@ def test_dropouts_become_part_of_the_products(targets):
     assert found["lora_factor_grad"] == sum(groups), "those of the second factors"
 
 
+class Noisy(nn.Module):
+    """A dropout of the base model in front of an adapted layer, and a sum that nothing else keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        h = torch.nn.functional.dropout(torch.tanh(self.first(x)), 0.5, self.training)
+        return self.second(h + torch.sin(h)).square().sum()
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_made_again_in_the_backward_has_the_masks_that_it_had(dtype):
+    """The derivative along one direction by differences, under equal seeds: in fp32 the kernels run."""
+    torch.manual_seed(0)
+    lora = adaptc.LoRA(r=3, dropout=0.3, targets="all-linear", init="random")
+    model = adaptc.compile(Noisy().to(dtype), lora, backend="inductor", adapter_dtype=dtype)
+    x = torch.randn(7, 6, dtype=dtype, requires_grad=True)
+    parameters = [x, *model.adaptc.parameters()]
+
+    def loss(seed):
+        torch.manual_seed(seed)
+        return model(x)
+
+    for seed in range(3):
+        for parameter in parameters:
+            parameter.grad = None
+        loss(seed).backward()
+        directions = [torch.randn_like(p) for p in parameters]
+        along = sum(float((p.grad * d).sum()) for p, d in zip(parameters, directions, strict=True))
+        step = 1e-3 if dtype == torch.float32 else 1e-6
+        ends = []
+        for sign in (1, -1):
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter.data.add_(direction, alpha=sign * step)
+            # With gradients: the graph of a training step.
+            ends.append(float(loss(seed)))
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter.data.add_(direction, alpha=-sign * step)
+        assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(along, rel=2e-2 if dtype == torch.float32 else 1e-5)
+
+
 def test_the_masks_are_those_of_the_dropouts():
     """The same step with and without the pass: one seed, the same masks, in the forward and in the backward."""
     found = []

@@ -8,32 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 
 import torch
 
 from adaptc.codegen import torch_internals
+from adaptc.codegen.cpp.elements import ELEMENTS, kept_scale, threshold
 
 #: The constants are those of ``adaptc.ir.dropout``.
-SOURCE = r"""
-#include <cstdint>
-#include <cstring>
+SOURCE = ELEMENTS + r"""
 
-static inline float load(const float* p) { return *p; }
-static inline void store(float* p, float v) { *p = v; }
-struct bf16 { uint16_t bits; };
-static inline float load(const bf16* p) {
-    uint32_t word = static_cast<uint32_t>(p->bits) << 16;
-    float v;
-    std::memcpy(&v, &word, 4);
-    return v;
-}
-static inline void store(bf16* p, float v) {  // to nearest, ties to even; NaN stays NaN
-    uint32_t word;
-    std::memcpy(&word, &v, 4);
-    uint32_t rounded = (word + 0x7FFFu + ((word >> 16) & 1u)) >> 16;
-    p->bits = static_cast<uint16_t>(v != v ? 0x7FC0u : rounded);
-}
 
 template <typename T>
 static void drop(const T* x, T* y, int64_t rows, int64_t width, uint64_t seed, uint32_t least, float scale,
@@ -96,6 +79,6 @@ def seeded_dropout(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tenso
     threads = torch.get_num_threads() if x.numel() > _GRAIN else 1
     getattr(library, _NAMES[x.dtype])(
         x.data_ptr(), y.data_ptr(), x.numel() // width if width else 0, width, seed.data_ptr(),
-        min(math.floor(p * 2**32), 2**32 - 1), 1 / (1 - p) if p < 1 else 0.0, threads,
+        threshold(p), kept_scale(p), threads,
     )  # fmt: skip
     return y

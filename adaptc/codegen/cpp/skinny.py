@@ -1,7 +1,7 @@
 """Products with one small side (tall and skinny: a rank), in fp32 sums, with dropout where the input is read.
 
-    shrink     h_g   = scale_g * (D_g . x) A_g^T        x (M, K), A_g (r_g, K) or its transpose, h_g (M, r_g)
-    gradient   d_g   = h_g^T (D_g . x)                  h_g (M, r_g), x (M, K), d_g (r_g, K) or its transpose
+    shrink     h_g   = scale_g * (D_g . x) A_g^T        x (M, K), A_g (r_g, K), h_g (M, r_g)
+    gradient   d_g   = h_g^T (D_g . x)                  h_g (M, r_g), x (M, K), d_g (r_g, K)
     update     total += sum_g D_g . (q_g A_g)           q_g (M, r_g), A_g (r_g, K), total (M, K)
 
 D_g is the mask of ``adaptc.ir.dropout`` over 1 - p, or one. x and total are read once for all g: rows that fit a cache
@@ -13,19 +13,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from adaptc.codegen import torch_internals
+from adaptc.codegen.cpp.elements import ELEMENTS, kept_scale, threshold
 
 #: The constants of the hash are those of ``adaptc.ir.dropout``.
-SOURCE = r"""
+SOURCE = ELEMENTS + r"""
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
 // A sum of products is one instruction and rounds once.
@@ -49,21 +47,6 @@ static inline vec read(const float* p) { return *reinterpret_cast<const vec*>(p)
 static inline void write(float* p, vec v) { *reinterpret_cast<vec*>(p) = v; }
 static inline vec splat(float v) { return v - vec{}; }  // v + 0 is not v where v is -0: an instruction more
 
-static inline float load(const float* p) { return *p; }
-static inline void store(float* p, float v) { *p = v; }
-struct bf16 { uint16_t bits; };
-static inline float load(const bf16* p) {
-    uint32_t word = static_cast<uint32_t>(p->bits) << 16;
-    float v;
-    std::memcpy(&v, &word, 4);
-    return v;
-}
-static inline void store(bf16* p, float v) {  // to nearest, ties to even; NaN stays NaN
-    uint32_t word;
-    std::memcpy(&word, &v, 4);
-    uint32_t rounded = (word + 0x7FFFu + ((word >> 16) & 1u)) >> 16;
-    p->bits = static_cast<uint16_t>(v != v ? 0x7FC0u : rounded);
-}
 
 // One adapter: its columns of the packed factors, its dropout (seed null: none), its part of the result.
 struct Group {
@@ -71,8 +54,7 @@ struct Group {
     const int64_t* seed;
     uint32_t least;
     float keep;           // 1 / (1 - p)
-    void* part;           // shrink: h; gradient: d; update: q
-    int64_t across, down; // gradient: strides of d by column and by rank
+    void* part;           // shrink: h; gradient: d
 };
 
 struct Row { uint32_t first, second; };
@@ -213,8 +195,7 @@ static void gradient(const float* h, int64_t columns, const T* x, int64_t rows, 
                 float* part = static_cast<float*>(groups[g].part);
                 for (int64_t r = 0; r < groups[g].rank; ++r)
                     for (int64_t c = 0; c < cols; ++c)
-                        part[(c0 + c) * groups[g].across + r * groups[g].down] =
-                            sums[(groups[g].first + r) * PANEL + c];
+                        part[r * width + c0 + c] = sums[(groups[g].first + r) * PANEL + c];
             }
         }
     }
@@ -284,7 +265,7 @@ _GRAIN = 1 << 18
 class _Group(ctypes.Structure):
     _fields_ = (
         ("rank", ctypes.c_int64), ("first", ctypes.c_int64), ("seed", ctypes.c_void_p), ("least", ctypes.c_uint32),
-        ("keep", ctypes.c_float), ("part", ctypes.c_void_p), ("across", ctypes.c_int64), ("down", ctypes.c_int64),
+        ("keep", ctypes.c_float), ("part", ctypes.c_void_p),
     )  # fmt: skip
 
 
@@ -306,16 +287,11 @@ def library() -> Any:
     return found
 
 
-def takes(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels can read these: plain CPU tensors of one dtype that they know."""
+def takes(x: torch.Tensor) -> bool:
+    """Whether the kernels can read ``x``: a plain CPU tensor of a dtype that they know, not empty."""
     # Of a subclass the memory may be elsewhere, or nowhere.
-    return (
-        all(type(t) is torch.Tensor and t.device.type == "cpu" for t in tensors)
-        and len({t.dtype for t in tensors}) == 1
-        and tensors[0].dtype in DTYPES
-        and all(t.numel() for t in tensors)
-        and library() is not None
-    )
+    plain = type(x) is torch.Tensor and x.device.type == "cpu" and x.dtype in DTYPES
+    return plain and x.numel() > 0 and library() is not None
 
 
 def shrink(
@@ -340,20 +316,17 @@ def shrink(
 
 
 def gradient(
-    h: Sequence[torch.Tensor], x: torch.Tensor, dropouts: Sequence[Dropout] = (), *, transposed: bool = False
+    h: Sequence[torch.Tensor], x: torch.Tensor, dropouts: Sequence[Dropout] = ()
 ) -> list[torch.Tensor]:
-    """d of each of ``h`` (M, r_g), fp32: (r_g, K), or (K, r_g) where ``transposed``."""
+    """d (r_g, K) of each of ``h`` (M, r_g), in fp32."""
     x = _by_rows(x)
     ranks = [one.shape[1] for one in h]
     firsts, columns = _places(ranks, 4)
     packed = torch.zeros(x.shape[0], columns)
     for first, rank, one in zip(firsts, ranks, h, strict=True):
         packed[:, first : first + rank] = one
-    width = x.shape[1]
-    parts = [torch.empty((width, rank) if transposed else (rank, width)) for rank in ranks]
+    parts = [torch.empty(rank, x.shape[1]) for rank in ranks]
     groups = _groups(firsts, parts, ranks, dropouts)
-    for group, rank in zip(groups, ranks, strict=True):
-        group.across, group.down = (rank, 1) if transposed else (1, width)
     getattr(library(), f"gradient_{DTYPES[x.dtype]}")(
         packed.data_ptr(), columns, x.data_ptr(), *x.shape, x.stride(0), groups, len(h), _threads(x, columns)
     )
@@ -409,8 +382,7 @@ def _groups(
         group.rank, group.first, group.part = rank, first, part.data_ptr()
     for group, (seed, p) in zip(groups, dropouts, strict=False):
         group.seed = seed.data_ptr()
-        group.least = min(math.floor(p * 2**32), 2**32 - 1)
-        group.keep = 1 / (1 - p) if p < 1 else 0.0
+        group.least, group.keep = threshold(p), kept_scale(p)
     return groups
 
 
