@@ -183,7 +183,7 @@ class JointStage:
         rewritten, reports = self.pipeline.run(
             gm,
             "joint",
-            Context(record=bool(self.options.verify)),
+            Context(record=bool(self.options.verify), choices=self.graph.choices),
             start=start,
             on_stage=self.graph.keep_stage,
             validate=validate.validator(self.options.verify, None),

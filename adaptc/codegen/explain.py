@@ -61,6 +61,7 @@ def explain(handle: Handle) -> Explanation:
         which = f"graph{'s' if len(members) > 1 else ''} {ranges(members)}"
         sections.append((f"{which}: passes", passes))
         sections.append((f"{which}: cost over the frozen base (estimated)", costs))
+    sections.append(("timed on this host", _choices(graphs)))
     sections.append(("attention", _attention(handle)))
     complete = ((title, tuple(lines)) for title, lines in sections)
     return Explanation(tuple((title, lines) for title, lines in complete if lines))
@@ -216,6 +217,12 @@ def _costs(graph: CapturedGraph) -> Iterator[str]:
         yield f"saved     {_over(*cost.saved_bytes(*graph.parts), 'B')}"
     if graph.in_place:
         yield f"in place  {graph.in_place} results are made in the memory of their first operand"
+
+
+def _choices(graphs: Sequence[CapturedGraph]) -> Iterator[str]:
+    """What was chosen by its speed, for how many products of how many graphs."""
+    for text, count in Counter(str(choice) for graph in graphs for choice in graph.choices).items():
+        yield f"{text} ({_count(count, 'product')})"
 
 
 def _moved(one: Cost) -> int:

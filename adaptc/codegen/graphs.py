@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
+from adaptc.codegen.choices import Choice
 from adaptc.errors import PipelineError
 from adaptc.ir import show
 from adaptc.ir.edit import snapshot
@@ -42,6 +43,8 @@ class CapturedGraph:
     is_recompile: bool = False
     #: Sums that Inductor's code makes where their first term is.
     in_place: int = 0
+    #: What passes chose by its speed, once for each product.
+    choices: list[Choice] = dataclasses.field(default_factory=list, repr=False)
     #: ``id`` of the site-id tensors it was called with: of several layers, where they share the graph.
     ran: set[int] = dataclasses.field(default_factory=set)
     _stages: dict[str, fx.GraphModule] = dataclasses.field(default_factory=dict, repr=False)

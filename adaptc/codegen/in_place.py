@@ -3,7 +3,12 @@
 before:  %y = mm(%x, %W);  %out = addmm(%y, %h, %B);  f(%out)        the library copies y, then adds to the copy
 after:   %y = mm(%x, %W);  add_product_(%y, %h, %B);  f(%y)
 
-the same for ``lora_input_grads(%dx, ...)``, and
+the same for ``lora_input_grads(%dx, ...)``,
+
+before:  %a = mm(%g, %W);  %b = mm(%h, %V);  %dx = add(%a, %b)       two results, and a pass over both
+after:   %a = mm(%g, %W);  add_product_(%a, %h, %V)
+
+as the gradients of one input by q, k and v are, and
 
 before:  %g = mul(...);  %dy, %dm = dora_rescale_grad(%g, %y, ...)
 after:   %g = mul(...);  %dm = rescale_grad_(%g, %y, ...);  f(%g)
@@ -30,7 +35,7 @@ from adaptc.ir.dora_rescale import grad_in_place
 from adaptc.ir.lora_split import add_input_grads
 
 aten = torch.ops.aten
-_PRODUCTS = (aten.mm.default, aten.addmm.default)
+_PRODUCTS = (aten.mm.default, aten.addmm.default, dialect.get("onednn_linear").overload)
 _LOOPS = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.clone.default)
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
@@ -70,7 +75,7 @@ RESCALE_GRAD = _define(
 def accumulate_in_place(graph: fx.Graph) -> int:
     """Rewrite ``graph``; returns how many results are made in place now."""
     in_place = {aten.addmm.default: ADD_PRODUCT, dialect.get("lora_input_grads").overload: ADD_PRODUCTS}
-    count = 0
+    count = _sum_products(graph)
     for node in graph.nodes:
         if node.target not in in_place or node.kwargs:
             continue
@@ -88,6 +93,33 @@ def accumulate_in_place(graph: fx.Graph) -> int:
         _erase_views(graph, views, product)
         count += 1
     return count + _rescale_in_place(graph)
+
+
+def _sum_products(graph: fx.Graph) -> int:
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    count = 0
+    for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        if node.kwargs or not all(isinstance(arg, fx.Node) for arg in node.args):
+            continue
+        pairs = [(views, product) for views in node.args if (product := _owned(views, _is_product)) is not None]
+        if len(pairs) < 2 or pairs[0][1] is pairs[1][1]:
+            continue
+        (views, total), (folded_views, folded) = sorted(pairs, key=lambda pair: order[pair[1]])
+        is_plain = folded.target is aten.mm.default and len(folded.users) == 1
+        if not is_plain or not (_same_memory(total, node) and _same_memory(folded, node)):
+            continue
+        if node_value(node).dtype.itemsize < 4:  # rounded once each, as without an adapter
+            continue
+        with graph.inserting_before(folded):
+            graph.call_function(ADD_PRODUCT, (total, *folded.args)).meta = {**_meta(folded), "val": None}
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(_viewed(graph, total, views))
+        graph.erase_node(node)
+        _erase_views(graph, views, total)
+        _erase_views(graph, folded_views, folded)
+        graph.erase_node(folded)
+        count += 1
+    return count
 
 
 def _rescale_in_place(graph: fx.Graph) -> int:

@@ -340,6 +340,23 @@ def cpu_emulates(dtype: torch.dtype) -> bool:
     return supported is None or not supported()
 
 
+def has_onednn() -> bool:
+    """Whether :func:`onednn_linear` works here. 2.11 to 2.15."""
+    return bool(torch._C._has_mkldnn) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + b of fp32 CPU matrices by oneDNN, ``weight`` (N, K) of any strides, read where it is. 2.11 to 2.15."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def cache_dir() -> str:
+    """The directory of Inductor's caches, which a user may have set. 2.11 to 2.15."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir as inductors
+
+    return inductors()
+
+
 def load_cpp(source: str) -> Any:
     """C++ code as a ``ctypes.CDLL``, compiled by Inductor's compiler with its flags and cache; None without one. 2.11
     to 2.15."""

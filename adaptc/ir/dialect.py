@@ -30,6 +30,7 @@ _TABLE = {
     "lora_factor_grads": "adaptc.ir.lora_split",
     "lora_input_grads": "adaptc.ir.lora_split",
     "seeded_dropout": "adaptc.ir.dropout",
+    "onednn_linear": "adaptc.ir.onednn_linear",
 }
 
 _LIBRARY = torch.library.Library("adaptc", "DEF")  # type: ignore[no-untyped-call]

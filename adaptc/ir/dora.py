@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from adaptc.codegen.cpp import skinny
+from adaptc.codegen.torch_internals import node_value
 from adaptc.errors import UnsupportedError
 from adaptc.ir import dialect
 from adaptc.ir.derive import inline
@@ -60,10 +62,34 @@ def row_norm_body(
     return (torch.cat(squares) + 2 * s * cross + s * s * gram).clamp_min(0).sqrt()
 
 
+def row_norm_kernel(
+    weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, transposed: bool
+) -> torch.Tensor | None:
+    """One pass over W, where its rows lie in memory."""
+    weight = weight.detach()
+    if transposed or norm_dtype(weight, A) != torch.float32 or not skinny.takes(weight) or weight.stride(1) != 1:
+        return None
+    return skinny.row_norms(weight, A, B, float(scale))
+
+
+def row_norm(
+    weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, transposed: bool
+) -> torch.Tensor:
+    """The op outside a graph, where nothing records gradients: the same bits as in one."""
+    found = row_norm_kernel(weight, A, B, scale, transposed)
+    return row_norm_body(weight, A, B, scale, transposed) if found is None else found
+
+
 def row_norm_fake(
     weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, transposed: bool
 ) -> torch.Tensor:
     return weight.new_empty((weight.shape[1 if transposed else 0],), dtype=norm_dtype(weight, A))
+
+
+def _has_row_norm_kernel(device: str, *args: Any) -> bool:
+    weight, A, _, _, transposed = args
+    dtypes = node_value(weight).dtype, node_value(A).dtype
+    return device == "cpu" and not transposed and dtypes[0] in skinny.DTYPES and dtypes[1] != torch.float64
 
 
 def row_norm_save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -293,6 +319,8 @@ DORA_ROW_NORM = dialect.define(
         cost=row_norm_cost,
         sample=row_norm_sample,
         lowering=inline("dora_row_norm"),
+        kernel=row_norm_kernel,
+        whole=_has_row_norm_kernel,
     )
 )
 DORA_LINEAR = dialect.define(

@@ -130,6 +130,8 @@ class Adapter(nn.Module):
     acts_before: ClassVar[bool] = False
     #: True when the adapter acts on what the module's forward reads or computes on the way.
     acts_inside: ClassVar[bool] = False
+    #: True when the adapter changes the arguments of its tap, and does not read them.
+    changes_tapped: ClassVar[bool] = False
     #: The module's own parameter that the adapter is for; None: the module.
     parameter: str | None = None
     #: Name of another module, whose input ``apply_to`` gets in the place of the site's own: two taps far apart. It is
@@ -161,6 +163,11 @@ class Adapter(nn.Module):
         Only where ``acts_inside``.
         """
         raise NotImplementedError(f"{type(self).__name__}.run_inside")
+
+    def change_tapped(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments that the tap's module gets in the place of ``kwargs`` (only where
+        ``changes_tapped``); ``kwargs`` itself where nothing changes."""
+        raise NotImplementedError(f"{type(self).__name__}.change_tapped")
 
     def set_covariance(self, path: str, weight: torch.Tensor, covariance: torch.Tensor) -> None:
         """Take initial values from the covariance (K, K) of the module's inputs (only where ``needs_covariance``)."""

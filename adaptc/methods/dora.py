@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from adaptc.codegen.torch_internals import node_value
-from adaptc.ir.dora import DORA_LINEAR, DORA_ROW_NORM, linear_body, row_norm_body
+from adaptc.ir.dora import DORA_LINEAR, DORA_ROW_NORM, linear_body, row_norm
 from adaptc.ir.dora_rescale import DORA_RESCALE
 from adaptc.ir.edit import Edit
 from adaptc.ir.sites import LORA_LINEAR
@@ -48,7 +48,7 @@ def dora_site(
             # In the dtype in which the frozen layer computed y: no copy of W in another.
             W = weight.detach().to(y.dtype)
             base = F.linear(dropped.to(y.dtype), W.t() if transposed else W).to(dtype)
-        norm = row_norm_body(weight, A, B, scale, transposed)
+        norm = row_norm(weight, A, B, scale, transposed)
         return linear_body(dropped, y.to(dtype), base, bias, A, B, magnitude, norm, scale)[0].to(y.dtype)
 
 

@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from adaptc.codegen.torch_internals import node_value
 from adaptc.errors import PlanError
-from adaptc.ir.dora import row_norm_body
+from adaptc.ir.dora import row_norm
 from adaptc.ir.edit import Edit
 from adaptc.ir.sites import LORA_LINEAR
 from adaptc.methods import dora, linear, lora_init, lora_sites
@@ -203,7 +203,7 @@ class LoRAAdapter(ScaledAdapter):
                 W = self._as_rows(weight)
                 self._start_from(lora_init.from_weight(method.init, W, method.r, method.scaling))
             if self.lora_magnitude is not None:
-                norm = row_norm_body(weight, *self.factors(), self.scale, self.transposed)
+                norm = row_norm(weight, *self.factors(), self.scale, self.transposed)
                 self.lora_magnitude.copy_(norm)
 
     def set_covariance(self, path: str, weight: torch.Tensor, covariance: torch.Tensor) -> None:

@@ -3,9 +3,11 @@
     h = [P; E[ids]]        P (n, d), ids (batch, tokens) -> h (batch, n + tokens, d)
 
 A causal language model computes h at its root: labels get n rows that do not count, so that the last prompt row
-predicts the first token, as in PEFT; its logits and hidden states come back without the prompt's rows. Other models
-compute it in their backbone, whose last hidden state comes back without the prompt's rows, so that heads read the
-caller's tokens; a pooler of the first row reads the prompt's first, as in PEFT. Attention weights keep all rows.
+predicts the first token, as in PEFT; its logits and hidden states come back without the prompt's rows. A model with
+an encoder and a decoder computes it in its encoder, whose output keeps the prompt's rows: the decoder attends to them.
+Other models compute it in their backbone, whose last hidden state comes back without the prompt's rows, so that heads
+read the caller's tokens; a pooler of the first row reads the prompt's first, as in PEFT. Attention weights keep all
+rows.
 
 Unlike PEFT: position ids that the caller gives are shifted, not dropped, so that padding on the left changes nothing;
 token type ids are continued with zeros.
@@ -40,16 +42,23 @@ class Prompt(TokenMethod):
         num_virtual_tokens: rows of the prompt.
         init: "random" (normal), "vocabulary" (embeddings of tokens drawn at random) or "tokens" (those of
             ``init_ids``, repeated or cut to the number of rows). ``Prompt.from_text`` makes ids of a text.
+        num_transformer_submodules: how many times ``num_virtual_tokens`` rows there are. Only the first are read: for
+            models with an encoder and a decoder PEFT's files have 2, which is None there; 1 does with half the rows.
     """
 
     kind: ClassVar[str] = "prompt"
     peft_kind: ClassVar[str | None] = "PROMPT_TUNING"
 
+    in_encoders: ClassVar[bool] = True
+
     init: str = "random"
     init_ids: tuple[int, ...] | None = None
+    num_transformer_submodules: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        count = self.num_transformer_submodules
+        self.require("num_transformer_submodules", count is None or count in (1, 2), "1, 2 or None")
         self.require("init", self.init in INITS, " or ".join(INITS))
         ids: Any = self.init_ids
         if isinstance(ids, list):
@@ -71,6 +80,8 @@ class Prompt(TokenMethod):
         reason = super().refusal(path, module)
         if reason is not None:
             return reason
+        if self.num_transformer_submodules == 2 and not tokens.is_encoder(path):
+            return "num_transformer_submodules is 2, which is for models with an encoder and a decoder"
         embeddings = module.get_input_embeddings()  # type: ignore[operator]
         if not isinstance(getattr(embeddings, "weight", None), torch.Tensor):
             return f"{type(module).__name__} embeds by a {type(embeddings).__name__}, not by a table of tokens"
@@ -81,10 +92,14 @@ class Prompt(TokenMethod):
         return None
 
     def place(self, model: nn.Module) -> str:
+        encoder = tokens.encoder(model)
+        if encoder is not None:
+            return encoder
         return "" if _has_language_head(model) else tokens.backbone(model)
 
     def build(self, path: str, module: nn.Module, *, dtype: torch.dtype | None, site_id: int) -> PromptAdapter:
-        return PromptAdapter(self, module, dtype=dtype, site_id=site_id)
+        cls = EncoderPromptAdapter if tokens.is_encoder(path) else PromptAdapter
+        return cls(self, module, dtype=dtype, site_id=site_id)
 
 
 def _has_language_head(model: nn.Module) -> bool:
@@ -96,6 +111,8 @@ class PromptAdapter(TokenAdapter):
     """``prompt`` (n, d)."""
 
     method: Prompt
+    #: Whether what the module computes of the prompt's rows is part of its output.
+    keeps_rows: ClassVar[bool] = False
 
     def __init__(
         self, method: Prompt, module: nn.Module, *, dtype: torch.dtype | None = None, site_id: int = 0
@@ -103,13 +120,21 @@ class PromptAdapter(TokenAdapter):
         super().__init__(method, module, site_id)
         weight: torch.Tensor = module.get_input_embeddings().weight  # type: ignore[operator]
         self.shifts_labels = _has_language_head(module)
-        size = method.num_virtual_tokens, method.shape(module)[0]
+        size = self.rows(method), method.shape(module)[0]
         self.prompt = nn.Parameter(torch.empty(size, dtype=storage_dtype(weight, dtype), device=weight.device))
         self.reset_parameters(weight)
 
+    def rows(self, method: Prompt) -> int:
+        """How many rows the table has."""
+        return method.num_virtual_tokens
+
+    def read(self) -> torch.Tensor:
+        """The rows of the table that are in front of the input's (n, d)."""
+        return self.prompt
+
     def reset_parameters(self, weight: torch.Tensor) -> None:
         """Draw the initial values (the method's ``init``) from the embeddings ``weight`` (vocabulary, d)."""
-        method, count = self.method, self.count
+        method, count = self.method, self.prompt.shape[0]
         if method.init == "random":
             nn.init.normal_(self.prompt)
             return
@@ -135,7 +160,8 @@ class PromptAdapter(TokenAdapter):
             embeds = module.get_input_embeddings()(given["input_ids"])  # type: ignore[operator]
         batch, length = embeds.shape[:2]
         for adapter in reversed(adapters):
-            embeds = prompt_site(adapter.site_id, embeds, adapter.prompt)
+            assert isinstance(adapter, PromptAdapter)
+            embeds = prompt_site(adapter.site_id, embeds, adapter.read())
         given["input_ids"], given["inputs_embeds"] = None, embeds
         if positions is not None:
             front = torch.arange(count, device=positions.device, dtype=positions.dtype)
@@ -148,11 +174,17 @@ class PromptAdapter(TokenAdapter):
             output = self._run_language_model(module, given, count, length)
         else:
             output = type(module).forward(module, **given)
-            output["last_hidden_state"] = output["last_hidden_state"][:, count:]
+        if not self.keeps_rows:
+            self._drop_rows(output, count)
         tokens.begin(output.get("past_key_values"), adapters)
+        return output.to_tuple() if as_tuple else output
+
+    @staticmethod
+    def _drop_rows(output: Any, count: int) -> None:
+        if output.get("last_hidden_state") is not None:
+            output["last_hidden_state"] = output["last_hidden_state"][:, count:]
         if output.get("hidden_states") is not None:
             output["hidden_states"] = tuple(h[:, count:] for h in output["hidden_states"])
-        return output.to_tuple() if as_tuple else output
 
     @staticmethod
     def _run_language_model(module: nn.Module, given: dict[str, Any], count: int, length: int) -> Any:
@@ -170,6 +202,30 @@ class PromptAdapter(TokenAdapter):
 
     def peft_tensors(self) -> dict[str, torch.Tensor]:
         return {"prompt_embeddings": self.prompt}
+
+
+class EncoderPromptAdapter(PromptAdapter):
+    """``prompt`` (n or 2 n, d) of an encoder whose decoder attends to the first n rows as to the input's."""
+
+    keeps_rows: ClassVar[bool] = True
+    changes_tapped: ClassVar[bool] = True
+    tap = tokens.DECODER
+
+    def rows(self, method: Prompt) -> int:
+        return method.num_virtual_tokens * (method.num_transformer_submodules or 2)
+
+    def read(self) -> torch.Tensor:
+        return self.prompt[: self.count]
+
+    def change_tapped(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Let the decoder see what the encoder put in front: the caller's mask has the caller's tokens only."""
+        states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
+        if states is None or mask is None or mask.dim() != 2:
+            return kwargs
+        missing = states.shape[1] - mask.shape[1]
+        if missing < self.count:  # states of the encoder without its prompt
+            return kwargs
+        return {**kwargs, "encoder_attention_mask": torch.cat([mask.new_ones(mask.shape[0], missing), mask], dim=1)}
 
 
 def body(embeds: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
@@ -192,10 +248,17 @@ _ANCHOR = anchor_of(PROMPT)
 prompt_site = _ANCHOR.function
 ANCHORS = (_ANCHOR,)
 
+def _is_count(value: Any) -> bool:
+    return value in (None, 1, 2)
+
+
 CODEC = Codec(
     peft_type="PROMPT_TUNING", kind="prompt", label="prompt tuning", on_model=True, stored=tokens.without_dimensions,
     options={
         **tokens.OPTIONS,
+        "num_transformer_submodules": Option(
+            None, "used", "1, 2 or null", _is_count, field="num_transformer_submodules"
+        ),
         # Texts and tokenizers are made token ids of before there is a plan: Prompt.from_text.
         "prompt_tuning_init": Option("RANDOM", "init"),
         "prompt_tuning_init_text": Option(None, "init"),

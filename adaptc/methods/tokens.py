@@ -32,6 +32,8 @@ class TokenMethod(Method):
 
     on_model: ClassVar[bool] = True
     quantised: ClassVar[bool] = True
+    #: Whether the method acts in the encoder of a model that has a decoder too.
+    in_encoders: ClassVar[bool] = False
 
     num_virtual_tokens: int = 20
     token_dim: int | None = None
@@ -62,13 +64,32 @@ class TokenMethod(Method):
         sizes = ("hidden_size", "num_attention_heads", "num_hidden_layers")
         if config is None or not all(isinstance(getattr(config, name, None), int) for name in sizes):
             return f"{type(module).__name__} is not a transformer of transformers with one stack of layers"
-        if getattr(config, "is_encoder_decoder", False):
+        if getattr(config, "is_encoder_decoder", False) and not (self.in_encoders and is_encoder(path)):
             return "models with an encoder and a decoder are not supported"
         own = dict(zip(MODEL_KEYS, self.shape(module), strict=True))
         for name, value in own.items():
             if getattr(self, name) not in (None, value):
                 return f"{name} is {getattr(self, name)}, the model's is {value}"
         return None
+
+
+_ENCODER, DECODER = "encoder", "decoder"
+
+
+def is_encoder(path: str) -> bool:
+    """Whether ``path``, where a method acts, is that of the encoder of a model with a decoder."""
+    return path.rpartition(".")[2] == _ENCODER
+
+
+def encoder(model: nn.Module) -> str | None:
+    """Path of the encoder of tokens that has its decoder beside it, or None."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        if is_encoder(path) and f"{path.removesuffix(_ENCODER)}{DECODER}" in modules:
+            return path if "input_ids" in inspect.signature(type(module).forward).parameters else None
+    return None
 
 
 def backbone(model: nn.Module) -> str:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import fx
 
+from adaptc.codegen.choices import Choice
 from adaptc.ir.edit import Result, nested
 
 Level = Literal["dynamo", "joint"]
@@ -35,13 +36,15 @@ class Context:
 
     ``sites``: placeholder or attribute node of a site id -> module path. ``trained``: node of a tensor that an adapter
     trains -> its site's path; none where the graph runs without gradients. ``budget``: how many rewrites are
-    still allowed (None: no limit). ``record``: keep cut-outs for translation validation.
+    still allowed (None: no limit). ``record``: keep cut-outs for translation validation. ``choices``: what passes chose
+    by its speed, once for each product.
     """
 
     sites: Mapping[fx.Node, str] = dataclasses.field(default_factory=dict)
     trained: Mapping[fx.Node, str] = dataclasses.field(default_factory=dict)
     budget: int | None = None
     record: bool = False
+    choices: list[Choice] = dataclasses.field(default_factory=list)
 
     def spend(self, rewrites: int = 1) -> bool:
         """Take so many rewrites from the budget; False, and nothing is taken, when there are not enough left."""

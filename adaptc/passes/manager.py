@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import fx
 
+from adaptc.codegen import choices
 from adaptc.codegen.cost import level_cost
 from adaptc.codegen.torch_internals import carry_capture_metadata, cpu_emulates
 from adaptc.errors import AdaptcWarning, PipelineError, VerifyError
@@ -37,6 +38,7 @@ _TABLE = {
     "share": "adaptc.passes.share:share",
     "lower": "adaptc.passes.lower:lower",
     "widen": "adaptc.passes.widen:widen",
+    "library": "adaptc.passes.library:library",
 }
 
 
@@ -166,6 +168,7 @@ class Pipeline:
         digest = hashlib.sha256(f"{self}|{torch.__version__}|{package_hash()}".encode())
         digest.update(dialect.fingerprint().encode())
         digest.update(bytes(map(cpu_emulates, (torch.bfloat16, torch.float16))))
+        digest.update(str(choices.host()).encode())
         for one in self.passes:
             digest.update(code_hash(one.run))
         return digest.hexdigest()

@@ -56,7 +56,7 @@ class SiteAdapters(nn.ModuleDict):
 
 
 class Taps:
-    """On a module whose input adapters elsewhere read, in its ``__dict__``: who reads it, and under which name."""
+    """On a module whose input adapters elsewhere read or change, in its ``__dict__``: who, and by which name."""
 
     KEY = "_adaptc_taps"
 
@@ -131,13 +131,19 @@ def _input_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     )  # fmt: skip
 
 
-def run_tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of modules whose input adapters elsewhere read: keep it for those that are live."""
-    x = _input_of(module, args, kwargs)
+def run_tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of modules whose input adapters elsewhere read: keep it for those that are live, or let them
+    change what goes with their own site's output."""
+    x, changed = _input_of(module, args, kwargs), kwargs
     for found, name in module.__dict__[Taps.KEY].readers:
         for adapter in found.live:
-            if adapter.tap == name:
+            if adapter.tap != name:
+                continue
+            if adapter.changes_tapped:
+                changed = adapter.change_tapped(changed)
+            else:
                 adapter.tapped.value = x
+    return None if changed is kwargs else (args, changed)
 
 
 def _take(module: nn.Module, adapter: Adapter) -> torch.Tensor:

@@ -338,6 +338,8 @@ def _task_of(model: nn.Module | None) -> str | None:
     found = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
     if found is not None or model is None:
         return found
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
     can_generate = getattr(model, "can_generate", None)
     return "CAUSAL_LM" if callable(can_generate) and can_generate() else "FEATURE_EXTRACTION"
 

@@ -113,6 +113,45 @@ def test_what_others_read_or_what_has_another_layout_is_not_written_to(name):
     assert count == (1 if name == "an input of the graph" else 0)
 
 
+def three_of_one_input(x, w, h, b):
+    """As q, k and v: each product in the shape of the activations."""
+    parts = [(x + i).mm(w).view(2, 2, 5) for i in range(3)]
+    return (parts[0] + parts[1] + parts[2]).exp()
+
+
+SUMS = {
+    "two": (lambda x, w, h, b: (x @ w + h @ b).exp(), 1),
+    "three, as they come from a backward": (three_of_one_input, 2),
+    "the later one first": (lambda x, w, h, b: (lambda first: h @ b + first)(x @ w), 1),
+    "one is read elsewhere": (lambda x, w, h, b: (lambda y: (y + h @ b, y.exp()))(x @ w), 0),
+    "a view of one is read elsewhere": (lambda x, w, h, b: (lambda y: (y + h @ b, y[0].exp()))(x @ w), 0),
+    "one twice": (lambda x, w, h, b: (lambda y: y + y)(x @ w), 0),
+    "scaled": (lambda x, w, h, b: torch.add(x @ w, h @ b, alpha=2), 0),
+    "broadcast": (lambda x, w, h, b: x @ w + h[:1] @ b, 0),
+    "not a product": (lambda x, w, h, b: x @ w + x[:, :5].exp(), 0),
+    "transposed": (lambda x, w, h, b: (w.t() @ x.t()).t() + h @ b, 0),
+    "16 bits": (lambda x, w, h, b: (x.bfloat16() @ w.bfloat16() + h.bfloat16() @ b.bfloat16()), 0),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_products_are_summed_in_the_memory_of_the_first(name):
+    function, count = SUMS[name]
+    inputs = operands()
+    gm = make_fx(function)(*inputs)
+    before = len(gm.graph.find_nodes(op="call_function", target=aten.mm.default))
+    assert accumulate_in_place(gm.graph) == count
+    gm.graph.lint()
+    gm.recompile()
+    torch.testing.assert_close(gm(*inputs), function(*inputs))
+    exact = function(*(t.double() for t in inputs))
+    rtol = 2e-2 if name == "16 bits" else 1e-5
+    torch.testing.assert_close(gm(*inputs), exact, check_dtype=False, rtol=rtol, atol=1e-6)
+    products = len(gm.graph.find_nodes(op="call_function", target=aten.mm.default))
+    sums = gm.graph.find_nodes(op="call_function", target=ADD_PRODUCT)
+    assert (products, len(sums)) == (before - count, count)
+
+
 RESCALED = {
     "what a loop writes": (lambda g, f: g * f, 1),
     "through views": (lambda g, f: (g * f).view(8, 5).view(2, 4, 5), 1),

@@ -97,6 +97,31 @@ def test_update(case):
     check([got], [body], [want], [size])
 
 
+@given(case=cases(), scale=st.sampled_from([0.0, 0.5, 3.0]), wide=st.booleans())
+@settings(max_examples=150)
+def test_row_norms(case, scale, wide):
+    W, left, (A, *_), _, _ = case
+    rank = A.shape[0]
+    A = A.to(torch.float32 if wide else W.dtype)
+    B = torch.randn(W.shape[0], rank, generator=torch.Generator().manual_seed(rank)).to(A.dtype)
+    if W.stride(1) != 1:
+        W = W.contiguous()
+    got = skinny.row_norms(W, A, B, scale)
+    corrected = W.double() + scale * B.double() @ A.double()
+    want = corrected.square().sum(1)
+    # The square of a row in which the correction cancels the weight has the rounding of either.
+    size = (W.double().abs() + scale * B.double().abs() @ A.double().abs()).square().sum(1)
+    assert (got.dtype, got.shape) == (torch.float32, want.shape)
+    assert bool(((got.double().square() - want).abs() <= 4 * torch.finfo(torch.float32).eps * size).all())
+
+
+def test_a_row_norm_tells_a_weight_that_is_not_finite():
+    W = torch.ones(3, 9)
+    W[1, 4], W[2, 8] = float("nan"), float("inf")
+    norms = skinny.row_norms(W, torch.zeros(2, 9), torch.zeros(3, 2), 1.0)
+    assert float(norms[0]) == 3.0 and bool(norms[1].isnan()) and bool(norms[2].isinf() or norms[2].isnan())
+
+
 def test_what_the_kernels_do_not_take_is_left_to_torch():
     x = torch.randn(3, 4)
     assert skinny.takes(x) and skinny.takes(x.bfloat16())

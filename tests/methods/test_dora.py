@@ -156,7 +156,10 @@ def test_two_live_adapters_compose_as_in_peft():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_no_node_of_a_training_step_is_as_large_as_the_weight(dtype, dropout):
+@pytest.mark.parametrize("kernel", [True, False])
+def test_no_node_of_a_training_step_is_as_large_as_the_weight(dtype, dropout, kernel, monkeypatch):
+    if not kernel:
+        monkeypatch.setattr(dialect.get("dora_row_norm"), "whole", lambda device, *args: False)
     base = nn.Sequential(nn.Linear(48, 40)).to(dtype)
     lora = adaptc.LoRA(**{**OPTIONS, "targets": "0", "dropout": dropout})
     model = adaptc.compile(base, lora, backend="aot_eager")
@@ -172,7 +175,9 @@ def test_no_node_of_a_training_step_is_as_large_as_the_weight(dtype, dropout):
     }  # fmt: skip
     assert large == set()
     blocks = [v.numel() for n, v in values if isinstance(v, torch.Tensor) and v.shape[-1] == 48 and v.dim() == 2]
-    assert max(b for b in blocks if b < size) == size // 8
+    norms = joint.graph.find_nodes(op="call_function", target=dialect.get("dora_row_norm").overload)
+    assert len(norms) == kernel
+    assert kernel or max(b for b in blocks if b < size) == size // 8
 
 
 def test_a_weight_that_is_no_plain_tensor_is_refused():

@@ -44,7 +44,7 @@ PLACES = [(host, kind) for host in ("llama", "gpt2", "bert") for kind in METHODS
 SLOW = [pytest.param(*place, marks=pytest.mark.slow) for place in PLACES if place != ("llama", "prompt")]
 #: The same, those that take longest in the slow set.
 SOME = [
-    (host, kind) if (host, kind) in (("llama", "prompt"), ("llama", "projected"), ("bert", "prefix"))
+    (host, kind) if (host, kind) in (("llama", "prompt"), ("bert", "prefix"))
     else pytest.param(host, kind, marks=pytest.mark.slow) for host, kind in PLACES
 ]  # fmt: skip
 
@@ -180,7 +180,7 @@ def test_a_classifier_on_a_decoder_finds_the_last_token_under_padding(kind):
 
 @pytest.mark.parametrize("host, kind", [("llama", "prompt"), *(p for p in SLOW if "bert" not in p.values)])
 def test_generation_is_pefts_and_counts_the_callers_tokens(host, kind):
-    base = build(host)
+    base = build(host, **({"num_hidden_layers": 1} if kind == "prompt" else {}))
     model, theirs = compiled(base, kind).eval(), peft_of(base, host, kind).eval()
     copy_values(theirs, model)
     ids = hosts.batch(host, rows=2, length=5)["input_ids"].clamp(min=3)
@@ -399,7 +399,7 @@ def test_initial_values():
 
 def test_what_it_refuses(tmp_path):
     with pytest.raises(SiteError, match="models with an encoder and a decoder are not supported"):
-        adaptc.compile(hosts.build("t5"), METHODS["prompt"](), backend="eager")
+        adaptc.compile(hosts.build("t5"), METHODS["prefix"](), backend="eager")
     with pytest.raises(SiteError, match="is not a transformer of transformers"):
         adaptc.compile(torch.nn.Linear(2, 2), METHODS["prefix"](), backend="eager")
     with pytest.raises(SiteError, match="num_layers is 5, the model's is 2"):
@@ -415,11 +415,12 @@ def test_what_it_refuses(tmp_path):
     )
     with pytest.raises(UnsupportedKindError, match="prompt_tuning_init"):
         adaptc.Plan.from_peft(config)
-    model = compiled(build("llama"), "prompt").eval()
+    base = hosts.short("llama")
+    model = compiled(base, "prompt").eval()
     ids = hosts.batch("llama")["input_ids"]
     with pytest.raises(Exception, match="attention mask that they can lengthen"):
         model(input_ids=ids, attention_mask=torch.ones(2, 1, 10, 10, dtype=torch.bool))
-    cache = build("llama")(input_ids=ids, use_cache=True).past_key_values
+    cache = base(input_ids=ids, use_cache=True).past_key_values
     for mask in (torch.ones(2, 11, dtype=torch.long), None):
         with pytest.raises(Exception, match="this cache was filled without these virtual tokens"):
             model(input_ids=ids[:, :1], past_key_values=cache, attention_mask=mask)
@@ -436,6 +437,7 @@ def test_what_it_refuses(tmp_path):
 
 ILLEGAL = [
     (adaptc.Prompt, "num_virtual_tokens", 0), (adaptc.Prompt, "init", "text"), (adaptc.Prompt, "init_ids", (1,)),
+    (adaptc.Prompt, "num_transformer_submodules", 3),
     (adaptc.Prefix, "token_dim", 0), (adaptc.Prefix, "init", "one"), (adaptc.Prefix, "prefix_projection", 1),
     (adaptc.Prefix, "encoder_hidden_size", -1),
 ]  # fmt: skip

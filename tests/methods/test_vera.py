@@ -82,7 +82,7 @@ def peft_step(twin, batch):
     return loss, {ours.sub(r"\1.adapters.default.\2", name): g for name, g in gradients.items()}
 
 
-@pytest.mark.parametrize("host", hosts.slowly(PLACES))
+@pytest.mark.parametrize("host", hosts.slowly(PLACES, also=["gpt2"]))
 def test_every_class_computes_the_formula(host):
     base = hosts.short(host)
     model = adaptc.compile(copy.deepcopy(base), vera(host), backend="eager").train()
@@ -91,7 +91,7 @@ def test_every_class_computes_the_formula(host):
     check_all_rewritten(model, PLACES[host][1])
 
 
-@pytest.mark.parametrize("host", ["llama", "gpt2"])
+@pytest.mark.parametrize("host", hosts.slowly(["llama", "gpt2"], also=["gpt2"]))
 def test_the_lowered_graph_computes_what_peft_computes(host):
     model = adaptc.compile(hosts.short(host, train=True), vera(host), backend="aot_eager")
     randomise(model)

@@ -16,7 +16,7 @@ from tests.reference import check_against_reference, check_all_rewritten, check_
 LORA = adaptc.LoRA(r=3, alpha=6, init="random", targets="all-linear")
 
 
-@pytest.mark.parametrize("host", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("host", hosts.slowly(["llama", "gpt2", "bert"], also=["gpt2"]))
 def test_every_class_computes_the_formula(host):
     """With the graph as it is after the passes; that AOTAutograd keeps it is tested beside PEFT, on more classes."""
     model = adaptc.compile(hosts.short(host), LORA, backend="eager")

@@ -86,7 +86,12 @@ def test_a_pipeline_is_its_text(data):
     pipeline = Pipeline([get(name) for name in names], limits)
     again = Pipeline.parse(str(pipeline))
     assert (again.passes, again.limits, str(again)) == (pipeline.passes, pipeline.limits, str(pipeline))
-    assert again.uuid() == pipeline.uuid()
+
+
+@pytest.mark.parametrize("text", ["", "insert,lower", "insert,canonicalise{limit=3},lower;limit=9"])
+def test_pipelines_of_one_text_have_one_cache_key(text):
+    assert Pipeline.parse(text).uuid() == Pipeline.parse(text).uuid()
+    assert Pipeline.parse(text).uuid() != Pipeline.parse("insert").uuid()
 
 
 def test_the_text():
@@ -94,7 +99,7 @@ def test_the_text():
     pipeline = Pipeline.parse(text)
     assert str(pipeline) == text
     assert pipeline.limits == {"canonicalise": 3, "*": 9}
-    default = "insert,lift_no_grad,canonicalise,seed_dropout,share,lower,widen"
+    default = "insert,lift_no_grad,canonicalise,seed_dropout,share,lower,widen,library"
     assert str(Pipeline.from_options()) == ",".join(manager.default_order()) == default
 
 
@@ -118,14 +123,15 @@ def test_text_that_is_not_a_pipeline_is_refused(text, error):
 
 
 @pytest.mark.parametrize("passes, text", [
-    (None, "insert,lift_no_grad,canonicalise,seed_dropout,share,lower,widen"),
-    ({"skip": ["canonicalise"]}, "insert,lift_no_grad,seed_dropout,share,lower,widen"),
+    (None, "insert,lift_no_grad,canonicalise,seed_dropout,share,lower,widen,library"),
+    ({"skip": ["canonicalise"]}, "insert,lift_no_grad,seed_dropout,share,lower,widen,library"),
     ({"order": ["insert", "lower"]}, "insert,lower"),
     ({"order": ["insert", "canonicalise", "lower"], "skip": ["lower"]}, "insert,canonicalise"),
-    ({"limit": 3}, "insert,lift_no_grad,canonicalise,seed_dropout,share,lower,widen;limit=3"),
-    ({"limit": {"canonicalise": 0}}, "insert,lift_no_grad,canonicalise{limit=0},seed_dropout,share,lower,widen"),
+    ({"limit": 3}, "insert,lift_no_grad,canonicalise,seed_dropout,share,lower,widen,library;limit=3"),
+    ({"limit": {"canonicalise": 0}},
+     "insert,lift_no_grad,canonicalise{limit=0},seed_dropout,share,lower,widen,library"),
     ({"limit": {"lower": 1, "insert": 2}, "skip": ["lower"]},
-     "insert{limit=2},lift_no_grad,canonicalise,seed_dropout,share,widen"),
+     "insert{limit=2},lift_no_grad,canonicalise,seed_dropout,share,widen,library"),
 ])  # fmt: skip
 def test_passes_of_a_plan(passes, text):
     _, model = adapted(passes=passes)
@@ -164,6 +170,7 @@ def test_a_limit_for_all_is_shared_by_the_passes_of_a_level():
     applied = {r.name: len(r.result.applied) for r in trained_graph(model).reports}
     assert applied == {
         "insert": 2, "lift_no_grad": 0, "canonicalise": 1, "seed_dropout": 0, "share": 1, "lower": 2, "widen": 0,
+        "library": 0,
     }  # fmt: skip
 
 
@@ -208,10 +215,10 @@ def test_a_report_has_ops_and_costs_of_both_sides():
     """fp32: the scale moves from M x N to M x r."""
     _, model = adapted()
     graph = trained_graph(model)
-    inserted, _, canonical, *_, lowered, _ = graph.reports
+    inserted, _, canonical, *_, lowered, _, _ = graph.reports
     assert [(r.name, r.level) for r in graph.reports] == [
         ("insert", "dynamo"), ("lift_no_grad", "dynamo"), ("canonicalise", "dynamo"), ("seed_dropout", "dynamo"),
-        ("share", "joint"), ("lower", "joint"), ("widen", "joint"),
+        ("share", "joint"), ("lower", "joint"), ("widen", "joint"), ("library", "joint"),
     ]  # fmt: skip
     assert inserted.ops_before["lora_site"] == 2 and "lora_site" not in inserted.ops_after
     assert inserted.ops_after["lora_linear"] == 2

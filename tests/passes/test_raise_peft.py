@@ -278,6 +278,7 @@ def test_by_its_name_under_inductor(caplog, monkeypatch):
     assert "lora_linear" in graph.stage("raise_peft")
 
 
+@pytest.mark.slow
 def test_a_break_is_told_once_with_the_cure(monkeypatch):
     monkeypatch.setattr(peft_backend, "_told", set())
     monkeypatch.setattr(peft_backend, "AdapterBackend", lambda pipeline, options, tensors: AdapterBackend(

@@ -97,8 +97,9 @@ def test_the_step_is_as_near_to_fp64_as_without(dora, dtype):
     without, narrow = step(dtype, {"skip": ["widen"]})
     _, exact = step(torch.float64)
     graph, wide = step(dtype, verify="raise")
-    assert (graph.reports[-1].name, without.reports[-1].name) == ("widen", "lower")
-    assert len(graph.reports[-1].result.applied) >= 22
+    reports = {report.name: report for report in graph.reports}
+    assert "widen" not in {report.name for report in without.reports}
+    assert len(reports["widen"].result.applied) >= 22
 
     def error(values):
         return sum(float((v.double() - e).norm() / e.norm()) for v, e in zip(values, exact, strict=True))

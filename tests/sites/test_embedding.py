@@ -156,7 +156,7 @@ def test_a_tied_head_stays_frozen_and_explain_says_so():
 
 
 def test_lives_as_other_sites_do():
-    check_life(lambda: hosts.build("llama"), LORA, hosts.batch("llama"), sites=3)
+    check_life(lambda: hosts.short("llama"), LORA, hosts.batch("llama"), sites=2)
 
 
 def test_sixteen_bits_and_autocast_are_as_exact_as_pefts():

@@ -1,0 +1,112 @@
+"""Call the library that is faster for a frozen layer's product, in fp32 on a CPU.
+
+before:  %y = addmm(b, %x, permute(W));                %dx = mm(%dy, W)
+after:   %y = adaptc.onednn_linear(%x, W, b);          %dx = adaptc.onednn_linear(%dy, permute(W), None)
+
+torch calls MKL there, whose kernels for other makers' processors are slower ones. Both ways are timed once for each
+shape on the host, with as many rows as the graph was captured with, to the next power of two. oneDNN reads the weight
+where it is, as MKL does: no packed copy is kept.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from adaptc.codegen import choices, torch_internals
+from adaptc.codegen.choices import Choice
+from adaptc.codegen.torch_internals import node_value, size_hint
+from adaptc.ir import dialect
+from adaptc.ir.edit import Edit, Result
+from adaptc.ir.sites import is_inserted, site_of
+from adaptc.passes.contract import Context, Contract, everywhere
+
+CONTRACT = Contract(level="joint", numerics="reassociates")
+
+aten = torch.ops.aten
+_TRANSPOSES = (aten.permute.default, aten.t.default, aten.transpose.int)
+#: Multiplications below which a product is not worth asking for: about a tenth of a millisecond.
+WORTH = 1 << 23
+
+
+class Product(NamedTuple):
+    """x (M, K) times the node ``right`` (K, N), which is a frozen weight or a transpose of one, plus ``bias`` (N,)."""
+
+    x: fx.Node
+    right: fx.Node
+    bias: fx.Node | None
+
+
+def library(gm: fx.GraphModule, context: Context) -> Result:
+    return everywhere(gm, (_library,), context)
+
+
+def _library(gm: fx.GraphModule, context: Context, result: Result) -> None:
+    for node in list(gm.graph.nodes):
+        product = _frozen_product(node)
+        if product is None:
+            continue
+        choice = _ask(product)
+        if choice is None:
+            continue
+        context.choices.append(choice)
+        if choice.chosen == choice.usual:
+            continue
+        if not context.spend():
+            result.refuse(site_of(node), "limit reached")
+            continue
+        edit = Edit(gm, site_of(node), [node], [node], record=context.record)
+        weight = edit.call(aten.permute.default, product.right, [1, 0])
+        target = dialect.get("onednn_linear").overload
+        result.applied.append(edit.finish(edit.call(target, product.x, weight, product.bias)))
+
+
+def _frozen_product(node: fx.Node) -> Product | None:
+    """The product that a node is, if it is one of a frozen layer that oneDNN could make."""
+    if is_inserted(node) or node.kwargs or not torch_internals.has_onednn():
+        return None
+    if node.target is aten.mm.default:
+        (x, right), bias = node.args, None
+    elif node.target is aten.addmm.default:
+        bias, x, right = node.args
+    else:
+        return None
+    nodes = [n for n in (x, right, bias) if isinstance(n, fx.Node)]
+    values = [node_value(n) for n in nodes]
+    if any(not isinstance(v, torch.Tensor) or v.dtype != torch.float32 or v.device.type != "cpu" for v in values):
+        return None
+    if not _is_weight(right) or any(v.dim() != 1 for v in values[2:]):
+        return None
+    return Product(x, right, bias)  # type: ignore[arg-type]
+
+
+def _is_weight(node: object) -> bool:
+    """Whether a node is an input of the graph of fixed sizes, or its transpose."""
+    if not isinstance(node, fx.Node) or not all(isinstance(size, int) for size in node_value(node).shape):
+        return False
+    while isinstance(node, fx.Node) and node.target in _TRANSPOSES:
+        node = node.args[0]
+    return isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr")
+
+
+def _ask(product: Product) -> Choice | None:
+    rows = size_hint(node_value(product.x).shape[0])
+    k, n = (int(size) for size in node_value(product.right).shape)
+    if rows * k * n < WORTH:
+        return None
+    m, transposed = choices.bucket(rows), node_value(product.right).stride(1) == 1  # to W's rows, that is
+    question = f"product {m} x {k} x {n}{' transposed' if transposed else ''}{', bias' if product.bias else ''}, float32"
+
+    def make() -> choices.Ways:
+        x, bias = torch.ones(m, k), None if product.bias is None else torch.ones(n)
+        weight = torch.ones(k, n).t() if transposed else torch.ones(n, k)
+        usual = torch.mm if bias is None else functools.partial(torch.addmm, bias)
+        return {
+            "MKL": lambda: usual(x, weight.t()),
+            "oneDNN": lambda: torch_internals.onednn_linear(x, weight, bias),
+        }
+
+    return choices.choose(question, make)

@@ -1,0 +1,152 @@
+"""library: a frozen layer's product by the library that was faster for its shape."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import adaptc
+from adaptc.codegen import choices
+from adaptc.codegen.choices import Choice
+from adaptc.ir.edit import copy_graph_module
+from adaptc.ir.onednn_linear import ONEDNN_LINEAR
+from adaptc.ir.sites import is_inserted
+from adaptc.passes import library
+from adaptc.passes.contract import Context
+from tests.passes.models import Model, adapted, trained_graph
+
+aten = torch.ops.aten
+SLOWER, FASTER = {"MKL": 1.0, "oneDNN": 1.5}, {"MKL": 1.0, "oneDNN": 0.5}
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Sets what timing says, and which shapes are worth it; the questions that were asked."""
+    asked = []
+
+    def set_times(seconds, worth=1):
+        def choose(question, make):
+            asked.append(question)
+            return Choice(question, seconds)
+
+        monkeypatch.setattr(choices, "choose", choose)
+        monkeypatch.setattr(library, "WORTH", worth)
+        return asked
+
+    return set_times
+
+
+def lowered_graph(dtype=torch.float32, **options):
+    _, model = adapted(dtype=dtype, passes={"skip": ["library"]}, **options)
+    return copy_graph_module(trained_graph(model, dtype=dtype).graph_module("lower"))
+
+
+def frozen_products(gm):
+    return [n for n in gm.graph.nodes if n.target in (aten.mm.default, aten.addmm.default) and not is_inserted(n)]
+
+
+def test_every_product_of_a_frozen_layer(timed):
+    asked = timed(FASTER)
+    gm = lowered_graph()
+    # up, down and the score, and two gradients: nothing asks for that of the input.
+    assert len(frozen_products(gm)) == 5
+    context = Context()
+    result = library.library(gm, context)
+    gm.graph.lint()
+    assert (len(result.applied), result.refused) == (5, [])
+    assert not frozen_products(gm) and len(gm.graph.find_nodes(op="call_function", target=ONEDNN_LINEAR.overload)) == 5
+    # 14 rows; the weight as it is in the forward, and transposed in the backward.
+    assert sorted(asked) == sorted([
+        "product 16 x 6 x 10, bias, float32", "product 16 x 10 x 6, float32", "product 16 x 6 x 3, bias, float32",
+        "product 16 x 3 x 6 transposed, float32", "product 16 x 6 x 10 transposed, float32",
+    ])  # fmt: skip
+    assert [choice.chosen for choice in context.choices] == ["oneDNN"] * 5
+
+
+def test_where_mkl_is_faster_it_stays(timed):
+    timed(SLOWER)
+    gm, context = lowered_graph(), Context()
+    assert library.library(gm, context).applied == [] and len(frozen_products(gm)) == 5
+    assert [choice.chosen for choice in context.choices] == ["MKL"] * 5
+
+
+def test_small_products_are_not_asked_for(timed):
+    asked = timed(FASTER, worth=library.WORTH)
+    assert library.library(lowered_graph(), Context()).applied == [] and asked == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_are_not_asked_for(dtype, timed):
+    asked = timed(FASTER)
+    assert library.library(lowered_graph(dtype), Context()).applied == [] and asked == []
+
+
+def test_a_limit_is_kept(timed):
+    timed(FASTER)
+    gm = lowered_graph()
+    result = library.library(gm, Context(budget=2))
+    assert (len(result.applied), len(result.refused)) == (2, 3) and len(frozen_products(gm)) == 3
+
+
+def test_both_ways_are_timed_and_compute_the_same(monkeypatch, tmp_path):
+    """What is timed is what runs: the products of the question, each by its library."""
+    monkeypatch.setattr(library, "WORTH", 1)
+    monkeypatch.setattr(choices.torch_internals, "cache_dir", lambda: str(tmp_path))
+    seen = {}
+
+    def time(ways):
+        seen.update({way: run() for way, run in ways.items()})
+        return FASTER
+
+    monkeypatch.setattr(choices, "_time", time)
+    _, model = adapted()
+    trained_graph(model)
+    assert list(seen) == ["MKL", "oneDNN"] and torch.equal(*seen.values())
+    assert type(seen["MKL"]) is torch.Tensor  # computed, and not traced
+
+
+def step(base, x, values=None, **options):
+    """(model, loss and gradients), with the adapters' ``values`` if given."""
+    method = adaptc.LoRA(r=4, alpha=8, init="random", targets=["up", "down"])
+    model = adaptc.compile(copy.deepcopy(base), method, **options)
+    for parameter, value in zip(model.adaptc.parameters(), values or (), strict=values is not None):
+        parameter.data.copy_(value)
+    loss = model(x).square().mean()
+    loss.backward()
+    return model, [loss.detach(), *(p.grad for p in model.adaptc.parameters())]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+def test_a_step_is_that_of_fp64(backend, timed):
+    """Loss and gradients of two blocks; under aot_eager every rewrite is checked in fp64 as well."""
+    torch.manual_seed(0)
+    base, x = Model(depth=2), torch.randn(2, 7, 6)
+    timed(FASTER)
+    model, got = step(base, x, backend=backend, verify="raise" if backend == "aot_eager" else False)
+    values = [p.detach() for p in model.adaptc.parameters()]
+    _, exact = step(copy.deepcopy(base).double(), x.double(), values, backend="eager")
+    (graph,) = model.adaptc.graphs
+    assert len({r.name: r for r in graph.reports}["library"].result.applied) == 9
+    for one, want in zip(got, exact, strict=True):
+        torch.testing.assert_close(one.double(), want, rtol=2e-5, atol=1e-6)
+    assert "oneDNN, 500 ms; MKL takes 2.00 times as long (" in str(model.adaptc.explain())
+    if backend == "inductor":  # adapters add to what oneDNN made, where it is
+        assert graph.in_place >= 4
+
+
+@given(st.data())
+def test_the_op_is_the_formula(data):
+    x, weight, bias = ONEDNN_LINEAR.sample(data.draw)
+    got = ONEDNN_LINEAR.overload(x, weight, bias)
+    exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    body = ONEDNN_LINEAR.body(x, weight, bias)
+    size = x.double().abs() @ weight.double().abs().t() + (0 if bias is None else bias.double().abs())
+    error = 1.1 * (body.double() - exact).abs() + 2 * torch.finfo(x.dtype).eps * size
+    assert (got.shape, got.dtype, got.is_contiguous()) == (exact.shape, x.dtype, True)
+    assert bool(((got.double() - exact).abs() <= error).all())
+    faked = ONEDNN_LINEAR.fake(x, weight, bias)
+    assert (faked.shape, faked.dtype, faked.stride()) == (got.shape, got.dtype, got.stride())
