@@ -1,8 +1,8 @@
 """Which of several ways to compute a value is the fastest on this host: timed when first asked, then read from disk.
 
-A table for each host (processor, threads, torch and the libraries that it was built with) is a JSON file beside
-Inductor's cache: question -> median seconds of each way. What was chosen there is chosen again, in every process;
-delete the file to have it timed anew. Several processes may write: each adds to what it finds.
+A table for each host (processor, threads, torch and the libraries that it was built with) is a JSON file in the
+directory of Inductor's caches: question -> median seconds of each way. What was chosen there is chosen again, in every
+process: of several that ask at once, one times and the others wait for it. Delete the directory to have all timed anew.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import math
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import filelock
 import torch
 
 from adaptc.codegen import torch_internals
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 MARGIN = 0.05
 #: Seconds that timing one question may take, and how often each way runs at most and at least.
 _BUDGET, _MOST, _LEAST = 0.3, 9, 3
+#: Seconds to wait for another process that times.
+_PATIENCE = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,17 +78,29 @@ def choose(question: str, make: Callable[[], Ways]) -> Choice | None:
     """The choice for ``question`` among the ways that ``make`` gives, of which the first is the usual one.
 
     None where nothing is to be timed: torch is asked to be deterministic, so that what runs must not depend on how
-    fast it was.
+    fast it was; and where a way fails.
     """
     if torch.are_deterministic_algorithms_enabled():
         return None
-    table = Table(_path())
-    seconds = table.read().get(question)
-    if seconds is None:
-        with torch_internals.real_tensors(), torch.no_grad():
-            seconds = _time(make())
-        table.add(question, seconds)
-    return Choice(question, seconds)
+    path = _path()
+    if (path, question) not in _KNOWN:
+        try:
+            _KNOWN[path, question] = Table(path).ask(question, lambda: _time_aside(make))
+        except (RuntimeError, MemoryError) as error:
+            log.warning("%s is computed as usual: timing it failed (%s)", question, error)
+            _KNOWN[path, question] = None
+    seconds = _KNOWN[path, question]
+    return None if seconds is None else Choice(question, seconds)
+
+
+#: (file, question) -> what this process has found; None where timing failed.
+_KNOWN: dict[tuple[Path, str], dict[str, float] | None] = {}
+
+
+def _time_aside(make: Callable[[], Ways]) -> dict[str, float]:
+    """Time with tensors that compute, whatever is being traced around."""
+    with torch_internals.real_tensors(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        return _time(make())
 
 
 class Table:
@@ -109,16 +123,26 @@ class Table:
             log.warning("choices in %s cannot be read, and are timed again: %s", self.path, error)
             return {}
 
-    def add(self, question: str, seconds: Mapping[str, float]) -> None:
-        """Remember the answer; a directory that cannot be written to is only reported."""
-        content = {"host": host(), "choices": {**self.read(), question: dict(seconds)}}
+    def ask(self, question: str, answer: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What is known, or ``answer()``, which is known from then on. A directory that cannot be written to is only
+        reported."""
+        if (known := self.read().get(question)) is not None:
+            return known
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
-                file.write(json.dumps(content, indent=1))
-            os.replace(file.name, self.path)
-        except OSError as error:
-            log.warning("the choice for %s is not kept: %s", question, error)
+            with filelock.FileLock(f"{self.path}.lock", timeout=_PATIENCE):
+                if (known := self.read().get(question)) is None:
+                    known = answer()
+                    self._write({**self.read(), question: known})
+                return known
+        except OSError as error:  # a timeout of the lock is one
+            log.warning("choices are not kept in %s: %s", self.path, error)
+            return answer()
+
+    def _write(self, choices: Mapping[str, Mapping[str, float]]) -> None:
+        beside = self.path.with_suffix(".tmp")  # one writer at a time
+        beside.write_text(json.dumps({"host": host(), "choices": choices}, indent=1))
+        os.replace(beside, self.path)
 
 
 def host() -> dict[str, str]:
@@ -128,6 +152,7 @@ def host() -> dict[str, str]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
+        "precision": f"{torch.get_float32_matmul_precision()} {torch_internals.onednn_precision()}",
         "build": hashlib.sha256(torch.__config__.show().encode()).hexdigest()[:16],
     }
 

@@ -106,7 +106,9 @@ def _sum_products(graph: fx.Graph) -> int:
             continue
         (views, total), (folded_views, folded) = sorted(pairs, key=lambda pair: order[pair[1]])
         is_plain = folded.target is aten.mm.default and len(folded.users) == 1
-        if not is_plain or not (_same_memory(total, node) and _same_memory(folded, node)):
+        # A matrix that is broadcast to a batch of one has another shape than the sum.
+        alike = _same_shape(views, node) and _same_memory(total, node) and _same_memory(folded, node)
+        if not (is_plain and alike):
             continue
         if node_value(node).dtype.itemsize < 4:  # rounded once each, as without an adapter
             continue
@@ -161,8 +163,14 @@ def _owned(node: fx.Node, makes: Callable[[fx.Node], bool]) -> fx.Node | None:
     views."""
     while node.target in _VIEWS and len(node.users) == 1:
         node = cast(fx.Node, node.args[0])
-    readers = [user for user in node.users if user.target not in (ADD_PRODUCT, ADD_PRODUCTS)]
+    readers = [user for user in node.users if not _only_adds_to(user, node)]
     return node if makes(node) and len(readers) == 1 else None
+
+
+def _only_adds_to(user: fx.Node, total: fx.Node) -> bool:
+    """Whether ``user`` is a sum in the memory of ``total``, which it does not read as a factor too."""
+    is_sum = user.target in (ADD_PRODUCT, ADD_PRODUCTS) and user.args[0] is total
+    return is_sum and total not in tree_leaves(user.args[1:])
 
 
 def _is_product(node: fx.Node) -> bool:
@@ -183,13 +191,20 @@ def _is_dense(node: fx.Node) -> bool:
 def _same_memory(product: fx.Node, total: fx.Node) -> bool:
     """Whether both are contiguous on the CPU, of one dtype and, as rows, of one shape."""
     first, second = node_value(product), node_value(total)
-    if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)):
+    if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)) or second.dim() == 0:
         return False
     if first.device.type != "cpu" or not (first.is_contiguous() and second.is_contiguous()):
         return False
     rows = (second.shape[:-1].numel(), second.shape[-1])
     return first.dtype == second.dtype and all(
         statically_known_true(a == b) for a, b in zip(first.shape, rows, strict=True)
+    )
+
+
+def _same_shape(one: fx.Node, other: fx.Node) -> bool:
+    first, second = node_value(one).shape, node_value(other).shape
+    return len(first) == len(second) and all(
+        statically_known_true(a == b) for a, b in zip(first, second, strict=True)
     )
 
 

@@ -12,6 +12,7 @@ import logging
 import platform
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from packaging.version import Version
 from torch import fx
 
-from adaptc.errors import UnsupportedError
+from adaptc.errors import AdaptcWarning, UnsupportedError
 
 TORCH = Version(torch.__version__.split("+")[0])
 
@@ -340,9 +341,19 @@ def cpu_emulates(dtype: torch.dtype) -> bool:
     return supported is None or not supported()
 
 
-def has_onednn() -> bool:
-    """Whether :func:`onednn_linear` works here. 2.11 to 2.15."""
-    return bool(torch._C._has_mkldnn) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def may_call_onednn() -> bool:
+    """Whether :func:`onednn_linear` works here, nobody has switched oneDNN off, torch's own fp32 products go to MKL,
+    and Inductor is not to choose among templates or pack weights itself. 2.11 to 2.15."""
+    from torch._inductor import config
+
+    inductors = config.max_autotune or config.max_autotune_gemm or config.freezing
+    on = torch._C._has_mkldnn and torch._C._get_mkldnn_enabled() and torch._C.has_mkl
+    return bool(on) and not inductors and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_precision() -> str:
+    """In what oneDNN computes fp32 products. 2.11 to 2.15."""
+    return str(getattr(torch.backends.mkldnn, "fp32_precision", "ieee"))
 
 
 def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -364,7 +375,13 @@ def load_cpp(source: str) -> Any:
         return None
     from torch._inductor.codecache import CppCodeCache
 
-    return CppCodeCache.load(source)
+    try:
+        return CppCodeCache.load(source)
+    except Exception as error:  # of a compiler that fails; torch raises several types
+        first = str(error).strip().split("\n")[0]
+        message = f"adaptc's own C++ kernels are left out, and slower ones run: they do not compile ({first})"
+        warnings.warn(AdaptcWarning(message), stacklevel=2)
+        return None
 
 
 def lookup_backend(name: str) -> Callable[..., Any]:
@@ -424,12 +441,17 @@ def size_text(size: Any) -> str:
 def storage_key(tensor: torch.Tensor) -> int:
     """Equal for tensors that share memory, fake ones and those under vmap or grad too; its own for one that has
     none (sparse). 2.11 to 2.15."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    while is_wrapped(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     try:
         return int(tensor.untyped_storage()._cdata)
     except NotImplementedError:
         return id(tensor)
+
+
+def is_wrapped(tensor: torch.Tensor) -> bool:
+    """Whether a tensor stands for another under vmap, grad or jvp. 2.11 to 2.15."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def watch_calls(on_call: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from adaptc.codegen.cpp import skinny
-from adaptc.codegen.torch_internals import node_value
+from adaptc.codegen.torch_internals import is_wrapped, node_value
 from adaptc.errors import UnsupportedError
 from adaptc.ir import dialect
 from adaptc.ir.derive import inline
@@ -75,9 +75,11 @@ def row_norm_kernel(
 def row_norm(
     weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, transposed: bool
 ) -> torch.Tensor:
-    """The op outside a graph, where nothing records gradients: the same bits as in one."""
-    found = row_norm_kernel(weight, A, B, scale, transposed)
-    return row_norm_body(weight, A, B, scale, transposed) if found is None else found
+    """The op outside a graph: the same bits as in one."""
+    given = weight, A, B, scale
+    # Of a subclass the memory may be elsewhere, and under torch.func's transforms a tensor has none.
+    plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and not is_wrapped(t) for t in given)
+    return DORA_ROW_NORM.overload(*given, transposed) if plain else row_norm_body(*given, transposed)
 
 
 def row_norm_fake(

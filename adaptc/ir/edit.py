@@ -24,6 +24,8 @@ _INHERITED = (
     "nn_module_stack", "fwd_nn_module_stack", "stack_trace", "seq_nr", "source_fn_stack",
     "partitioner_tag", "autograd_backward",
 )  # fmt: skip
+#: And a node of the base model that takes another's place: what a checkpoint does with it.
+_OF_CHECKPOINTS = ("recompute", "ac_graph_id")
 
 
 @dataclasses.dataclass
@@ -71,12 +73,14 @@ class Edit:
             :meth:`finish` in the same order.
         at: the matched node before which new nodes go (default: the last); their inputs must stand before it.
         record: keep both cut-outs for translation validation.
+        of_base: the new nodes are the base model's, as the matched ones are, and not an adapter's.
     """
 
     def __init__(
         self, gm: fx.GraphModule, site: str, matched: Sequence[fx.Node], results: Sequence[fx.Node], *,
-        at: fx.Node | None = None, record: bool = False,
+        at: fx.Node | None = None, record: bool = False, of_base: bool = False,
     ) -> None:  # fmt: skip
+        self.of_base = of_base
         self.gm, self.site, self.matched, self.results = gm, site, list(matched), list(results)
         self.record = record
         self.position = self.matched[-1] if at is None else at
@@ -89,10 +93,11 @@ class Edit:
                 node = self.gm.graph.call_method(target, args, kwargs)
             else:
                 node = self.gm.graph.call_function(target, args, kwargs)
-        for key in _INHERITED:
+        for key in (*_INHERITED, *(_OF_CHECKPOINTS if self.of_base else ())):
             if key in self.position.meta:
                 node.meta[key] = self.position.meta[key]
-        node.meta["custom"] = {**self.position.meta.get("custom", {}), "adaptc": self.site}
+        mark = {} if self.of_base else {"adaptc": self.site}
+        node.meta["custom"] = {**self.position.meta.get("custom", {}), **mark}
         key = "val" if "val" in self.position.meta else "example_value"
         value = infer_value(node)
         if value is not None:

@@ -40,7 +40,7 @@ def kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 def cost(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Cost:
     out = fake(x, weight, bias)
-    flops = 2 * int(x.shape[0]) * int(x.shape[1]) * int(weight.shape[0])
+    flops = int(x.shape[0]) * int(weight.shape[0]) * (2 * int(x.shape[1]) + (bias is not None))
     return Cost(flops=flops, read=nbytes(x, weight, bias), written=nbytes(out))
 
 

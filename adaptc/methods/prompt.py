@@ -26,7 +26,7 @@ from adaptc.errors import UnsupportedError
 from adaptc.ir.derive import derive
 from adaptc.ir.lora import draw_tensor
 from adaptc.methods import tokens
-from adaptc.methods.base import Adapter, anchor_of
+from adaptc.methods.base import Adapter, Method, anchor_of
 from adaptc.methods.codec import Codec, Option
 from adaptc.methods.scaled import storage_dtype
 from adaptc.methods.tokens import TokenAdapter, TokenMethod
@@ -82,6 +82,11 @@ class Prompt(TokenMethod):
             return reason
         if self.num_transformer_submodules == 2 and not tokens.is_encoder(path):
             return "num_transformer_submodules is 2, which is for models with an encoder and a decoder"
+        if getattr(module, "embed_scale", 1.0) not in (None, 1.0):
+            return (
+                f"{type(module).__name__} scales its tokens' embeddings after looking them up: PEFT's prompts leave the"
+                " scale out, so that its model reads other tokens than it learned"
+            )
         embeddings = module.get_input_embeddings()  # type: ignore[operator]
         if not isinstance(getattr(embeddings, "weight", None), torch.Tensor):
             return f"{type(module).__name__} embeds by a {type(embeddings).__name__}, not by a table of tokens"
@@ -216,6 +221,11 @@ class EncoderPromptAdapter(PromptAdapter):
 
     def read(self) -> torch.Tensor:
         return self.prompt[: self.count]
+
+    def method_now(self) -> Method:
+        """Says how many rows there are: what PEFT takes None for depends on the task."""
+        count = self.prompt.shape[0] // self.count
+        return dataclasses.replace(self.method, num_transformer_submodules=count)
 
     def change_tapped(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Let the decoder see what the encoder put in front: the caller's mask has the caller's tokens only."""

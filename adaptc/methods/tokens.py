@@ -142,6 +142,9 @@ def lengthen_mask(given: dict[str, Any], count: int) -> None:
             expected="(batch, tokens), or none", found=found, do="generate without a static cache",
         )  # fmt: skip
     given["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], count), mask], dim=1)
+    everywhere = given.get("global_attention_mask")
+    if everywhere is not None:  # which tokens attend to all others: of the caller's
+        given["global_attention_mask"] = torch.cat([everywhere.new_zeros(mask.shape[0], count), everywhere], dim=1)
 
 
 #: On a cache: ``TokenMethod.kind`` and count of the tokens that it begins with.

@@ -1,11 +1,11 @@
-"""Call the library that is faster for a frozen layer's product, in fp32 on a CPU.
+"""Call the library that is faster for a product with a weight, in fp32 on a CPU.
 
 before:  %y = addmm(b, %x, permute(W));                %dx = mm(%dy, W)
 after:   %y = adaptc.onednn_linear(%x, W, b);          %dx = adaptc.onednn_linear(%dy, permute(W), None)
 
 torch calls MKL there, whose kernels for other makers' processors are slower ones. Both ways are timed once for each
-shape on the host, with as many rows as the graph was captured with, to the next power of two. oneDNN reads the weight
-where it is, as MKL does: no packed copy is kept.
+shape on the host, with as many rows as the graph was captured with, to the next power of two (fewer where one product
+would take long). oneDNN reads the weight where it is, as MKL does: no packed copy is kept.
 """
 
 from __future__ import annotations
@@ -21,19 +21,23 @@ from adaptc.codegen.choices import Choice
 from adaptc.codegen.torch_internals import node_value, size_hint
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
-from adaptc.ir.sites import is_inserted, site_of
+from adaptc.ir.names import module_of
+from adaptc.ir.sites import is_inserted
 from adaptc.passes.contract import Context, Contract, everywhere
 
 CONTRACT = Contract(level="joint", numerics="reassociates")
 
 aten = torch.ops.aten
 _TRANSPOSES = (aten.permute.default, aten.t.default, aten.transpose.int)
-#: Multiplications below which a product is not worth asking for: about a tenth of a millisecond.
-WORTH = 1 << 23
+#: Multiplications below which a product is not worth asking for: some tenths of a millisecond.
+WORTH = 1 << 25
+#: Those of the largest product that is timed, about a tenth of a second: a product of more rows is asked for with as
+#: many as come to this. And elements of the largest weight that is made for it.
+MOST, LARGEST = 1 << 33, 1 << 27
 
 
 class Product(NamedTuple):
-    """x (M, K) times the node ``right`` (K, N), which is a frozen weight or a transpose of one, plus ``bias`` (N,)."""
+    """x (M, K) times the node ``right`` (K, N), which is a weight or a transpose of one, plus ``bias`` (N,)."""
 
     x: fx.Node
     right: fx.Node
@@ -56,17 +60,22 @@ def _library(gm: fx.GraphModule, context: Context, result: Result) -> None:
         if choice.chosen == choice.usual:
             continue
         if not context.spend():
-            result.refuse(site_of(node), "limit reached")
+            result.refuse(_layer(node), "limit reached")
             continue
-        edit = Edit(gm, site_of(node), [node], [node], record=context.record)
+        edit = Edit(gm, _layer(node), [node], [node], record=context.record, of_base=True)
         weight = edit.call(aten.permute.default, product.right, [1, 0])
         target = dialect.get("onednn_linear").overload
         result.applied.append(edit.finish(edit.call(target, product.x, weight, product.bias)))
 
 
+def _layer(node: fx.Node) -> str:
+    found = module_of(node)
+    return "(unknown layer)" if found is None else found[0]
+
+
 def _frozen_product(node: fx.Node) -> Product | None:
-    """The product that a node is, if it is one of a frozen layer that oneDNN could make."""
-    if is_inserted(node) or node.kwargs or not torch_internals.has_onednn():
+    """The product that a node is, if it is one of the base model that oneDNN could make."""
+    if is_inserted(node) or node.kwargs or not torch_internals.may_call_onednn():
         return None
     if node.target is aten.mm.default:
         (x, right), bias = node.args, None
@@ -78,14 +87,17 @@ def _frozen_product(node: fx.Node) -> Product | None:
     values = [node_value(n) for n in nodes]
     if any(not isinstance(v, torch.Tensor) or v.dtype != torch.float32 or v.device.type != "cpu" for v in values):
         return None
-    if not _is_weight(right) or any(v.dim() != 1 for v in values[2:]):
+    if not _is_weight(right) or any(v.shape != values[1].shape[1:] for v in values[2:]):
         return None
     return Product(x, right, bias)  # type: ignore[arg-type]
 
 
 def _is_weight(node: object) -> bool:
-    """Whether a node is an input of the graph of fixed sizes, or its transpose."""
+    """Whether a node is an input of the graph of fixed sizes, or its transpose: rows or columns without gaps."""
     if not isinstance(node, fx.Node) or not all(isinstance(size, int) for size in node_value(node).shape):
+        return False
+    value = node_value(node)
+    if not (value.is_contiguous() or value.t().is_contiguous()):
         return False
     while isinstance(node, fx.Node) and node.target in _TRANSPOSES:
         node = node.args[0]
@@ -95,18 +107,20 @@ def _is_weight(node: object) -> bool:
 def _ask(product: Product) -> Choice | None:
     rows = size_hint(node_value(product.x).shape[0])
     k, n = (int(size) for size in node_value(product.right).shape)
-    if rows * k * n < WORTH:
+    if rows * k * n < WORTH or k * n > LARGEST:
         return None
-    m, transposed = choices.bucket(rows), node_value(product.right).stride(1) == 1  # to W's rows, that is
-    question = f"product {m} x {k} x {n}{' transposed' if transposed else ''}{', bias' if product.bias else ''}, float32"
+    m = min(choices.bucket(rows), max(128, choices.bucket(MOST // (k * n))))
+    transposed = node_value(product.right).stride(1) == 1  # as to W's own rows
+    kind = f"{' transposed' if transposed else ''}{', bias' if product.bias else ''}"
+    question = f"product {m} x {k} x {n}{kind}, float32"
 
     def make() -> choices.Ways:
-        x, bias = torch.ones(m, k), None if product.bias is None else torch.ones(n)
-        weight = torch.ones(k, n).t() if transposed else torch.ones(n, k)
+        ones = functools.partial(torch.ones, dtype=torch.float32, device="cpu")
+        x, bias = ones(m, k), None if product.bias is None else ones(n)
+        weight = ones(k, n).t() if transposed else ones(n, k)
         usual = torch.mm if bias is None else functools.partial(torch.addmm, bias)
-        return {
-            "MKL": lambda: usual(x, weight.t()),
-            "oneDNN": lambda: torch_internals.onednn_linear(x, weight, bias),
-        }
+        into, op = ones(m, n), dialect.get("onednn_linear").overload
+        # As compiled code calls them.
+        return {"MKL": lambda: usual(x, weight.t(), out=into), "oneDNN": lambda: op(x, weight, bias)}
 
     return choices.choose(question, make)

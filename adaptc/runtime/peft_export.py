@@ -338,10 +338,10 @@ def _task_of(model: nn.Module | None) -> str | None:
     found = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
     if found is not None or model is None:
         return found
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return "SEQ_2_SEQ_LM"
     can_generate = getattr(model, "can_generate", None)
-    return "CAUSAL_LM" if callable(can_generate) and can_generate() else "FEATURE_EXTRACTION"
+    if not (callable(can_generate) and can_generate()):
+        return "FEATURE_EXTRACTION"
+    return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
 
 
 def _task_fits(task_type: str | None, sites: _Sites, model: nn.Module | None) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import logging
+import time
 
 import pytest
 import torch
@@ -17,10 +19,16 @@ from adaptc.codegen.choices import MARGIN, Choice, Table, bucket, choose
 @pytest.fixture(autouse=True)
 def private(tmp_path, monkeypatch):
     monkeypatch.setattr(choices.torch_internals, "cache_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(choices, "_KNOWN", {})
+
+
+def another_process():
+    """What this one has learned is forgotten; the files stay."""
+    choices._KNOWN.clear()
 
 
 def files(tmp_path):
-    return sorted((tmp_path / "adaptc").glob("*"))
+    return sorted((tmp_path / "adaptc").glob("*.json"))
 
 
 class Ways:
@@ -42,6 +50,8 @@ def test_a_question_is_timed_once(tmp_path):
     ways = Ways()
     first = choose("a product", ways)
     assert ways.asked == 1 and ways.runs["usual"] == ways.runs["other"] > 3
+    assert choose("a product", ways) == first and ways.asked == 1
+    another_process()
     assert choose("a product", ways) == first and ways.asked == 1
     (file,) = files(tmp_path)
     stored = json.loads(file.read_text())
@@ -67,12 +77,43 @@ def test_another_number_of_threads_is_another_table(tmp_path):
     assert ways.asked == 2 and len(files(tmp_path)) == 2
 
 
-def test_writers_keep_what_others_wrote(tmp_path):
-    one, other = Table(tmp_path / "table.json"), Table(tmp_path / "table.json")
-    one.add("a", {"x": 1.0, "y": 2.0})
-    other.add("b", {"x": 3.0, "y": 2.0})
-    assert one.read() == other.read() == {"a": {"x": 1.0, "y": 2.0}, "b": {"x": 3.0, "y": 2.0}}
-    assert [f.name for f in tmp_path.iterdir()] == ["table.json"]
+def test_of_those_that_ask_at_once_one_times(tmp_path):
+    """Threads with tables of their own, as processes have: the lock is the file's."""
+    timed, path = [], tmp_path / "table.json"
+
+    def ask(number):
+        def answer():
+            timed.append(number)
+            time.sleep(0.05)
+            return {"x": float(number), "y": 1.0}
+
+        return [Table(path).ask(question, answer) for question in ("a", f"own {number}")]
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(ask, range(4)))
+    assert len(timed) == 5 and {one["x"] for one, _ in found} == {found[0][0]["x"]}
+    assert set(Table(path).read()) == {"a", *(f"own {number}" for number in range(4))}
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no memory"), MemoryError()])
+def test_a_way_that_fails_leaves_the_usual_one(error, tmp_path, caplog):
+    asked = []
+
+    def make():
+        asked.append(0)
+        raise error
+
+    with caplog.at_level(logging.WARNING, logger="adaptc"):
+        assert choose("a product", make) is None and choose("a product", make) is None
+    assert len(asked) == 1 and "a product is computed as usual" in caplog.text and not files(tmp_path)
+
+
+def test_timing_is_not_under_the_callers_autocast():
+    seen = []
+    with torch.autocast("cpu", torch.bfloat16):
+        choose("a", lambda: {name: lambda: seen.append(torch.is_autocast_enabled("cpu")) for name in ("x", "y")})
+    assert seen and not any(seen)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"choices": 3}', '{"choices": {"a": {"x": "fast", "y": 1}}}', "\xff"])
@@ -81,6 +122,7 @@ def test_a_file_that_is_not_a_table_is_timed_anew(content, tmp_path, caplog):
     choose("a", ways)
     (file,) = files(tmp_path)
     file.write_bytes(content.encode("latin-1"))
+    another_process()
     with caplog.at_level(logging.WARNING, logger="adaptc"):
         choose("a", ways)
     assert ways.asked == 2 and "cannot be read, and are timed again" in caplog.text
@@ -89,9 +131,10 @@ def test_a_file_that_is_not_a_table_is_timed_anew(content, tmp_path, caplog):
 
 def test_a_directory_that_cannot_be_written_is_reported(tmp_path, caplog):
     (tmp_path / "adaptc").write_text("a file")
+    ways = Ways()
     with caplog.at_level(logging.WARNING, logger="adaptc"):
-        assert choose("a", Ways()) is not None
-    assert "the choice for a is not kept" in caplog.text
+        assert choose("a", ways) == choose("a", ways) is not None
+    assert ways.asked == 1 and "choices are not kept in" in caplog.text
 
 
 def test_nothing_is_timed_under_deterministic_algorithms(tmp_path):

@@ -152,6 +152,57 @@ def test_products_are_summed_in_the_memory_of_the_first(name):
     assert (products, len(sums)) == (before - count, count)
 
 
+def a_factor_that_a_sum_overwrites(x, w, h, b):
+    """F reads P, and o is made in P's memory before F is added to T."""
+    p = x @ w
+    o = torch.addmm(p, h, b)
+    return o, (x + 1) @ w[:, :3] + p @ w[:5, :3]
+
+
+def a_factor_that_another_sum_overwrites(x, w, h, b):
+    p, q = x @ w, h @ b
+    first = (x + 1) @ w[:, :3]
+    return first + p @ w[:5, :3], p + q
+
+
+def a_gradient_that_is_rescaled(x, w, h, b):
+    """dy is made in the memory of g, which a product reads as it was."""
+    g, y = x[:, :5] * 2, x[:, :5].exp()
+    magnitude, norm = b[0].abs() + 1, b[1].abs() + 1
+    dy, dm = dialect.get("dora_rescale_grad").overload(g, y, None, magnitude, norm)
+    return dy @ w[:5, :3] + g @ w[1:, :3], dm
+
+
+@pytest.mark.parametrize(
+    "function", [a_factor_that_a_sum_overwrites, a_factor_that_another_sum_overwrites, a_gradient_that_is_rescaled]
+)
+def test_a_factor_of_a_sum_is_not_written_to_before_it_is_read(function):
+    inputs = operands()
+    gm = make_fx(function)(*inputs)
+    accumulate_in_place(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    for got, want in zip(gm(*inputs), function(*inputs), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+BROADCAST = {
+    "a matrix and a batch of one": lambda x, w, h, b: x @ w + (h @ b).view(1, 4, 5),
+    "numbers": lambda x, w, h, b: (x[:1] @ w[:, :1]).view(()) + (h[:1] @ b[:, :1]).view(()),
+}
+
+
+@pytest.mark.parametrize("name", BROADCAST)
+def test_a_sum_keeps_its_shape(name):
+    inputs = operands()
+    gm = make_fx(BROADCAST[name])(*inputs)
+    accumulate_in_place(gm.graph)
+    gm.recompile()
+    got, want = gm(*inputs), BROADCAST[name](*inputs)
+    assert got.shape == want.shape
+    torch.testing.assert_close(got, want)
+
+
 RESCALED = {
     "what a loop writes": (lambda g, f: g * f, 1),
     "through views": (lambda g, f: (g * f).view(8, 5).view(2, 4, 5), 1),

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptc.codegen.cpp import skinny
+from adaptc.errors import AdaptcWarning
 from adaptc.ir import lora_split
 from adaptc.ir.dropout import keep_mask
 
@@ -120,6 +121,43 @@ def test_a_row_norm_tells_a_weight_that_is_not_finite():
     W[1, 4], W[2, 8] = float("nan"), float("inf")
     norms = skinny.row_norms(W, torch.zeros(2, 9), torch.zeros(3, 2), 1.0)
     assert float(norms[0]) == 3.0 and bool(norms[1].isnan()) and bool(norms[2].isinf() or norms[2].isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_defaults_of_the_process_do_not_matter(dtype):
+    x, h, A, B = torch.randn(7, 20), torch.randn(7, 3), torch.randn(3, 20), torch.randn(7, 3)
+    A2, scale, total = torch.randn(2, 20), torch.tensor([2.0]), torch.zeros(7, 20)
+
+    def run():
+        sums = total.clone()
+        skinny.update(sums, [h], [A])
+        return [*skinny.shrink(x, [A, A2], [scale, None]), *skinny.gradient([h], x), sums,
+                skinny.row_norms(x, A, B, 0.5)]  # fmt: skip
+
+    want = run()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            got = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
+def test_a_compiler_that_fails_is_told_of_and_does_without(monkeypatch):
+    from torch._inductor.codecache import CppCodeCache
+
+    def fail(source):
+        raise RuntimeError("omp.h: no such file\nand more")
+
+    monkeypatch.setattr(CppCodeCache, "load", fail)
+    skinny.library.cache_clear()
+    try:
+        with pytest.warns(AdaptcWarning, match=r"slower ones run: they do not compile \(omp\.h: no such file\)"):
+            assert not skinny.takes(torch.randn(3, 4))
+        assert not skinny.takes(torch.randn(3, 4))  # asked once
+    finally:
+        skinny.library.cache_clear()
 
 
 def test_what_the_kernels_do_not_take_is_left_to_torch():

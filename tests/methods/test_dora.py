@@ -16,6 +16,7 @@ from torch import nn
 import adaptc
 from adaptc.errors import SiteError, UnsupportedError
 from adaptc.ir import dialect
+from adaptc.ir.dora import row_norm
 from tests.models import hosts
 from tests.reference import check_all_rewritten, relative_errors, step
 
@@ -231,6 +232,13 @@ def test_row_norms_of_a_16_bit_weight_are_exact_to_fp32():
     got = dialect.get("dora_row_norm").overload(weight, A, B, torch.tensor([0.5]).double(), False)
     want = norm_formula(weight, A, B, torch.tensor([0.5]), False)
     assert float((got / want - 1).abs().max()) < 1e-6
+
+
+def test_row_norms_under_the_transforms_of_torch_func():
+    W, A, B, scale = torch.randn(5, 7), torch.randn(3, 2, 7), torch.randn(3, 5, 2), torch.tensor([0.5])
+    got = torch.func.vmap(lambda a, b: row_norm(W, a, b, scale, False))(A, B)
+    want = torch.stack([norm_formula(W, a, b, scale, False) for a, b in zip(A, B, strict=True)])
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
 
 
 def test_a_row_that_the_correction_cancels_has_norm_zero_not_nan():

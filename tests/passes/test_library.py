@@ -6,12 +6,15 @@ import copy
 
 import pytest
 import torch
+import torch._inductor.config
 from hypothesis import given
 from hypothesis import strategies as st
 
 import adaptc
 from adaptc.codegen import choices
 from adaptc.codegen.choices import Choice
+from adaptc.codegen.cost import shares
+from adaptc.codegen.torch_internals import mark_recomputed
 from adaptc.ir.edit import copy_graph_module
 from adaptc.ir.onednn_linear import ONEDNN_LINEAR
 from adaptc.ir.sites import is_inserted
@@ -79,16 +82,60 @@ def test_small_products_are_not_asked_for(timed):
     assert library.library(lowered_graph(), Context()).applied == [] and asked == []
 
 
+@pytest.mark.parametrize("most, rows", [(library.MOST, 256), (100 * 60, 128), (1, 128)])
+def test_large_products_are_asked_for_with_fewer_rows(most, rows, timed, monkeypatch):
+    asked = timed(SLOWER)
+    monkeypatch.setattr(library, "MOST", most)
+    _, model = adapted(passes={"skip": ["library"]})
+    gm = copy_graph_module(trained_graph(model, rows=(30, 7)).graph_module("lower"))
+    library.library(gm, Context())
+    assert f"product {rows} x 10 x 6, float32" in asked
+    monkeypatch.setattr(library, "LARGEST", 59)
+    asked.clear()
+    library.library(gm, Context())
+    assert asked and not any("6 x 10" in one or "10 x 6" in one for one in asked)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_are_not_asked_for(dtype, timed):
     asked = timed(FASTER)
     assert library.library(lowered_graph(dtype), Context()).applied == [] and asked == []
 
 
+def test_what_it_writes_is_the_base_models(timed):
+    """What adapters cost, and what a checkpoint drops, is as it was."""
+    timed(FASTER)
+    gm = lowered_graph()
+    before = shares(gm)
+    for node in frozen_products(gm):
+        mark_recomputed(node)
+    library.library(gm, Context())
+    after, calls = shares(gm), gm.graph.find_nodes(op="call_function", target=ONEDNN_LINEAR.overload)
+    for phase, share in before.items():
+        assert (after[phase].adapters, after[phase].base.flops) == (share.adapters, share.base.flops)
+    assert len(calls) == 5 and all("recompute" in node.meta and "ac_graph_id" in node.meta for node in calls)
+
+
+SWITCHES = {
+    "oneDNN is off": lambda: torch.backends.mkldnn.flags(enabled=False),
+    "freezing": lambda: torch._inductor.config.patch(freezing=True),
+    "max_autotune": lambda: torch._inductor.config.patch(max_autotune=True),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_where_others_choose_it_does_not(name, timed):
+    asked = timed(FASTER)
+    gm = lowered_graph()
+    with SWITCHES[name]():
+        assert library.library(gm, Context()).applied == [] and asked == []
+
+
 def test_a_limit_is_kept(timed):
     timed(FASTER)
     gm = lowered_graph()
     result = library.library(gm, Context(budget=2))
+    assert {layer for layer, _ in result.refused} <= {"score", "layers.0.up", "layers.0.down"}
     assert (len(result.applied), len(result.refused)) == (2, 3) and len(frozen_products(gm)) == 3
 
 
@@ -96,17 +143,35 @@ def test_both_ways_are_timed_and_compute_the_same(monkeypatch, tmp_path):
     """What is timed is what runs: the products of the question, each by its library."""
     monkeypatch.setattr(library, "WORTH", 1)
     monkeypatch.setattr(choices.torch_internals, "cache_dir", lambda: str(tmp_path))
-    seen = {}
+    monkeypatch.setattr(choices, "_KNOWN", {})
+    monkeypatch.setattr(torch, "ones", lambda *size, **options: torch.rand(*size, **options) + 0.5)
+    seen = []
 
     def time(ways):
-        seen.update({way: run() for way, run in ways.items()})
+        seen.append({way: run() for way, run in ways.items()})
         return FASTER
 
     monkeypatch.setattr(choices, "_time", time)
     _, model = adapted()
     trained_graph(model)
-    assert list(seen) == ["MKL", "oneDNN"] and torch.equal(*seen.values())
-    assert type(seen["MKL"]) is torch.Tensor  # computed, and not traced
+    assert len(seen) == 5 and all(list(one) == ["MKL", "oneDNN"] for one in seen)
+    for one in seen:
+        assert type(one["MKL"]) is torch.Tensor  # computed, and not traced
+        torch.testing.assert_close(one["MKL"], one["oneDNN"])
+
+
+def test_what_is_timed_is_fp32_on_the_cpu_whatever_the_defaults(timed, monkeypatch):
+    timed(SLOWER)
+    makes = []
+    monkeypatch.setattr(choices, "choose", lambda question, make: makes.append(make))
+    library.library(lowered_graph(), Context())
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            results = [run() for make in makes for run in make().values()]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert len(results) == 10 and {(y.dtype, y.device.type) for y in results} == {(torch.float32, "cpu")}
 
 
 def step(base, x, values=None, **options):

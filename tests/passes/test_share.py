@@ -108,7 +108,10 @@ def graph_of(model, batch):
     return graph
 
 
-@pytest.mark.parametrize("host, groups", hosts.slowly(["llama", "bert", "t5", "gpt2"], [[3, 2], [3], None, []], also=["gpt2"]))
+SHARED = hosts.slowly(["llama", "bert", "t5", "gpt2"], [[3, 2], [3], None, []], also=["gpt2"])
+
+
+@pytest.mark.parametrize("host, groups", SHARED)
 def test_who_shares(host, groups):
     base = hosts.short(host, train=True, **({"num_decoder_layers": 2} if host == "t5" else {}))
     batch = hosts.batch(host)

@@ -27,6 +27,9 @@ from adaptc.codegen.cpp.skinny_source import SOURCE
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 #: Dropout of one input: (seed (1,) int64, p).
 Dropout = tuple[torch.Tensor, float]
+#: What the kernels read and write besides x, whatever the process's defaults are.
+_FP32: Any = {"dtype": torch.float32, "device": "cpu"}
+_ones, _zeros, _empty = (functools.partial(make, **_FP32) for make in (torch.ones, torch.zeros, torch.empty))
 #: Operations below which a second thread costs more than it does.
 _GRAIN = 1 << 18
 
@@ -75,7 +78,7 @@ def shrink(
     ranks = [a.shape[0] for a in A]
     firsts, columns = _places(ranks, library().lanes())
     packed = _columns(A, firsts, columns)
-    scales = torch.ones(columns)
+    scales = _ones(columns)
     for first, rank, one in zip(firsts, ranks, scale, strict=False):
         if one is not None:
             scales[first : first + rank] = one
@@ -94,10 +97,10 @@ def gradient(
     x = _by_rows(x)
     ranks = [one.shape[1] for one in h]
     firsts, columns = _places(ranks, 4)
-    packed = torch.zeros(x.shape[0], columns)
+    packed = _zeros(x.shape[0], columns)
     for first, rank, one in zip(firsts, ranks, h, strict=True):
         packed[:, first : first + rank] = one
-    parts = [torch.empty(rank, x.shape[1]) for rank in ranks]
+    parts = [_empty(rank, x.shape[1]) for rank in ranks]
     groups = _groups(firsts, parts, ranks, dropouts)
     getattr(library(), f"gradient_{DTYPES[x.dtype]}")(
         packed.data_ptr(), columns, x.data_ptr(), *x.shape, x.stride(0), groups, len(h), _threads(x, columns)
@@ -113,7 +116,7 @@ def update(
     ranks = [one.shape[1] for one in q]
     firsts, columns = _places(ranks, 1)
     # Rows of whole panels: the last one is read to its end.
-    factors = torch.zeros(columns, -(-width // panel) * panel)
+    factors = _zeros(columns, -(-width // panel) * panel)
     factors[:, :width] = torch.cat([a.detach() for a in A])
     left = torch.cat([one.detach() for one in q], dim=1).to(torch.float32).contiguous()
     getattr(library(), f"update_{DTYPES[total.dtype]}")(
@@ -127,7 +130,7 @@ def row_norms(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -
     _, columns = _places([A.shape[0]], library().lanes())
     packed = _columns([A], [0], columns)
     A, B = (t.detach().to(torch.float32).contiguous() for t in (A, B))
-    gram, out = A @ A.t(), torch.empty(W.shape[0])
+    gram, out = A @ A.t(), _empty(W.shape[0])
     getattr(library(), f"row_norm_{DTYPES[W.dtype]}")(
         W.data_ptr(), *W.shape, W.stride(0), packed.data_ptr(), B.data_ptr(), columns, B.shape[1], gram.data_ptr(),
         scale, out.data_ptr(), _threads(W, columns),
@@ -153,7 +156,7 @@ def _columns(A: Sequence[torch.Tensor], firsts: Sequence[int], columns: int) -> 
     """The factors side by side, (K, columns) in fp32, zero where there is padding."""
     if len(A) == 1 and A[0].shape[0] == columns:
         return A[0].detach().t().to(torch.float32).contiguous()
-    packed = torch.zeros(A[0].shape[1], columns)
+    packed = _zeros(A[0].shape[1], columns)
     for first, a in zip(firsts, A, strict=True):
         packed[:, first : first + a.shape[0]] = a.detach().t()
     return packed
