@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from adaptc.codegen.torch_internals import node_value
 from adaptc.errors import UnsupportedError
@@ -63,11 +64,13 @@ def _size(edit: Edit, node: fx.Node, dim: int) -> int | fx.Node:
 
 
 def _is_viewable(value: torch.Tensor) -> bool:
-    try:
-        value.view(-1, value.shape[-1])
-    except (RuntimeError, ValueError):  # a fake tensor's own view raises the second
-        return False
-    return True
+    """Whether the leading dimensions are one dimension in memory. A fake tensor's own view does not tell: it allows what
+    fails at run time."""
+    leading = zip(value.shape[:-1], value.stride()[:-1], strict=True)
+    real = [(size, stride) for size, stride in leading if not statically_known_true(size == 1)]
+    return all(
+        statically_known_true(outer == size * inner) for (_, outer), (size, inner) in itertools.pairwise(real)
+    )
 
 
 def _like(edit: Edit, rows: fx.Node, model: fx.Node) -> fx.Node:

@@ -81,6 +81,31 @@ def test_lowering_computes_the_body(name, data):
         assert bool((error <= op.tolerances * error_of_body + unit).all()), f"{name}: {error.max()}"
 
 
+PARTS = {
+    "one of several in the middle": lambda t: t[:, :1],
+    "some of several in the middle": lambda t: t[:, 1:],
+    "every other row": lambda t: t[:, :, ::2],
+    "rows of other rows": lambda t: t.transpose(0, 1),
+    "a row for all": lambda t: t[:, :, :1].expand(-1, -1, 4, -1),
+    "a gap in front": lambda t: t[1:],
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+def test_rows_that_lie_unevenly(name, mode):
+    """ProphetNet's predicting stream is a slice in the middle of a batch."""
+    torch.manual_seed(0)
+    x, y = (PARTS[name](torch.randn(2, 3, 4, width)) for width in (8, 6))
+    args = (x, y, torch.randn(3, 8), torch.randn(6, 3), torch.tensor([0.5]), "r")
+    gm, tensors = graph_of("lora_linear", args, mode)
+    lower(gm, Context())
+    for got, body in zip(gm(*tensors), outputs(dialect.get("lora_linear").body(*args)), strict=True):
+        torch.testing.assert_close(got, body, rtol=1e-5, atol=1e-5)
+    copies = len(gm.graph.find_nodes(op="call_function", target=aten.clone.default))
+    assert copies == (0 if name in ("a gap in front", "every other row") else 2)
+
+
 @pytest.mark.parametrize("name", OPS)
 @given(data=st.data())
 @settings(max_examples=30)

@@ -140,6 +140,8 @@ def build(task: str, model_type: str, *, seed: int = 0) -> PreTrainedModel:
     extra = dict(SPECIAL.get(model_type, {}))
     if task in ("image", "audio"):
         extra["num_labels"] = CLASSES
+    if task == "seq2seq":  # T5's kind have it no longer by default
+        extra["decoder_start_token_id"] = TOKENS["decoder_start_token_id"]
     config_class = cls.config_class or CONFIG_MAPPING[model_type]  # of the decoder alone, say
     if task == "causal" and "is_decoder" in {f.name for f in dataclasses.fields(config_class)}:
         extra["is_decoder"] = True
