@@ -64,8 +64,8 @@ def _size(edit: Edit, node: fx.Node, dim: int) -> int | fx.Node:
 
 
 def _is_viewable(value: torch.Tensor) -> bool:
-    """Whether the leading dimensions are one dimension in memory. A fake tensor's own view does not tell: it allows what
-    fails at run time."""
+    """Whether the leading dimensions are one dimension in memory. A fake tensor's own view does not tell: it allows
+    what fails at run time."""
     leading = zip(value.shape[:-1], value.stride()[:-1], strict=True)
     real = [(size, stride) for size, stride in leading if not statically_known_true(size == 1)]
     return all(

@@ -2,9 +2,9 @@
 
 For each class: LoRA on all its linear layers by ``"all-linear"``, one training step, loss and every gradient against
 PEFT on the same values (against the formula in fp64 where PEFT refuses the class), relative to the gradient's size or
-to a hundred-thousandth of the largest one's. ``equal``: it agrees, every site
-was rewritten, and there are no more graphs than the base has under ``torch.compile``. A class whose base does not run
-under PEFT, or not under ``torch.compile``, does not count.
+to a hundred-thousandth of the largest one's. ``equal``: it agrees, every site was rewritten, and there are no more
+graphs than the base has under ``torch.compile``. A class whose base does not run under PEFT, or not under
+``torch.compile``, does not count.
 """
 
 from __future__ import annotations
