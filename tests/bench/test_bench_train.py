@@ -95,6 +95,7 @@ def test_the_result_says_what_ran_and_names_no_host_and_no_path(results: dict[st
     assert str(Path.home()) not in text
 
 
+@pytest.mark.slow
 def test_the_command_writes_data_table_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--backend", "eager", "--dtypes", "fp32", "--dropouts", "0", "--contenders", "floor,peft-eager"]
     assert main(["train", *FLAGS, *flags, "--out", str(tmp_path)]) == 0

@@ -249,6 +249,7 @@ def test_a_gradient_that_others_read_is_not_written_to():
 
 
 @pytest.mark.inductor
+@pytest.mark.slow
 def test_dora_in_compiled_code():
     """Loss and gradients of a step whose rescaled gradients are made in place, against V = diag(m / n) (W + s B A)."""
     torch.manual_seed(0)

@@ -37,7 +37,7 @@ def generated():
     return lambda: (metrics.generated_kernel_count, *(counters["inductor"][name] for name in names))
 
 
-@pytest.mark.parametrize("host", CASES)
+@pytest.mark.parametrize("host", hosts.slowly(CASES, also=["bert"]))
 def test_a_training_step_computes_the_formula(host, generated):
     changes, sites, graphs = CASES[host]
     base = hosts.build(host, train=True, **changes)
@@ -56,6 +56,7 @@ def test_a_training_step_computes_the_formula(host, generated):
     assert f"in place  {in_place[0]} results" in str(model.adaptc.explain())
 
 
+@pytest.mark.slow
 def test_dropout_draws_new_masks_each_step_and_repeats_with_the_seed(generated):
     base = hosts.build("llama", train=True, num_hidden_layers=1)
     model = adaptc.compile(copy.deepcopy(base), lora(dropout=0.3), backend="inductor")

@@ -142,8 +142,8 @@ STILL = adaptc.Plan([adaptc.LoRA(r=3, alpha=6, init="random", targets=["q_proj",
     "options, steps, autocast",
     [
         ({"gradient_accumulation_steps": 2, "max_grad_norm": 0.0}, 2, {}),
-        ({"gradient_checkpointing": True, "max_grad_norm": 0.0}, 1, {}),
-        ({"bf16": True, "max_grad_norm": 0.0}, 1, {"dtype": "bf16"}),
+        pytest.param({"gradient_checkpointing": True, "max_grad_norm": 0.0}, 1, {}, marks=pytest.mark.slow),
+        pytest.param({"bf16": True, "max_grad_norm": 0.0}, 1, {"dtype": "bf16"}, marks=pytest.mark.slow),
     ],
     ids=["accumulation", "checkpointing", "bf16"],
 )
@@ -266,6 +266,7 @@ def own_model():
         return adaptc.compile(Host(), PLAN, backend="eager")
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own(tmp_path):
     run = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     model = train(own_model(), tmp_path, MyTrainer, **run).model

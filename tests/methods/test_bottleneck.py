@@ -27,11 +27,10 @@ PLACES = {
     "llama": (["k_proj", "down_proj"], "tanh", False),
     "gpt2": (["c_fc", "re:.*mlp\\.c_proj"], "gelu", True),
     "bert": (["intermediate.dense"], "relu", True),
-    "roberta": (["intermediate.dense"], "silu", True),
     "t5": (["q", "wo"], "identity", True),
     "clip": (["fc1"], "gelu_tanh", True),
 }
-SITES = {"llama": 2, "gpt2": 2, "bert": 1, "roberta": 1, "t5": 5, "clip": 4}
+SITES = {"llama": 2, "gpt2": 2, "bert": 1, "t5": 5, "clip": 4}
 
 
 def f(tensors, h, act):
@@ -55,7 +54,7 @@ def bottleneck(host="llama", **options):
     return adaptc.Bottleneck(**chosen)
 
 
-@pytest.mark.parametrize("host, placement", hosts.slowly(PLACES, 2 * PLACEMENTS))
+@pytest.mark.parametrize("host, placement", hosts.slowly(PLACES, [*PLACEMENTS, *PLACEMENTS[1:]]))
 def test_every_class_computes_the_formula(host, placement):
     base = hosts.short(host)
     model = adaptc.compile(copy.deepcopy(base), bottleneck(host, placement=placement), backend="eager").train()

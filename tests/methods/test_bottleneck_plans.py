@@ -77,7 +77,9 @@ def test_styles_choose_their_modules(style, host):
         assert site.method.bias is STYLES[style].get("bias", True)
 
 
-@pytest.mark.parametrize("style, host, count", [("houlsby", "gpt2", 2), ("series", "llama", 3)])
+@pytest.mark.parametrize(
+    "style, host, count", [pytest.param("houlsby", "gpt2", 2, marks=pytest.mark.slow), ("series", "llama", 3)]
+)
 def test_a_plan_computes_the_formula(style, host, count):
     base = tiny(host)
     plan = bottleneck_plan(style, base, r=3)

@@ -84,7 +84,7 @@ def test_every_class_computes_what_peft_computes(host):
         assert len(model.adaptc.graphs) == 2, "one for training, one for evaluation"
 
 
-@pytest.mark.parametrize("host", ["llama", "gpt2"])
+@pytest.mark.parametrize("host", hosts.slowly(["llama", "gpt2"], also=["gpt2"]))
 def test_dropout_is_pefts(host):
     """Equal seeds draw equal masks, because both draw one a site in the order of the calls."""
     plan = adaptc.Plan([adaptc.LoRA(**OPTIONS, dropout=0.25)], passes={"skip": ["seed_dropout"]})

@@ -77,7 +77,8 @@ def test_it_is_the_formula_in_fp64(host):
     assert float((blind - grad).norm() / grad.norm()) > 1e-2
 
 
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.slow
+@pytest.mark.parametrize("host", ["t5", "bart"])
 def test_loss_gradient_and_generation_are_pefts(host):
     base = build(host)
     batch = batch_of(base)

@@ -24,11 +24,10 @@ PLACES = {
     "llama": (["k_proj", "v_proj"], ["down_proj"]),
     "gpt2": (["c_attn"], ["re:.*mlp\\.c_proj"]),
     "bert": (["key", "value"], ["re:.*layer\\.\\d+\\.output\\.dense"]),
-    "roberta": (["key", "value"], ["re:.*layer\\.\\d+\\.output\\.dense"]),
     "t5": (["k", "v"], ["wo"]),
     "clip": (["k_proj", "v_proj"], ["fc2"]),
 }
-COUNT = {"llama": 3, "gpt2": 2, "bert": 3, "roberta": 3, "t5": 8, "clip": 12}
+COUNT = {"llama": 3, "gpt2": 2, "bert": 3, "t5": 8, "clip": 12}
 
 
 def plan(host):

@@ -26,7 +26,6 @@ PLACES = {
     "llama": (["q_proj", "k_proj", "down_proj"], 3, 96, 64),
     "gpt2": (["c_attn", "c_proj"], 3, 96, 192),
     "bert": (["query", "intermediate.dense"], 2, 64, 96),
-    "roberta": (["value", "re:.*layer\\.\\d+\\.output\\.dense"], 2, 96, 64),
     "t5": (["q", "wo"], 5, 96, 64),
     "clip": (["q_proj", "fc2"], 8, 80, 64),
 }
@@ -221,6 +220,7 @@ def test_adapters_of_two_seeds_have_a_pair_each():
     model.adaptc.switch("other")
 
 
+@pytest.mark.slow
 def test_dropout_acts_on_the_adapters_input_only():
     """With b = 0 the site is the base whatever is dropped; in training two calls differ, in evaluation none do."""
     base = hosts.short("llama")

@@ -33,7 +33,7 @@ CLASSES = {
     "audio-spectrogram-transformer": ("audio", 12, 0),
     "musicgen": ("causal", 20, 8),  # cross-attention has nothing to attend to
 }
-QUICK = ("qwen3", "vit")
+QUICK = ("qwen3",)
 EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CLASSES]
 
 

@@ -22,6 +22,8 @@ from adaptc.passes import library
 from adaptc.passes.contract import Context
 from tests.passes.models import Model, adapted, trained_graph
 
+INDUCTOR = pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])
+
 aten = torch.ops.aten
 SLOWER, FASTER = {"MKL": 1.0, "oneDNN": 1.5}, {"MKL": 1.0, "oneDNN": 0.5}
 
@@ -185,7 +187,7 @@ def step(base, x, values=None, **options):
     return model, [loss.detach(), *(p.grad for p in model.adaptc.parameters())]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
 def test_a_step_is_that_of_fp64(backend, timed):
     """Loss and gradients of two blocks; under aot_eager every rewrite is checked in fp64 as well."""
     torch.manual_seed(0)

@@ -89,7 +89,8 @@ def test_every_layer_is_recognised(options):
     assert "mul" not in {n.name for n in graph.graph_module("lower").graph.nodes if n.meta.get("custom")}
 
 
-@pytest.mark.parametrize("host", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("host", ["bert", "gpt2"])
 def test_other_hosts(host):
     model, backend = peft_model(host), Recorded(verify="raise")
     check_as_in_double(model, hosts.batch(host), backend)
@@ -164,6 +165,7 @@ def test_the_dropped_values_have_peft_s_expectation():
     assert float((mean - want).norm() / (want - layer.base_layer(x)).norm()) < 0.15
 
 
+@pytest.mark.slow
 def test_what_set_adapter_and_disable_adapter_change():
     model, backend = peft_model(), Recorded()
     model.add_adapter("second", peft.LoraConfig(r=3, lora_alpha=1, init_lora_weights=False, target_modules=["q_proj"]))

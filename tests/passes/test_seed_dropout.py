@@ -25,6 +25,8 @@ from tests.models import hosts
 from tests.passes.graphs import DTYPES, Graph, ops, tensors
 from tests.passes.models import adapted, trained_graph
 
+INDUCTOR = pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])
+
 
 def dropped(values, p=0.3, *, write=None):
     """An adapter whose input goes through a dropout, as ``insert`` writes it."""
@@ -115,7 +117,7 @@ def loss_of(model, x, seed):
     return model(x).square().sum()
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", INDUCTOR])
 def test_the_gradient_is_of_the_loss_that_was_computed(backend):
     """By differences along the gradient, with masks that equal seeds repeat: a backward that drops other elements
     fails."""

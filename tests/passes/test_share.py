@@ -24,6 +24,8 @@ from tests.models import hosts
 from tests.passes.graphs import DTYPES, ops
 from tests.reference import check_against_reference
 
+INDUCTOR = pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])
+
 LORA = adaptc.LoRA(r=3, alpha=6, init="random", targets="all-linear")
 
 
@@ -108,7 +110,7 @@ def graph_of(model, batch):
     return graph
 
 
-SHARED = hosts.slowly(["llama", "bert", "t5", "gpt2"], [[3, 2], [3], None, []], also=["gpt2"])
+SHARED = hosts.slowly(["llama", "bert", "t5", "gpt2"], [[3, 2], [3], None, []], also=["gpt2", "bert"])
 
 
 @pytest.mark.parametrize("host, groups", SHARED)
@@ -143,7 +145,7 @@ class Readers(nn.Module):
         return first.sum() + self.b(h).square().sum()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
 def test_a_write_between_two_readers_is_seen(backend):
     """In a forward only: autograd itself refuses a write to what an adapter keeps for its backward."""
     base = Readers().double()
@@ -166,7 +168,10 @@ def dropped(targets, verify=False, backend="aot_eager", passes=None, **options):
     return adaptc.compile(hosts.short("llama", train=True), plan, backend=backend, verify=verify, **options)
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "k_proj"], ["o_proj"], "all-linear"])
+@pytest.mark.parametrize("targets", [
+    pytest.param(["q_proj", "k_proj"], marks=pytest.mark.slow), pytest.param(["o_proj"], marks=pytest.mark.slow),
+    "all-linear",
+])  # fmt: skip
 def test_dropouts_become_part_of_the_products(targets):
     """Every site has a mask of its own; what they read is read once."""
     model = dropped(targets, verify="raise")
@@ -194,7 +199,7 @@ class Noisy(nn.Module):
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)])
 def test_what_is_made_again_in_the_backward_has_the_masks_that_it_had(dtype):
     """The derivative along one direction by differences, under equal seeds: in fp32 the kernels run."""
     torch.manual_seed(0)

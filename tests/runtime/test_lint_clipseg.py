@@ -88,6 +88,7 @@ def test_adapters_in_the_towers_get_the_gradients_of_a_model_without_the_region(
     assert "records gradients for it: clip." in str(model.adaptc.explain())
 
 
+@pytest.mark.slow
 def test_without_adapters_in_the_towers_the_regions_stay():
     model = compiled(clipseg(), ["decoder.*.q_proj", "film_mul"])
     loss_of(model(**batch())).backward()

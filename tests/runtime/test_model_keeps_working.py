@@ -81,7 +81,7 @@ def test_grad_scaler_under_fp16_autocast():
         torch.testing.assert_close(new.detach(), old - 0.1 * grad)
 
 
-@pytest.mark.parametrize("host, when", [("llama", "after"), ("bert", "before")])
+@pytest.mark.parametrize("host, when", [("llama", "after"), pytest.param("bert", "before", marks=pytest.mark.slow)])
 def test_transformers_checkpointing_is_one_graph(host, when):
     # transformers warns, and so breaks the graph of any model, when a cache is asked for as well.
     base = hosts.build(host, train=True, use_cache=False)
@@ -131,6 +131,7 @@ def test_generate_with_a_cache_needs_at_most_three_graphs():
     assert torch.equal(tokens, base.generate(ids, **options))
 
 
+@pytest.mark.slow
 def test_the_encoder_that_generate_calls_by_itself_is_captured():
     base, model = compiled("t5", train=False)
     batch = hosts.batch("t5")
@@ -160,6 +161,7 @@ def test_the_towers_of_clip_are_captured():
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_moving_to_another_dtype():
     base, model = compiled(plan=adaptc.LoRA(r=3, alpha=7, rslora=True, init="random", targets="all-linear"))
     model(**hosts.batch("llama"))

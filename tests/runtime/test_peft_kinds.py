@@ -435,7 +435,7 @@ SPLIT = [
 
 
 @pytest.mark.parametrize("method", [
-    pytest.param(m, id=f"{m.init} {i}", marks=[pytest.mark.slow] if i in (2, 3) else []) for i, m in enumerate(SPLIT)
+    pytest.param(m, id=f"{m.init} {i}", marks=[pytest.mark.slow] if i in (2, 3, 4) else []) for i, m in enumerate(SPLIT)
 ])  # fmt: skip
 def test_a_part_of_the_weight_is_saved_as_a_plain_lora_of_twice_the_rank(method: LoRA, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -512,7 +512,9 @@ OWN: dict[str, list[Any]] = {
 }
 
 
-@pytest.fixture(params=sorted(OWN))
+@pytest.fixture(params=[
+    pytest.param(name, marks=[pytest.mark.slow] if name == "two kinds" else []) for name in sorted(OWN)
+])  # fmt: skip
 def own(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path]:
     model = compiled("bert", Plan(OWN[request.param])).eval()
     randomise(model)

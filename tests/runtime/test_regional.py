@@ -167,6 +167,7 @@ def test_what_runs_outside_the_blocks_is_reported():
     assert "captured by themselves, and together (LlamaDecoderLayer): model.layers." in report
 
 
+@pytest.mark.slow
 def test_a_call_with_a_cache_is_captured_whole():
     base = llama(use_cache=True).eval()
     model = regional(base)

@@ -77,7 +77,7 @@ def formula_step(model, base, x, dtype=torch.float64):
     return loss.detach(), {n: v.grad.double() for n, v in leaves.items()}
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 @pytest.mark.parametrize("build", [Attend, encoder])
 def test_computes_the_formula(build, backend):
     base = build()
