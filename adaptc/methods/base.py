@@ -164,9 +164,9 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__}.run_inside")
 
-    def change_tapped(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def change_tapped(self, kwargs: dict[str, Any], live: Sequence[Adapter]) -> dict[str, Any]:
         """The keyword arguments that the tap's module gets in the place of ``kwargs`` (only where
-        ``changes_tapped``); ``kwargs`` itself where nothing changes."""
+        ``changes_tapped``); ``kwargs`` itself where nothing changes. ``live``: what acts at the site, this one too."""
         raise NotImplementedError(f"{type(self).__name__}.change_tapped")
 
     def set_covariance(self, path: str, weight: torch.Tensor, covariance: torch.Tensor) -> None:

@@ -227,15 +227,16 @@ class EncoderPromptAdapter(PromptAdapter):
         count = self.prompt.shape[0] // self.count
         return dataclasses.replace(self.method, num_transformer_submodules=count)
 
-    def change_tapped(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def change_tapped(self, kwargs: dict[str, Any], live: Sequence[Adapter]) -> dict[str, Any]:
         """Let the decoder see what the encoder put in front: the caller's mask has the caller's tokens only."""
         states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
         if states is None or mask is None or mask.dim() != 2:
             return kwargs
-        missing = states.shape[1] - mask.shape[1]
-        if missing < self.count:  # states of the encoder without its prompt
+        count = sum(a.count for a in live if isinstance(a, TokenAdapter))
+        # Else they are states of the encoder without its prompts, or the caller's mask is wrong, which the model tells.
+        if states.shape[1] - mask.shape[1] != count:
             return kwargs
-        return {**kwargs, "encoder_attention_mask": torch.cat([mask.new_ones(mask.shape[0], missing), mask], dim=1)}
+        return {**kwargs, "encoder_attention_mask": torch.cat([mask.new_ones(mask.shape[0], count), mask], dim=1)}
 
 
 def body(embeds: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:

@@ -140,7 +140,7 @@ def run_tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             if adapter.tap != name:
                 continue
             if adapter.changes_tapped:
-                changed = adapter.change_tapped(changed)
+                changed = adapter.change_tapped(changed, found.live)
             else:
                 adapter.tapped.value = x
     return None if changed is kwargs else (args, changed)

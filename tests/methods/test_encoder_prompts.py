@@ -118,6 +118,26 @@ def test_an_encoder_that_was_called_alone_takes_part():
         torch.testing.assert_close(got, base(**batch).loss)
 
 
+@pytest.mark.slow
+def test_two_prompts_and_a_mask_that_is_too_short():
+    base = build("t5")
+    batch, model = batch_of(base), compiled(base).eval()
+    model.adaptc.add("second", adaptc.Prompt(num_virtual_tokens=2))
+    model.adaptc.switch(["default", "second"])
+    (site,) = model.adaptc.sites
+    first, second = (site.adapters[name].prompt.detach() for name in ("default", "second"))
+    rows = len(batch["labels"])
+    embeds = base.get_encoder().get_input_embeddings()(batch["input_ids"])
+    front = torch.cat([first[:ROWS], second[:2]]).expand(rows, -1, -1)
+    mask = torch.cat([torch.ones(rows, ROWS + 2).long(), batch["attention_mask"]], 1)
+    with torch.no_grad():
+        want = base(inputs_embeds=torch.cat([front, embeds], 1), attention_mask=mask, labels=batch["labels"]).loss
+        torch.testing.assert_close(model(**batch).loss, want)
+        states = model.get_encoder()(batch["input_ids"], attention_mask=batch["attention_mask"])
+        with pytest.raises(Exception, match=r"size|shape"):  # the caller's mistake is not made up for
+            model(encoder_outputs=states, attention_mask=batch["attention_mask"][:, 1:], labels=batch["labels"])
+
+
 @pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 1])
 def test_files_go_to_peft_and_come_back(count, tmp_path):
     base = build("t5")
