@@ -38,31 +38,49 @@ _PATIENCE = 60
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """``question`` as text; ``seconds``: way -> median; the first one is the usual."""
+    """What was chosen for ``question``, of ways whose first is the usual one.
+
+    ``seconds``: way -> median, of those that were timed (none where only one was worth it). ``predicted``: way ->
+    seconds by the roofline; ``saved``: way -> bytes kept for the backward; ``sites``: whose choice it is. Empty where
+    they are not asked for.
+    """
 
     question: str
     seconds: Mapping[str, float]
+    predicted: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    saved: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    sites: tuple[str, ...] = ()
 
     @property
     def usual(self) -> str:
-        return next(iter(self.seconds))
+        return next(iter(self.seconds or self.predicted))
 
     @property
     def chosen(self) -> str:
+        if not self.seconds:
+            return self.usual
         best = min(self.seconds, key=self.seconds.__getitem__)
         return best if self.seconds[best] < (1 - MARGIN) * self.seconds[self.usual] else self.usual
 
     @property
     def runner_up(self) -> tuple[str, float]:
-        """The next best way, and how long it takes over what the chosen one does."""
-        rest = [way for way in self.seconds if way != self.chosen]
-        other = min(rest, key=self.seconds.__getitem__)
-        return other, self.seconds[other] / self.seconds[self.chosen]
+        """The next best way, and how long it takes over what the chosen one does: as timed, or else as predicted."""
+        known = self.seconds or self.predicted
+        rest = [way for way in known if way != self.chosen]
+        other = min(rest, key=known.__getitem__)
+        return other, known[other] / known[self.chosen]
 
     def __str__(self) -> str:
         other, ratio = self.runner_up
-        milliseconds = 1e3 * self.seconds[self.chosen]
-        return f"{self.question}: {self.chosen}, {milliseconds:.3g} ms; {other} takes {ratio:.2f} times as long"
+        predicted = self.predicted.get(other, 0) / self.predicted.get(self.chosen, 1)
+        if self.seconds:
+            text = f"{self.chosen}, {1e3 * self.seconds[self.chosen]:.3g} ms; {other} takes {ratio:.2f} times as long"
+            text += f" ({predicted:.2f} predicted)" if predicted else ""
+        else:
+            text = f"{self.chosen}; {other} is predicted to take {ratio:.2f} times as long"
+        if self.saved:
+            text += f"; keeps {self.saved[self.chosen] / 1e6:.3g} MB, {other} {self.saved[other] / 1e6:.3g} MB"
+        return f"{self.question}: {text}"
 
 
 def bucket(size: int) -> int:
@@ -75,7 +93,14 @@ Ways = Mapping[str, Callable[[], object]]
 
 
 def choose(question: str, make: Callable[[], Ways]) -> Choice | None:
-    """The choice for ``question`` among the ways that ``make`` gives, of which the first is the usual one.
+    """The choice for ``question`` among the ways that ``make`` gives, of which the first is the usual one; None where
+    nothing is to be timed."""
+    seconds = measure(question, make)
+    return None if seconds is None else Choice(question, seconds)
+
+
+def measure(question: str, make: Callable[[], Ways]) -> Mapping[str, float] | None:
+    """Median seconds of each of the ways that ``make`` gives.
 
     None where nothing is to be timed: torch is asked to be deterministic, so that what runs must not depend on how
     fast it was; and where a way fails.
@@ -89,8 +114,7 @@ def choose(question: str, make: Callable[[], Ways]) -> Choice | None:
         except (RuntimeError, MemoryError) as error:
             log.warning("%s is computed as usual: timing it failed (%s)", question, error)
             _KNOWN[path, question] = None
-    seconds = _KNOWN[path, question]
-    return None if seconds is None else Choice(question, seconds)
+    return _KNOWN[path, question]
 
 
 #: (file, question) -> what this process has found; None where timing failed.

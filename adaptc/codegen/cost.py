@@ -242,19 +242,23 @@ def _stand_ins(tree: Any, on_meta: bool = True) -> Any:
 
 def _traced_cost(function: Any, args: Any, kwargs: Any) -> Cost:
     """The sum over the ATen calls that ``function`` makes."""
-    total = Cost()
+    return sum(call_costs(function, args, kwargs), Cost())
+
+
+def call_costs(function: Callable[..., object], args: Any, kwargs: Any) -> list[Cost]:
+    """The cost of each ATen call that ``function`` makes, views aside, on fake tensors like those given."""
+    found: list[Cost] = []
 
     def add(op: Any, args: Any, kwargs: Any, output: Any) -> None:
-        nonlocal total
         if isinstance(op, OpOverload) and not (_is_view(args, kwargs, output) and not op._schema.is_mutable):
-            total += _moved((args, kwargs), output, _aten_flops(op, args, kwargs, output))
+            found.append(_moved((args, kwargs), output, _aten_flops(op, args, kwargs, output)))
 
     # Fake tensors rather than meta ones: anchors ask for the device, to switch its autocast off.
     with torch.no_grad(), torch_internals.fake_mode_of(()):
         args, kwargs = _stand_ins((args, kwargs), on_meta=False)
         with torch_internals.watch_calls(add):
             function(*args, **kwargs)
-    return total
+    return found
 
 
 def _aten_flops(op: Any, args: Any, kwargs: Any, output: Any) -> int:

@@ -29,6 +29,8 @@ _TABLE = {
     "lora_expand": "adaptc.ir.lora_split",
     "lora_factor_grads": "adaptc.ir.lora_split",
     "lora_input_grads": "adaptc.ir.lora_split",
+    "lora_merged_weight": "adaptc.ir.lora_merged",
+    "lora_dense_grads": "adaptc.ir.lora_merged",
     "seeded_dropout": "adaptc.ir.dropout",
     "onednn_linear": "adaptc.ir.onednn_linear",
 }

@@ -88,16 +88,26 @@ class Edit:
 
     def call(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a node before the edit's position; a string target is a method call. Sets its fake value."""
+        return self._add(target, args, kwargs, self.position, of_base=self.of_base)
+
+    def call_of_base(self, origin: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:
+        """The same for a node of the base model that takes the place of its node ``origin``."""
+        return self._add(target, args, {}, origin, of_base=True)
+
+    def _add(
+        self, target: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any], origin: fx.Node, *,
+        of_base: bool,
+    ) -> fx.Node:  # fmt: skip
         with self.gm.graph.inserting_before(self.position):
             if isinstance(target, str):
                 node = self.gm.graph.call_method(target, args, kwargs)
             else:
                 node = self.gm.graph.call_function(target, args, kwargs)
-        for key in (*_INHERITED, *(_OF_CHECKPOINTS if self.of_base else ())):
-            if key in self.position.meta:
-                node.meta[key] = self.position.meta[key]
-        mark = {} if self.of_base else {"adaptc": self.site}
-        node.meta["custom"] = {**self.position.meta.get("custom", {}), **mark}
+        for key in (*_INHERITED, *(_OF_CHECKPOINTS if of_base else ())):
+            if key in origin.meta:
+                node.meta[key] = origin.meta[key]
+        mark = {} if of_base else {"adaptc": self.site}
+        node.meta["custom"] = {**origin.meta.get("custom", {}), **mark}
         key = "val" if "val" in self.position.meta else "example_value"
         value = infer_value(node)
         if value is not None:

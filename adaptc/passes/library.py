@@ -11,7 +11,6 @@ would take long). oneDNN reads the weight where it is, as MKL does: no packed co
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -22,26 +21,17 @@ from adaptc.codegen.torch_internals import node_value, size_hint
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.names import module_of
-from adaptc.ir.sites import is_inserted
+from adaptc.ir.products import Product, frozen_product
 from adaptc.passes.contract import Context, Contract, everywhere
 
 CONTRACT = Contract(level="joint", numerics="reassociates")
 
 aten = torch.ops.aten
-_TRANSPOSES = (aten.permute.default, aten.t.default, aten.transpose.int)
 #: Multiplications below which a product is not worth asking for: some tenths of a millisecond.
 WORTH = 1 << 25
 #: Those of the largest product that is timed, about a tenth of a second: a product of more rows is asked for with as
 #: many as come to this. And elements of the largest weight that is made for it.
 MOST, LARGEST = 1 << 33, 1 << 27
-
-
-class Product(NamedTuple):
-    """x (M, K) times the node ``right`` (K, N), which is a weight or a transpose of one, plus ``bias`` (N,)."""
-
-    x: fx.Node
-    right: fx.Node
-    bias: fx.Node | None
 
 
 def library(gm: fx.GraphModule, context: Context) -> Result:
@@ -50,7 +40,7 @@ def library(gm: fx.GraphModule, context: Context) -> Result:
 
 def _library(gm: fx.GraphModule, context: Context, result: Result) -> None:
     for node in list(gm.graph.nodes):
-        product = _frozen_product(node)
+        product = _candidate(node)
         if product is None:
             continue
         choice = _ask(product)
@@ -73,35 +63,13 @@ def _layer(node: fx.Node) -> str:
     return "(unknown layer)" if found is None else found[0]
 
 
-def _frozen_product(node: fx.Node) -> Product | None:
+def _candidate(node: fx.Node) -> Product | None:
     """The product that a node is, if it is one of the base model that oneDNN could make."""
-    if is_inserted(node) or node.kwargs or not torch_internals.may_call_onednn():
+    product = frozen_product(node)
+    if product is None or not torch_internals.may_call_onednn():
         return None
-    if node.target is aten.mm.default:
-        (x, right), bias = node.args, None
-    elif node.target is aten.addmm.default:
-        bias, x, right = node.args
-    else:
-        return None
-    nodes = [n for n in (x, right, bias) if isinstance(n, fx.Node)]
-    values = [node_value(n) for n in nodes]
-    if any(not isinstance(v, torch.Tensor) or v.dtype != torch.float32 or v.device.type != "cpu" for v in values):
-        return None
-    if not _is_weight(right) or any(v.shape != values[1].shape[1:] for v in values[2:]):
-        return None
-    return Product(x, right, bias)  # type: ignore[arg-type]
-
-
-def _is_weight(node: object) -> bool:
-    """Whether a node is an input of the graph of fixed sizes, or its transpose: rows or columns without gaps."""
-    if not isinstance(node, fx.Node) or not all(isinstance(size, int) for size in node_value(node).shape):
-        return False
-    value = node_value(node)
-    if not (value.is_contiguous() or value.t().is_contiguous()):
-        return False
-    while isinstance(node, fx.Node) and node.target in _TRANSPOSES:
-        node = node.args[0]
-    return isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr")
+    values = [node_value(n) for n in product if n is not None]
+    return product if all(v.dtype == torch.float32 and v.device.type == "cpu" for v in values) else None
 
 
 def _ask(product: Product) -> Choice | None:

@@ -35,6 +35,7 @@ _TABLE = {
     "lift_no_grad": "adaptc.passes.lift_no_grad:lift_no_grad",
     "canonicalise": "adaptc.passes.canonicalise:canonicalise",
     "seed_dropout": "adaptc.passes.seed_dropout:seed_dropout",
+    "reassociate": "adaptc.passes.reassociate:reassociate",
     "share": "adaptc.passes.share:share",
     "lower": "adaptc.passes.lower:lower",
     "widen": "adaptc.passes.widen:widen",

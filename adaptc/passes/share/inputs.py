@@ -13,26 +13,23 @@ worth it too, because its product then needs no tensor of its own.
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from adaptc.codegen.torch_internals import node_value
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.sites import site_of
-from adaptc.ir.structure import same_type
+from adaptc.ir.sums import ADD, flatten, is_inner, is_sum
 from adaptc.passes.contract import Context
 from adaptc.passes.share.dropped import Dropped, dropped, seeds_of
-
-_ADD = torch.ops.aten.add.Tensor
 
 
 def share_inputs(gm: fx.GraphModule, context: Context, result: Result) -> None:
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    for root in list(gm.graph.find_nodes(op="call_function", target=_ADD)):
-        if not _is_sum(root) or _is_inner(root) or not node_value(root).is_contiguous():
+    for root in list(gm.graph.find_nodes(op="call_function", target=ADD)):
+        if not is_sum(root) or is_inner(root) or not node_value(root).is_contiguous():
             continue
-        sums, terms = _flatten(root)
+        sums, terms = flatten(root)
         parts = {t: part for t in terms if (part := _adapters_part(t)) is not None}
         # Of one kind in an op: those that drop, or those that do not.
         drops = any(part.dropout is not None for part in parts.values())
@@ -48,7 +45,7 @@ def share_inputs(gm: fx.GraphModule, context: Context, result: Result) -> None:
         edit = Edit(gm, site_of(ours[0]), matched, [root], record=context.record)
         total = others[0]
         for other in others[1:]:
-            total = edit.call(_ADD, total, other)
+            total = edit.call(ADD, total, other)
         q, A = ([node.args[i] for node in products] for i in (0, 1))
         seeds = seeds_of([parts[t] for t in ours])
         result.applied.append(edit.finish(edit.call(dialect.get("lora_input_grads").overload, total, q, A, *seeds)))
@@ -60,30 +57,3 @@ def _adapters_part(term: fx.Node) -> Dropped | None:
     if part is None or part.source.target is not dialect.get("lora_input_grad").overload:
         return None
     return part if all(len(node.users) == 1 for node in {term, part.source}) else None
-
-
-def _is_sum(node: fx.Node) -> bool:
-    """An addition of two tensors of one type, neither of them scaled or broadcast."""
-    if node.target is not _ADD or node.kwargs or len(node.args) != 2:
-        return False
-    values = [node_value(a) for a in node.args if isinstance(a, fx.Node)]
-    return len(values) == 2 and all(same_type(v, node_value(node), strides=False) for v in values)
-
-
-def _is_inner(node: fx.Node) -> bool:
-    """Whether only another such addition reads it."""
-    return len(node.users) == 1 and _is_sum(next(iter(node.users)))
-
-
-def _flatten(root: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The additions of a sum, and its terms from left to right."""
-    sums, terms = [root], []
-    for term in root.args:
-        assert isinstance(term, fx.Node)
-        if _is_sum(term) and len(term.users) == 1:
-            inner_sums, inner_terms = _flatten(term)
-            sums += inner_sums
-            terms += inner_terms
-        else:
-            terms.append(term)
-    return sums, terms

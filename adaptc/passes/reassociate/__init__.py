@@ -1,0 +1,131 @@
+"""Compute a LoRA layer in the association order that is the fastest for its shape.
+
+before:  %y = mm(%x, W^T);  %y2, %h = lora_linear(%x, %y, A, B, s, "r")
+         %q = lora_bottleneck_grad(%g, B, s);  %dB = lora_factor_grad(%g, %h);  %dA = lora_factor_grad(%q, %x)
+         %a = lora_input_grad(%q, A);  %b = mm(%g, W);  %dx = add(%a, %b)
+after:   %E = lora_merged_weight(W, A, B, s);  %y2 = mm(%x, %E^T)                             "merge", in the backward:
+         %h = lora_shrink(%x, A, s);  %q, %dB, %dA as before;  %dx = mm(%g, %E)
+or       %Z = lora_factor_grad(%g, %x);  %dA, %dB = lora_dense_grads(%Z, A, B, s);  %dx = mm(%g, %E)        "dense"
+
+The orders are predicted by the roofline of this host; those that could be the fastest are timed, once for each shape,
+with as many rows as the graph was captured with, to the next power of two. E is made again for the backward.
+
+Legal where nothing is dropped, weight and factors are of one dtype of 32 bits or more (a smaller one would round the
+correction away beside the weight), the number of rows is fixed, and nothing else reads the frozen layer's output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+from torch import fx
+
+from adaptc.codegen import choices
+from adaptc.codegen.choices import Choice
+from adaptc.codegen.roofline import Rates, finished, on, rates
+from adaptc.codegen.torch_internals import node_value, size_hint
+from adaptc.ir.edit import Result
+from adaptc.ir.sites import lora_nodes, site_of
+from adaptc.passes.contract import Context, Contract, everywhere
+from adaptc.passes.reassociate import plans
+from adaptc.passes.reassociate.site import Site, read
+from adaptc.passes.reassociate.write import write
+
+CONTRACT = Contract(level="joint", numerics="reassociates")
+
+#: Multiplications of the frozen product below which an order is not worth asking for.
+WORTH = 1 << 25
+#: How many times the best prediction an order may be predicted to take and still be timed.
+REACH = 1.15
+#: Seconds that the usual order may be predicted to take for any to be timed.
+MOST = 0.5
+
+
+def reassociate(gm: fx.GraphModule, context: Context) -> Result:
+    return everywhere(gm, (_reassociate,), context)
+
+
+def _reassociate(gm: fx.GraphModule, context: Context, result: Result) -> None:
+    for node in lora_nodes(gm):
+        site = read(node)
+        reason = site if isinstance(site, str) else _illegal(site)
+        if not isinstance(site, Site) or reason is not None:
+            if _could_gain(node):
+                result.refuse(site_of(node), reason or "")
+            continue
+        choice = _choose(site)
+        if choice is None:
+            continue
+        context.choices.append(dataclasses.replace(choice, sites=(site_of(node),)))
+        if choice.chosen == choice.usual:
+            continue
+        if not context.spend():
+            result.refuse(site_of(node), "limit reached")
+            continue
+        result.applied.append(write(gm, site, choice.chosen, record=context.record))
+
+
+def _illegal(site: Site) -> str | None:
+    _, _, A, B = site.operands
+    dtypes = {node_value(n).dtype for n in (site.base, site.product.right, A, B)}
+    if len(dtypes) > 1 or next(iter(dtypes)).itemsize < 4:
+        return "a weight with its correction would be rounded to fewer than 32 bits"
+    if not isinstance(site.shape[0], int):
+        return "the number of rows is not fixed"
+    return None
+
+
+def _could_gain(node: fx.Node) -> bool:
+    """Whether another order has fewer multiplications."""
+    y, A, B = (node_value(node.args[i]) for i in (1, 2, 3))  # type: ignore[arg-type]
+    m, k, n, r = (size_hint(size) for size in (y.shape[:-1].numel(), A.shape[1], *B.shape))
+    counts = {plan: plans.multiplications(plan, m, k, n, r) for plan in plans.PLANS}
+    return m * k * n >= WORTH and min(counts.values()) < counts["split"]
+
+
+def _choose(site: Site) -> Choice | None:
+    m, k, n, r = site.shape
+    assert isinstance(m, int)
+    value = node_value(site.base)
+    rate = rates(value.device, value.dtype) if m * k * n >= WORTH else None
+    if rate is None:
+        return None
+    rows, trained = choices.bucket(m), site.grads is not None
+    input_grad = site.grads is not None and site.grads.dx is not None
+    kind = "" if input_grad else ", no gradient of x" if trained else ", forward"
+    dtype = str(value.dtype).removeprefix("torch.")
+    question = f"LoRA {rows} x {k} x {n}, rank {r}{kind}, {dtype}{on(value.device)}"
+    shapes = ((rows, k), (rows, n) if trained else None, (n, k), (r, k), (n, r))
+    names = plans.names(trained=trained)
+    predicted = _predicted(rate, names, shapes, value.dtype, input_grad)
+    saved = {name: plans.saved(name, m, k, r, value.dtype.itemsize) for name in names} if trained else {}
+    choice = Choice(question, {}, predicted, saved)
+    best, usual = min(predicted.values()), next(iter(predicted))
+    timed = [name for name in names if name == usual or predicted[name] <= REACH * best]
+    if len(timed) == 1 or predicted[usual] > MOST:
+        return choice
+
+    def make() -> choices.Ways:
+        x, g, W, A, B = _operands(shapes, value.dtype, value.device)
+        ways = {name: functools.partial(plans.PLANS[name], x, g, W, A, B, input_grad) for name in timed}
+        return {name: finished(run, value.device) for name, run in ways.items()}
+
+    seconds = choices.measure(f"{question}: {', '.join(timed)}", make)
+    return choice if seconds is None else dataclasses.replace(choice, seconds=seconds)
+
+
+Shapes = tuple[tuple[int, int] | None, ...]
+
+
+@functools.lru_cache(maxsize=256)
+def _predicted(
+    rate: Rates, names: tuple[str, ...], shapes: Shapes, dtype: torch.dtype, input_grad: bool
+) -> dict[str, float]:
+    operands = _operands(shapes, dtype, torch.device("meta"))
+    return {name: rate.seconds(plans.PLANS[name], *operands, input_grad) for name in names}
+
+
+def _operands(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor | None]:
+    return [None if shape is None else torch.ones(shape, dtype=dtype, device=device) for shape in shapes]

@@ -1,0 +1,112 @@
+"""Write a site in another association order."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import fx
+
+from adaptc.codegen.torch_internals import node_value
+from adaptc.ir import dialect
+from adaptc.ir.edit import Edit, Rewrite
+from adaptc.ir.products import frozen_product, views_down_to, without_views
+from adaptc.ir.sites import site_of
+from adaptc.ir.sums import ADD, flatten
+from adaptc.passes.reassociate.site import Grads, InputGrad, Site
+
+aten = torch.ops.aten
+
+
+def write(gm: fx.GraphModule, site: Site, plan: str, *, record: bool) -> Rewrite:
+    """``plan``: "merge" or "dense"."""
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    y, h = site.output(0), site.output(1)
+    views = views_down_to(site.operands[1], site.base)
+    matched = [*_read_by(site.base), site.base, *views, site.call, *(n for n in (y, h) if n is not None)]
+    results = [] if y is None else [y]
+    grads = site.grads
+    if grads is not None:
+        matched += _matched(grads, plan)
+        results += [grads.da, grads.db] if plan == "dense" else [cast(fx.Node, h)]
+        results += [] if grads.dx is None else [grads.dx.root]
+    matched = sorted({*matched}, key=order.__getitem__)
+    edit = Edit(gm, site_of(site.call), matched, results, at=site.call, record=record)
+    right = _merged_right(edit, site)
+    new = [] if y is None else [_product(edit, site, right, views)]
+    if grads is not None:
+        at = min(grads.da, grads.db, key=order.__getitem__) if plan == "dense" else grads.db
+        edit.position = at
+        new += _dense_grads(edit, site, grads) if plan == "dense" else [_bottleneck(edit, site)]
+        if grads.dx is not None:
+            new.append(_input_grad(edit, grads.dx, right))
+    return edit.finish(*new)
+
+
+def _matched(grads: Grads, plan: str) -> list[fx.Node]:
+    found = [grads.q, grads.da, grads.db] if plan == "dense" else [grads.q]
+    dx = grads.dx
+    if dx is not None:
+        found += [*_read_by(dx.base), dx.own, dx.base, *views_down_to(dx.term, dx.base), *flatten(dx.root)[0]]
+    return found
+
+
+def _read_by(base: fx.Node) -> list[fx.Node]:
+    """The views and transposes that a frozen product reads: the adapter reads what they are of, and to check the
+    rewrite one must be seen to be the other."""
+    product = frozen_product(base)
+    assert product is not None
+    return [*views_down_to(product.x, without_views(product.x)), *views_down_to(product.right, product.weight)]
+
+
+def _merged_right(edit: Edit, site: Site) -> fx.Node:
+    """E as the frozen product's right operand (K, N)."""
+    _, _, A, B = site.operands
+    right, scale = site.product.right, site.call.args[4]
+    transposed = node_value(right).is_contiguous()
+    W = right if transposed else _turned(edit, right)
+    E = edit.call(dialect.get("lora_merged_weight").overload, W, A, B, scale, transposed)
+    return E if transposed else _turned(edit, E)
+
+
+def _turned(edit: Edit, node: fx.Node) -> fx.Node:
+    return edit.call(aten.permute.default, node, [1, 0])
+
+
+def _product(edit: Edit, site: Site, right: fx.Node, views: list[fx.Node]) -> fx.Node:
+    x, _, bias = site.product
+    arguments = (x, right) if bias is None else (bias, x, right)
+    return _viewed(edit, edit.call_of_base(site.base, site.base.target, *arguments), views)  # type: ignore[arg-type]
+
+
+def _viewed(edit: Edit, node: fx.Node, views: list[fx.Node]) -> fx.Node:
+    for view in views:
+        node = edit.call_of_base(view, view.target, node, *view.args[1:])  # type: ignore[arg-type]
+    return node
+
+
+def _bottleneck(edit: Edit, site: Site) -> fx.Node:
+    """x A^T where the backward reads it: x is kept anyway."""
+    x, _, A, _ = site.operands
+    shrink = edit.call(dialect.get("lora_shrink").overload, x, [A], [site.call.args[4]], [], [])
+    return edit.item(shrink, 0)
+
+
+def _dense_grads(edit: Edit, site: Site, grads: Grads) -> list[fx.Node]:
+    x, _, A, B = site.operands
+    dtype = node_value(A).dtype
+    Z = edit.call(dialect.get("lora_factor_grad").overload, grads.g, x, dtype)
+    both = edit.call(dialect.get("lora_dense_grads").overload, Z, A, B, site.call.args[4])
+    return [edit.item(both, 0), edit.item(both, 1)]
+
+
+def _input_grad(edit: Edit, dx: InputGrad, right: fx.Node) -> fx.Node:
+    edit.position = dx.base
+    product = edit.call_of_base(dx.base, aten.mm.default, dx.base.args[0], _turned(edit, right))
+    product = _viewed(edit, product, views_down_to(dx.term, dx.base))
+    edit.position = dx.root
+    terms = [product if term is dx.term else term for term in flatten(dx.root)[1] if term is not dx.own]
+    total = terms[0]
+    for term in terms[1:]:
+        total = edit.call_of_base(dx.root, ADD, total, term)
+    return total
