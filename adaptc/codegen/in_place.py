@@ -21,6 +21,7 @@ and gives its memory away while the other is still read.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any, cast
@@ -195,7 +196,7 @@ def _same_memory(product: fx.Node, total: fx.Node) -> bool:
         return False
     if first.device.type != "cpu" or not (first.is_contiguous() and second.is_contiguous()):
         return False
-    rows = (second.shape[:-1].numel(), second.shape[-1])
+    rows = (math.prod(second.shape[:-1]), second.shape[-1])
     return first.dtype == second.dtype and all(
         statically_known_true(a == b) for a, b in zip(first.shape, rows, strict=True)
     )

@@ -5,9 +5,9 @@
 z is the frozen layer's output without its bias; under dropout it is drop(x) W^T, a second product with W, as in
 PEFT. The row norms are constants of the backward pass. ``LoRA(dora=True)`` is the method.
 
-Without dropout that is a LoRA and a factor per column, y' = c * (y + s * x A^T B^T) + (1 - c) * bias, and is written so
-where its rounding in between does no harm: in fp32 and fp64. Whatever makes LoRA faster then does so here, and the
-factors become part of what reads y'. At c = 1 without a correction y' is y to the bit in either form.
+Without dropout that is a LoRA and a factor per column, y' = c * (y + s * x A^T B^T) + (1 - c) * bias, and ``canonicalise``
+writes it so where its rounding in between does no harm: in fp32 and fp64. Whatever makes LoRA faster then does so here,
+and the factors become part of what reads y'. At c = 1 without a correction y' is y to the bit in either form.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from torch import fx, nn
 
 from adaptc.codegen.torch_internals import node_value
 from adaptc.ir.dora import DORA_LINEAR, DORA_ROW_NORM, linear_body, row_norm
-from adaptc.ir.dora_rescale import DORA_RESCALE
 from adaptc.ir.edit import Edit
-from adaptc.ir.sites import LORA_LINEAR
 from adaptc.methods.base import Anchor
 
 
@@ -66,10 +64,6 @@ def expand_site(
     norm = edit.call(DORA_ROW_NORM.overload, weight, A, B, scale, transposed)
     dropped = edit.call(F.dropout, cast(x, dtype), dropout, training)
     is_dropped = training and dropout > 0
-    if not is_dropped and dtype.itemsize >= 4:
-        factors = cast(A, dtype), cast(B, dtype)
-        corrected = edit.item(edit.call(LORA_LINEAR(), dropped, cast(y, dtype), *factors, scale, "n"), 0)
-        return cast(edit.call(DORA_RESCALE.overload, corrected, bias, magnitude, norm), out_dtype)
     base = None
     if is_dropped:
         W = cast(weight, out_dtype)

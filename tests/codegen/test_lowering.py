@@ -159,6 +159,8 @@ def test_one_symbolic_graph_serves_every_size(name):
             "lora_shrink": [x, [A, 2 * A], [scale, scale], [], []],
             "lora_expand": [y, torch.einsum("...k,rk->...r", x, A), B],
             "lora_factor_grads": [[y, x], x, torch.float64, [], []],
+            "lora_merged_weight": [B @ A, A, B, scale, False],
+            "lora_dense_grads": [B @ A, A, B, scale],
             "lora_input_grads": [x, [y[..., :3], y[..., 3:]], [A, 2 * A], [], []],
         }[name]
 

@@ -72,11 +72,21 @@ def lora_input_grads(dx, q, A, seeds=(), p=()):
     return dx
 
 
+def lora_merged_weight(W, A, B, scale, transposed):
+    update = torch.einsum("nr,rk->nk", B * scale, A)
+    return W + (update.t() if transposed else update)
+
+
+def lora_dense_grads(Z, A, B, scale):
+    return torch.einsum("nr,nk->rk", B * scale, Z), torch.einsum("nk,rk->nr", Z, A) * scale
+
+
 FORMULAS: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
         lora_linear, lora_bottleneck_grad, lora_factor_grad, lora_input_grad,
         lora_shrink, lora_expand, lora_factor_grads, lora_input_grads,
+        lora_merged_weight, lora_dense_grads,
     )
 }  # fmt: skip
 

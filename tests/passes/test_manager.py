@@ -64,7 +64,7 @@ def test_what_a_pass_needs_may_come_from_any_pass_before_it():
 
 
 def test_an_unknown_name_is_refused():
-    known = "raise_peft, insert, lift_no_grad, canonicalise, seed_dropout, share, lower"
+    known = "raise_peft, insert, lift_no_grad, canonicalise, seed_dropout, reassociate, share, lower"
     with pytest.raises(PipelineError, match=f"no pass named 'cannonicalise'\n  found  {known}"):
         get("cannonicalise")
 
@@ -99,7 +99,7 @@ def test_the_text():
     pipeline = Pipeline.parse(text)
     assert str(pipeline) == text
     assert pipeline.limits == {"canonicalise": 3, "*": 9}
-    default = "insert,lift_no_grad,canonicalise,seed_dropout,share,lower,widen,library"
+    default = "insert,lift_no_grad,canonicalise,seed_dropout,reassociate,share,lower,widen,library"
     assert str(Pipeline.from_options()) == ",".join(manager.default_order()) == default
 
 
@@ -123,15 +123,15 @@ def test_text_that_is_not_a_pipeline_is_refused(text, error):
 
 
 @pytest.mark.parametrize("passes, text", [
-    (None, "insert,lift_no_grad,canonicalise,seed_dropout,share,lower,widen,library"),
-    ({"skip": ["canonicalise"]}, "insert,lift_no_grad,seed_dropout,share,lower,widen,library"),
+    (None, "insert,lift_no_grad,canonicalise,seed_dropout,reassociate,share,lower,widen,library"),
+    ({"skip": ["canonicalise"]}, "insert,lift_no_grad,seed_dropout,reassociate,share,lower,widen,library"),
     ({"order": ["insert", "lower"]}, "insert,lower"),
     ({"order": ["insert", "canonicalise", "lower"], "skip": ["lower"]}, "insert,canonicalise"),
-    ({"limit": 3}, "insert,lift_no_grad,canonicalise,seed_dropout,share,lower,widen,library;limit=3"),
+    ({"limit": 3}, "insert,lift_no_grad,canonicalise,seed_dropout,reassociate,share,lower,widen,library;limit=3"),
     ({"limit": {"canonicalise": 0}},
-     "insert,lift_no_grad,canonicalise{limit=0},seed_dropout,share,lower,widen,library"),
+     "insert,lift_no_grad,canonicalise{limit=0},seed_dropout,reassociate,share,lower,widen,library"),
     ({"limit": {"lower": 1, "insert": 2}, "skip": ["lower"]},
-     "insert{limit=2},lift_no_grad,canonicalise,seed_dropout,share,widen,library"),
+     "insert{limit=2},lift_no_grad,canonicalise,seed_dropout,reassociate,share,widen,library"),
 ])  # fmt: skip
 def test_passes_of_a_plan(passes, text):
     _, model = adapted(passes=passes)
@@ -169,8 +169,8 @@ def test_a_limit_for_all_is_shared_by_the_passes_of_a_level():
     _, model = adapted(passes={"limit": 3})
     applied = {r.name: len(r.result.applied) for r in trained_graph(model).reports}
     assert applied == {
-        "insert": 2, "lift_no_grad": 0, "canonicalise": 1, "seed_dropout": 0, "share": 1, "lower": 2, "widen": 0,
-        "library": 0,
+        "insert": 2, "lift_no_grad": 0, "canonicalise": 1, "seed_dropout": 0, "reassociate": 0, "share": 1, "lower": 2,
+        "widen": 0, "library": 0,
     }  # fmt: skip
 
 
@@ -218,7 +218,7 @@ def test_a_report_has_ops_and_costs_of_both_sides():
     inserted, _, canonical, *_, lowered, _, _ = graph.reports
     assert [(r.name, r.level) for r in graph.reports] == [
         ("insert", "dynamo"), ("lift_no_grad", "dynamo"), ("canonicalise", "dynamo"), ("seed_dropout", "dynamo"),
-        ("share", "joint"), ("lower", "joint"), ("widen", "joint"), ("library", "joint"),
+        ("reassociate", "joint"), ("share", "joint"), ("lower", "joint"), ("widen", "joint"), ("library", "joint"),
     ]  # fmt: skip
     assert inserted.ops_before["lora_site"] == 2 and "lora_site" not in inserted.ops_after
     assert inserted.ops_after["lora_linear"] == 2

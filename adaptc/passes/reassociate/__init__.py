@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import torch
 from torch import fx
@@ -80,7 +81,8 @@ def _illegal(site: Site) -> str | None:
 def _could_gain(node: fx.Node) -> bool:
     """Whether another order has fewer multiplications."""
     y, A, B = (node_value(node.args[i]) for i in (1, 2, 3))  # type: ignore[arg-type]
-    m, k, n, r = (size_hint(size) for size in (y.shape[:-1].numel(), A.shape[1], *B.shape))
+    k, n, r = (size_hint(size) for size in (A.shape[1], *B.shape))
+    m = math.prod(map(size_hint, y.shape[:-1]))
     counts = {plan: plans.multiplications(plan, m, k, n, r) for plan in plans.PLANS}
     return m * k * n >= WORTH and min(counts.values()) < counts["split"]
 
