@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from adaptc.codegen import cost
 from adaptc.codegen.backend import JOINT_BACKENDS
+from adaptc.codegen.choices import Choice
 from adaptc.codegen.fold import fold, ranges
 from adaptc.codegen.graphs import CapturedGraph
 from adaptc.ir.dialect import Cost
@@ -61,7 +62,7 @@ def explain(handle: Handle) -> Explanation:
         which = f"graph{'s' if len(members) > 1 else ''} {ranges(members)}"
         sections.append((f"{which}: passes", passes))
         sections.append((f"{which}: cost over the frozen base (estimated)", costs))
-    sections.append(("timed on this host", _choices(graphs)))
+    sections.append(("chosen for this host", _choices(graphs)))
     sections.append(("attention", _attention(handle)))
     complete = ((title, tuple(lines)) for title, lines in sections)
     return Explanation(tuple((title, lines) for title, lines in complete if lines))
@@ -220,9 +221,14 @@ def _costs(graph: CapturedGraph) -> Iterator[str]:
 
 
 def _choices(graphs: Sequence[CapturedGraph]) -> Iterator[str]:
-    """What was chosen by its speed, for how many products of how many graphs."""
-    for text, count in Counter(str(choice) for graph in graphs for choice in graph.choices).items():
-        yield f"{text} ({_count(count, 'product')})"
+    """What was chosen by its speed: for which sites, or for how many of the base's products."""
+    alike: dict[str, list[Choice]] = {}
+    for choice in (choice for graph in graphs for choice in graph.choices):
+        alike.setdefault(str(choice), []).append(choice)
+    for text, choices in alike.items():
+        sites = dict.fromkeys(site for choice in choices for site in choice.sites)
+        yield text if sites else f"{text} ({_count(len(choices), 'product')})"
+        yield from (f"  {path}" for path in fold(list(sites)))
 
 
 def _moved(one: Cost) -> int:

@@ -5,9 +5,10 @@
 z is the frozen layer's output without its bias; under dropout it is drop(x) W^T, a second product with W, as in
 PEFT. The row norms are constants of the backward pass. ``LoRA(dora=True)`` is the method.
 
-Without dropout that is a LoRA and a factor per column, y' = c * (y + s * x A^T B^T) + (1 - c) * bias, and ``canonicalise``
-writes it so where its rounding in between does no harm: in fp32 and fp64. Whatever makes LoRA faster then does so here,
-and the factors become part of what reads y'. At c = 1 without a correction y' is y to the bit in either form.
+Without dropout that is a LoRA and a factor per column, y' = c * (y + s * x A^T B^T) + (1 - c) * bias. The pass
+``canonicalise`` writes it so where its rounding in between does no harm: in fp32 and fp64. Whatever makes LoRA faster
+then does so here, and the factors become part of what reads y'. At c = 1 without a correction y' is y to the bit in
+either form.
 """
 
 from __future__ import annotations

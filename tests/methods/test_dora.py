@@ -18,6 +18,8 @@ from adaptc.errors import SiteError, UnsupportedError
 from adaptc.ir import dialect
 from adaptc.ir.dora import row_norm
 from tests.models import hosts
+from tests.passes.graphs import ops
+from tests.passes.models import adapted, trained_graph
 from tests.reference import check_all_rewritten, relative_errors, step
 
 LOSS, GRADIENT = 1e-6, 1e-5
@@ -371,3 +373,14 @@ def test_sites_that_read_one_value_share_it():
     gm = graph.graph_module("share")
     shrinks = gm.graph.find_nodes(op="call_function", target=dialect.get("lora_shrink").overload)
     assert [len(node.args[1]) for node in shrinks] == [3, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_every_rewrite_is_its_reference(dtype, dropout):
+    """``insert`` to the bit, the rest in fp64; without dropout in 32 bits the low-rank part is LoRA's."""
+    _, model = adapted(dtype=dtype, dora=True, dropout=dropout, verify="raise")
+    found = ops(trained_graph(model, dtype=dtype).graph_module("canonicalise"))
+    as_lora = dropout == 0 and dtype.itemsize >= 4
+    assert (found.get("lora_linear"), found.get("dora_rescale")) == ((2, 2) if as_lora else (None, None))
+    assert found.get("dora_linear") == (None if as_lora else 2)

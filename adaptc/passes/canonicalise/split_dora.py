@@ -22,10 +22,10 @@ from adaptc.passes.contract import Context
 
 def split_dora(gm: fx.GraphModule, context: Context, result: Result) -> None:
     for node in gm.graph.find_nodes(op="call_function", target=dialect.get("dora_linear").overload):
-        x, y, base, bias, A, B, magnitude, norm, scale = cast(tuple[fx.Node, ...], node.args)
+        x, y, _, bias, A, B, magnitude, norm, scale = cast(tuple[fx.Node, ...], node.args)
         dtype = node_value(y).dtype
         outputs = list(node.users)
-        if base is not None or dtype.itemsize < 4 or [user.args[1] for user in outputs] != [0]:
+        if node.args[2] is not None or dtype.itemsize < 4 or [user.args[1] for user in outputs] != [0]:
             continue
         if not context.spend():
             result.refuse(site_of(node), "limit reached")
