@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; 0 when a report was written, 2 when the run is refused."""
     # Kineto prints two lines for every profile up to level 5; it reads this when torch is imported.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    from bench import report, train
+    from bench import orders, report, train
     from bench.errors import BenchError
 
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
@@ -22,11 +22,13 @@ def main(argv: list[str] | None = None) -> int:
     compiling = commands.add_parser("compile", help=train.COMPILE_HELP, formatter_class=formatter)
     train.add_arguments(compiling)
     compiling.set_defaults(**train.COMPILE_DEFAULTS)
+    orders.add_arguments(commands.add_parser("orders", help=orders.__doc__, formatter_class=formatter))
     render = commands.add_parser("render", help="write table and plot again from a result file")
     render.add_argument("json", type=Path)
     arguments = parser.parse_args(argv)
     try:
-        written = report.render(arguments.json) if arguments.command == "render" else train.run(arguments)
+        runs = {"render": lambda: report.render(arguments.json), "orders": lambda: orders.run(arguments)}
+        written = runs.get(arguments.command, lambda: train.run(arguments))()
     except BenchError as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
