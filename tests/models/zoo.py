@@ -33,12 +33,12 @@ SIZES: dict[int | str, tuple[str, ...]] = {
     64: ("hidden_size", "d_model", "n_embd", "embed_dim", "emb_dim", "dim", "embedding_size", "lru_width"),
     96: (
         "intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "n_inner", "hidden_dim",
-        "mlp_dim", "ffn_hidden_size", "block_auto_adjust_ff_dim",
+        "mlp_dim", "ffn_hidden_size",
     ),
     2: (
         "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
         "num_decoder_layers", "num_encoder_layers", "num_key_value_heads", "num_experts_per_tok", "moe_top_k",
-        "depth", "num_experts_per_token",
+        "depth", "num_experts_per_token", "moe_topk", "linear_num_key_heads",
     ),
     4: (
         "num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads",
@@ -47,32 +47,34 @@ SIZES: dict[int | str, tuple[str, ...]] = {
     ),
     1: ("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "mamba_n_groups", "n_groups"),
     16: (
-        "head_dim", "d_kv", "q_lora_rank", "kv_lora_rank", "v_head_dim", "mamba_d_state", "state_size",
+        "mamba_n_heads", "head_dim", "d_kv", "q_lora_rank", "kv_lora_rank", "v_head_dim", "mamba_d_state", "state_size",
         "linear_key_head_dim", "linear_value_head_dim", "global_head_dim", "index_head_dim", "attention_head_dim",
     ),
     8: ("qk_rope_head_dim", "qk_nope_head_dim", "sliding_window", "patch_size", "mamba_d_head"),
     32: (
         "moe_intermediate_size", "image_size", "shared_expert_intermediate_size", "hidden_size_per_layer_input",
-        "shared_intermediate_size", "chunk_size", "mamba_chunk_size",
+        "shared_intermediate_size", "chunk_size", "mamba_chunk_size", "expert_ffn_hidden_size",
     ),
     128: (
         "max_position_embeddings", "n_positions", "n_ctx", "max_source_positions", "max_target_positions",
         "max_seq_len",
     ),
-    VOCAB: ("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size", "encoder_vocab_size"),
+    VOCAB: ("vocab_size", "entity_vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size", "encoder_vocab_size"),
 }  # fmt: skip
 BY_FIELD = {name: size for size, names in SIZES.items() for name in names}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
 #: Shifted windows: the width doubles per stage, and its heads (3, 6, ...) divide it.
-SWIN = {"embed_dim": 48, "patch_size": 4, "window_size": 2}
-#: Model type -> what its config needs on top.
+SWIN = {"embed_dim": 48, "patch_size": 4, "window_size": 2, "depths": [1, 1], "num_heads": [3, 6]}
+HYBRID = {"layers_block_type": ["linear_attention", "hybrid"], "num_key_value_heads": 4, "attention_head_dim": 32}
+REFORMER = {
+    "axial_pos_embds": False, "attn_layers": ["local", "lsh"], "local_attn_chunk_length": 5, "lsh_attn_chunk_length": 5,
+    "attention_head_size": 16, "feed_forward_size": 96, "num_buckets": 2, "hash_seed": 0,
+}  # fmt: skip
+#: Model type -> what its config needs on top. What a sub-config needs stands under its own type.
 SPECIAL: dict[str, dict[str, Any]] = {
     "audio-spectrogram-transformer": {"max_length": 24, "num_mel_bins": 16},
-    "swin": SWIN,
-    "swinv2": SWIN,
-    "whisper": {"num_mel_bins": 16, "max_source_positions": 12, "suppress_tokens": None, "begin_suppress_tokens": None},
     "axk2": {"num_key_value_heads": 4},
-    "bamba": {"mamba_n_heads": 16},
+    "bamba": {"attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 8},
     "convnext": {"patch_size": 4},
     "convnextv2": {"patch_size": 4},
@@ -80,9 +82,30 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v32": {"num_key_value_heads": 4},
     "donut-swin": SWIN,
     "dots3_note": {"num_key_value_heads": 4},
+    "efficientnet": {"width_coefficient": 0.2, "depth_coefficient": 0.2},
     "ernie4_5_moe": {"moe_k": 2},
+    "esmc": {"num_key_value_heads": 4},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "glm_moe_dsa": {"num_key_value_heads": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
     "gptj": {"rotary_dim": 8},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8},
+    "mobilevitv2": {"image_size": 64},
+    "moshi": {"audio_vocab_size": VOCAB},
     "opt": {"word_embed_proj_dim": 64},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "attention_window_size": 8},
+    "reformer": REFORMER,
+    "swin": SWIN,
+    "swinv2": SWIN,
+    "whisper": {"num_mel_bins": 16, "max_source_positions": 12, "suppress_tokens": None, "begin_suppress_tokens": None},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": HYBRID,
+    "zamba2": HYBRID,
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 
@@ -107,6 +130,10 @@ def tiny_config(config_class: type[PreTrainedConfig], **changes: Any) -> PreTrai
 
 def _shrunk(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     changes: dict[str, Any] = {}
+    try:
+        plain = config_class()
+    except Exception:  # some do not take their own defaults
+        plain = None
     for field in dataclasses.fields(config_class):
         name, default = field.name, field.default
         if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
@@ -123,9 +150,14 @@ def _shrunk(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
             changes[name] = [0.0] * len(default)
         elif name in ("depths", "depth") and isinstance(default, list | tuple):
             changes[name] = [1] * len(default)
+    kinds = list(dict.fromkeys(getattr(plain, "layer_types", None) or ()))
+    if len(kinds) > 1 and "layer_types" in {field.name for field in dataclasses.fields(config_class)}:
+        changes.update(layer_types=kinds, num_hidden_layers=len(kinds))
     for name, inner in config_class.sub_configs.items():
+        if not dataclasses.is_dataclass(inner):  # an AutoConfig: of any class
+            inner = type(getattr(plain, name, None))
         if isinstance(inner, type) and dataclasses.is_dataclass(inner):
-            changes[name] = {**_shrunk(inner), **SPECIAL.get(inner.model_type, {})}
+            changes[name] = {"model_type": inner.model_type, **_shrunk(inner), **SPECIAL.get(inner.model_type, {})}
     return changes
 
 
