@@ -31,7 +31,10 @@ TASKS = {
 IMAGE = 32
 #: Field names -> value. Heads, widths and depths differ from each other, so that swapped dimensions show.
 SIZES: dict[int | str, tuple[str, ...]] = {
-    64: ("hidden_size", "d_model", "n_embd", "embed_dim", "emb_dim", "dim", "embedding_size", "lru_width"),
+    64: (
+        "hidden_size", "d_model", "n_embd", "embed_dim", "emb_dim", "dim", "embedding_size", "lru_width",
+        "hidden_size_global",
+    ),
     96: (
         "intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "n_inner", "hidden_dim",
         "mlp_dim", "ffn_hidden_size",
@@ -60,7 +63,9 @@ SIZES: dict[int | str, tuple[str, ...]] = {
         "max_position_embeddings", "n_positions", "n_ctx", "max_source_positions", "max_target_positions",
         "max_seq_len",
     ),
-    VOCAB: ("vocab_size", "entity_vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size", "encoder_vocab_size"),
+    VOCAB: (
+        "vocab_size", "entity_vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size", "encoder_vocab_size",
+    ),
 }  # fmt: skip
 BY_FIELD = {name: size for size, names in SIZES.items() for name in names}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
@@ -69,7 +74,7 @@ SWIN = {"embed_dim": 48, "patch_size": 4, "window_size": 2, "depths": [1, 1], "n
 HYBRID = {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3}
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 QWEN4_INDEXER = {
-    "indexer_n_heads": 4, "indexer_kv_heads": 2, "indexer_head_dim": 16, "indexer_budget": 4,
+    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4,
     "indexer_compress_ratio": 2, "hc_lowrank": 16,
 }  # fmt: skip
 REFORMER = {
@@ -81,16 +86,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "audio-spectrogram-transformer": {"max_length": 24, "num_mel_bins": 16},
     "axk2": {"num_key_value_heads": 4},
     "bamba": {"attn_layer_indices": [1]},
-    "blt": {"encoder_hash_byte_group_vocab": 50},
+    "blt": {"use_cache": False, "encoder_hash_byte_group_vocab": 50},
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {**ROPE, "mrope_section": [4, 2, 2]}}},
     "convnext": {"patch_size": 4},
     "convnextv2": {"patch_size": 4},
     "cvt": {"depth": [1, 2, 3]},  # its blocks take their drop rate by the number of the stage
-    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "deepseek_v32": {"num_key_value_heads": 4},
     "donut-swin": SWIN,
-    "dots3_note": {"num_key_value_heads": 4},
+    "dots3_note": {"num_key_value_heads": 4, "per_layer_config": None, "shared_experts_intermediate_size": 32},
     "efficientnet": {"width_coefficient": 0.2, "depth_coefficient": 0.2, "hidden_dim": 256},
     "ernie4_5_moe": {"moe_k": 2},
     "esmc": {"num_key_value_heads": 4},
@@ -103,12 +108,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "levit": {"image_size": 64, "patch_size": 16},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-    "longcat_flash": {"num_key_value_heads": 4},
+    "longcat_flash": {"num_key_value_heads": 4, "head_dim": 8},
     "mamba2": {"num_heads": 8},
     "mobilevitv2": {"image_size": 64, "patch_size": 2},
     "moshi": {"audio_vocab_size": VOCAB},
     "opt": {"word_embed_proj_dim": 64},
-    "perceiver": {"num_latents": 8, "d_latents": 64, "num_self_attends_per_block": 2},
+    "perceiver": {"max_position_embeddings": 10, "num_latents": 8, "d_latents": 64, "num_self_attends_per_block": 2},
     "qwen4_exp": QWEN4_INDEXER,
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "attention_window_size": 8},
     "reformer": REFORMER,
