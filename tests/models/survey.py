@@ -2,7 +2,7 @@
 
 For each class: LoRA on all its linear layers by ``"all-linear"``, one training step, loss and every gradient against
 PEFT on the same values (against the formula in fp64 where PEFT refuses the class), relative to the gradient's size or
-to a hundred-thousandth of the largest one's. ``equal``: it agrees, every site was rewritten, and there are no more
+to a ten-thousandth of the largest one's. ``equal``: it agrees, every site was rewritten, and there are no more
 graphs than the base has under ``torch.compile``, trained whole or in the layers that were adapted: graphs are captured
 for inputs with and without gradients apart, so that a base that breaks graphs has fewer where all of it is trained.
 A class whose base does not run under PEFT, or not under ``torch.compile``, does not count.
@@ -115,9 +115,9 @@ def _compare(model: Any, batch: dict[str, Any], want: Any, base_graphs: int) -> 
     if stray or missing:
         return "unequal", f"{counts}; gradients missing {missing[:2]}, stray {stray[:2]}"
     errors = relative_errors({n: got[1][n] for n in reached}, reached)
-    # A softmax over one key has no gradient: what is there is rounding, and nothing beside the others.
+    # A softmax over one key has no gradient: what is there is rounding of the others (BLT).
     largest = max((float(g.norm()) for g in reached.values()), default=0.0)
-    errors = {n: e * min(1.0, float(reached[n].norm()) / (1e-5 * largest)) for n, e in errors.items()}
+    errors = {n: e * min(1.0, float(reached[n].norm()) / (1e-4 * largest)) for n, e in errors.items()}
     worst = max(errors, key=errors.__getitem__, default="")
     loss = float(abs(got[0] / want[0] - 1))
     error = errors.get(worst, 0.0)
