@@ -18,6 +18,7 @@ from adaptc.codegen.torch_internals import node_value
 from adaptc.errors import UnsupportedError
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit
+from adaptc.ir.origin import origins
 
 aten = torch.ops.aten
 
@@ -201,6 +202,45 @@ def _input_grads(
     return (_like(edit, edit.call(aten.addmm.default, _rows(edit, dx), wide, factors), dx),)
 
 
+def _frozen(edit: Edit, index: int, like: fx.Node, x: fx.Node, right: fx.Node, bias: fx.Node | None = None) -> fx.Node:
+    """x right + bias with the leading dimensions of ``like``: the base model's product that the node to be lowered
+    keeps the ``index``-th origin of, where it was; an adapter's own if it keeps none."""
+    known = origins(edit.position)
+    origin = known[index] if known else None
+    given = [node for node in (x, right, bias) if node is not None]
+    with edit.in_place_of(origin, given):
+        pair = _rows(edit, x), right
+        product = edit.call(aten.mm.default, *pair) if bias is None else edit.call(aten.addmm.default, bias, *pair)
+    with edit.in_place_of(origin):
+        return _like(edit, product, like)
+
+
+def _linear_expand(
+    edit: Edit, x: fx.Node, right: fx.Node, bias: fx.Node | None, h: fx.Node, B: fx.Node
+) -> tuple[fx.Node, ...]:
+    return _expand(edit, _frozen(edit, 0, h, x, right, bias), h, B)
+
+
+def _bottleneck_grads(
+    edit: Edit, grad: fx.Node, h: fx.Node, B: fx.Node, scale: fx.Node, dtype: torch.dtype
+) -> tuple[fx.Node, ...]:
+    return (*_bottleneck_grad(edit, grad, B, scale), *_factor_grad(edit, grad, h, dtype))
+
+
+def _linear_input_grads(
+    edit: Edit, grad: Sequence[fx.Node], right: Sequence[fx.Node], q: Sequence[fx.Node], A: Sequence[fx.Node],
+    seeds: Sequence[fx.Node], p: Sequence[float],
+) -> tuple[fx.Node, ...]:  # fmt: skip
+    pairs = zip(grad, right, strict=True)
+    dx, *others = [_frozen(edit, i, q[0], one, weight) for i, (one, weight) in enumerate(pairs)]
+    for other in others:
+        dx = edit.call(aten.add.Tensor, dx, other)
+    op, rest = dialect.get("lora_input_grads"), (q, A, seeds, p)
+    if op.whole(node_value(dx).device.type, dx, *rest):
+        return (edit.call(op.overload, dx, *rest),)
+    return _input_grads(edit, dx, *rest)
+
+
 _ATEN: dict[str, Callable[..., tuple[fx.Node, ...]]] = {
     "lora_linear": _linear,
     "lora_bottleneck_grad": _bottleneck_grad,
@@ -210,4 +250,7 @@ _ATEN: dict[str, Callable[..., tuple[fx.Node, ...]]] = {
     "lora_expand": _expand,
     "lora_factor_grads": _factor_grads,
     "lora_input_grads": _input_grads,
+    "lora_linear_expand": _linear_expand,
+    "lora_bottleneck_grads": _bottleneck_grads,
+    "lora_linear_input_grads": _linear_input_grads,
 }

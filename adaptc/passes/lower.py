@@ -5,7 +5,8 @@ after:   %h = mm(%x, %A^T);  %hs = %h * %s;  %y2 = addmm(%y, %hs, %B^T)
 
 Runs before partitioning, so that the partitioner sees the bottleneck and may save it. LoRA's ops are written out
 as their bodies compute, to the bit; ops derived from a body in Inductor's decompositions, which round differently. An
-op stays whole where it says so.
+op stays whole where it says so. A frozen layer's product that became part of an op is the base model's again, and where
+it was.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from adaptc.codegen.torch_internals import mark_recomputed, node_value, tree_lea
 from adaptc.ir import dialect
 from adaptc.ir.derive import tracing_once
 from adaptc.ir.edit import Edit, Result
+from adaptc.ir.origin import origins
 from adaptc.ir.sites import dialect_nodes, site_of
 from adaptc.passes.contract import Context, Contract, everywhere
 
@@ -40,7 +42,10 @@ def _device(node: fx.Node) -> str:
 
 
 def _lower(gm: fx.GraphModule, context: Context, result: Result) -> None:
-    for node in dialect_nodes(gm):
+    nodes = dialect_nodes(gm)
+    # From the last to the first, and before the others: what they say where a product stood is still there then.
+    fused = [node for node in reversed(nodes) if origins(node)]
+    for node in (*fused, *(one for one in nodes if not origins(one))):
         op = dialect.of_target(node.target)
         assert op is not None
         if op.whole(_device(node), *node.args):

@@ -36,6 +36,7 @@ _TABLE = {
     "canonicalise": "adaptc.passes.canonicalise:canonicalise",
     "seed_dropout": "adaptc.passes.seed_dropout:seed_dropout",
     "share": "adaptc.passes.share:share",
+    "fuse": "adaptc.passes.fuse:fuse",
     "lower": "adaptc.passes.lower:lower",
     "widen": "adaptc.passes.widen:widen",
     "library": "adaptc.passes.library:library",

@@ -18,7 +18,7 @@ from adaptc.passes import widen
 from tests.passes.models import adapted, trained_graph
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
-STAGES = ("captured", "insert", "canonicalise", "joint", "share", "lower", "widen")
+STAGES = ("captured", "insert", "canonicalise", "joint", "share", "fuse", "lower", "widen")
 #: The order of AOTAutograd's nodes and Dynamo's names differ between versions; the files are of this one.
 VERSION = (2, 13)
 

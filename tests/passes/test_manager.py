@@ -64,7 +64,7 @@ def test_what_a_pass_needs_may_come_from_any_pass_before_it():
 
 
 def test_an_unknown_name_is_refused():
-    known = "raise_peft, insert, lift_no_grad, canonicalise, seed_dropout, share, lower"
+    known = "raise_peft, insert, lift_no_grad, canonicalise, seed_dropout, share, fuse, lower"
     with pytest.raises(PipelineError, match=f"no pass named 'cannonicalise'\n  found  {known}"):
         get("cannonicalise")
 
@@ -169,8 +169,8 @@ def test_a_limit_for_all_is_shared_by_the_passes_of_a_level():
     _, model = adapted(passes={"limit": 3})
     applied = {r.name: len(r.result.applied) for r in trained_graph(model).reports}
     assert applied == {
-        "insert": 2, "lift_no_grad": 0, "canonicalise": 1, "seed_dropout": 0, "share": 1, "lower": 2, "widen": 0,
-        "library": 0,
+        "insert": 2, "lift_no_grad": 0, "canonicalise": 1, "seed_dropout": 0, "share": 1, "fuse": 2, "lower": 0,
+        "widen": 0, "library": 0,
     }  # fmt: skip
 
 
@@ -218,7 +218,7 @@ def test_a_report_has_ops_and_costs_of_both_sides():
     inserted, _, canonical, *_, lowered, _, _ = graph.reports
     assert [(r.name, r.level) for r in graph.reports] == [
         ("insert", "dynamo"), ("lift_no_grad", "dynamo"), ("canonicalise", "dynamo"), ("seed_dropout", "dynamo"),
-        ("share", "joint"), ("lower", "joint"), ("widen", "joint"), ("library", "joint"),
+        ("share", "joint"), ("fuse", "joint"), ("lower", "joint"), ("widen", "joint"), ("library", "joint"),
     ]  # fmt: skip
     assert inserted.ops_before["lora_site"] == 2 and "lora_site" not in inserted.ops_after
     assert inserted.ops_after["lora_linear"] == 2
