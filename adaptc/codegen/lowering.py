@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -203,8 +204,8 @@ def _input_grads(
 
 
 def _frozen(edit: Edit, index: int, like: fx.Node, x: fx.Node, right: fx.Node, bias: fx.Node | None = None) -> fx.Node:
-    """x right + bias with the leading dimensions of ``like``: the base model's product that the node to be lowered
-    keeps the ``index``-th origin of, where it was; an adapter's own if it keeps none."""
+    """x right + bias with the leading dimensions of ``like``: the base model's product whose origin the node to be
+    lowered keeps as its ``index``-th, where that was; an adapter's own if it keeps none."""
     known = origins(edit.position)
     origin = known[index] if known else None
     given = [node for node in (x, right, bias) if node is not None]
@@ -215,30 +216,55 @@ def _frozen(edit: Edit, index: int, like: fx.Node, x: fx.Node, right: fx.Node, b
         return _like(edit, product, like)
 
 
-def _linear_expand(
+#: An op without the frozen layer's products, and its arguments.
+_Rest = tuple[str, tuple[Any, ...]]
+
+
+def _split_linear_expand(
     edit: Edit, x: fx.Node, right: fx.Node, bias: fx.Node | None, h: fx.Node, B: fx.Node
-) -> tuple[fx.Node, ...]:
-    return _expand(edit, _frozen(edit, 0, h, x, right, bias), h, B)
+) -> _Rest:
+    return "lora_expand", (_frozen(edit, 0, h, x, right, bias), h, B)
+
+
+def _split_linear_input_grads(
+    edit: Edit, grad: Sequence[fx.Node], right: Sequence[fx.Node], q: Sequence[fx.Node], *rest: Any
+) -> _Rest:
+    pairs = zip(grad, right, strict=True)
+    dx, *others = [_frozen(edit, i, q[0], one, weight) for i, (one, weight) in enumerate(pairs)]
+    for other in others:
+        dx = edit.call(aten.add.Tensor, dx, other)
+    return "lora_input_grads", (dx, q, *rest)
+
+
+_SPLITS: dict[str, Callable[..., _Rest]] = {
+    "lora_linear_expand": _split_linear_expand,
+    "lora_linear_input_grads": _split_linear_input_grads,
+}
+
+
+def can_split(name: str) -> bool:
+    """Whether an op has products of frozen layers in it."""
+    return name in _SPLITS
+
+
+def split(edit: Edit, name: str, *args: Any) -> fx.Node:
+    """Emit the op called ``name`` as the frozen layer's products and the op that adds the adapters' part to them."""
+    rest, given = _SPLITS[name](edit, *args)
+    return edit.call(dialect.get(rest).overload, *given)
+
+
+def _split_and_lowered(name: str) -> Callable[..., tuple[fx.Node, ...]]:
+    def lower(edit: Edit, *args: Any) -> tuple[fx.Node, ...]:
+        rest, given = _SPLITS[name](edit, *args)
+        return _ATEN[rest](edit, *given)
+
+    return lower
 
 
 def _bottleneck_grads(
     edit: Edit, grad: fx.Node, h: fx.Node, B: fx.Node, scale: fx.Node, dtype: torch.dtype
 ) -> tuple[fx.Node, ...]:
     return (*_bottleneck_grad(edit, grad, B, scale), *_factor_grad(edit, grad, h, dtype))
-
-
-def _linear_input_grads(
-    edit: Edit, grad: Sequence[fx.Node], right: Sequence[fx.Node], q: Sequence[fx.Node], A: Sequence[fx.Node],
-    seeds: Sequence[fx.Node], p: Sequence[float],
-) -> tuple[fx.Node, ...]:  # fmt: skip
-    pairs = zip(grad, right, strict=True)
-    dx, *others = [_frozen(edit, i, q[0], one, weight) for i, (one, weight) in enumerate(pairs)]
-    for other in others:
-        dx = edit.call(aten.add.Tensor, dx, other)
-    op, rest = dialect.get("lora_input_grads"), (q, A, seeds, p)
-    if op.whole(node_value(dx).device.type, dx, *rest):
-        return (edit.call(op.overload, dx, *rest),)
-    return _input_grads(edit, dx, *rest)
 
 
 _ATEN: dict[str, Callable[..., tuple[fx.Node, ...]]] = {
@@ -250,7 +276,6 @@ _ATEN: dict[str, Callable[..., tuple[fx.Node, ...]]] = {
     "lora_expand": _expand,
     "lora_factor_grads": _factor_grads,
     "lora_input_grads": _input_grads,
-    "lora_linear_expand": _linear_expand,
     "lora_bottleneck_grads": _bottleneck_grads,
-    "lora_linear_input_grads": _linear_input_grads,
+    **{name: _split_and_lowered(name) for name in _SPLITS},
 }
