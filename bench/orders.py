@@ -73,7 +73,7 @@ def measure(shape: tuple[int, int, int, int], arguments: argparse.Namespace) -> 
     models = {}
     for name, passes in (("split", {"skip": ["reassociate"]}), ("chosen", None)):
         torch.manual_seed(arguments.seed)
-        method = adaptc.LoRA(r=r, alpha=2 * r, init="random", targets=["0"])
+        method = adaptc.LoRA(r=r, alpha=2 * r, init="random", targets=("0",))
         models[name] = adaptc.compile(copy.deepcopy(base), adaptc.Plan([method], passes=passes))
         steps[name] = lambda model=models[name]: _step(model, x, g)  # type: ignore[misc]
     _check(*(steps[name]() for name in ("split", "chosen")))

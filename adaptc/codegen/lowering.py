@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -18,6 +19,7 @@ from adaptc.codegen.torch_internals import node_value
 from adaptc.errors import UnsupportedError
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit
+from adaptc.ir.origin import origins
 
 aten = torch.ops.aten
 
@@ -201,6 +203,70 @@ def _input_grads(
     return (_like(edit, edit.call(aten.addmm.default, _rows(edit, dx), wide, factors), dx),)
 
 
+def _frozen(edit: Edit, index: int, like: fx.Node, x: fx.Node, right: fx.Node, bias: fx.Node | None = None) -> fx.Node:
+    """x right + bias with the leading dimensions of ``like``: the base model's product whose origin the node to be
+    lowered keeps as its ``index``-th, where that was; an adapter's own if it keeps none."""
+    known = origins(edit.position)
+    origin = known[index] if known else None
+    given = [node for node in (x, right, bias) if node is not None]
+    with edit.in_place_of(origin, given):
+        pair = _rows(edit, x), right
+        product = edit.call(aten.mm.default, *pair) if bias is None else edit.call(aten.addmm.default, bias, *pair)
+    with edit.in_place_of(origin):
+        return _like(edit, product, like)
+
+
+#: An op without the frozen layer's products, and its arguments.
+_Rest = tuple[str, tuple[Any, ...]]
+
+
+def _split_linear_expand(
+    edit: Edit, x: fx.Node, right: fx.Node, bias: fx.Node | None, h: fx.Node, B: fx.Node
+) -> _Rest:
+    return "lora_expand", (_frozen(edit, 0, h, x, right, bias), h, B)
+
+
+def _split_linear_input_grads(
+    edit: Edit, grad: Sequence[fx.Node], right: Sequence[fx.Node], q: Sequence[fx.Node], *rest: Any
+) -> _Rest:
+    pairs = zip(grad, right, strict=True)
+    dx, *others = [_frozen(edit, i, q[0], one, weight) for i, (one, weight) in enumerate(pairs)]
+    for other in others:
+        dx = edit.call(aten.add.Tensor, dx, other)
+    return "lora_input_grads", (dx, q, *rest)
+
+
+_SPLITS: dict[str, Callable[..., _Rest]] = {
+    "lora_linear_expand": _split_linear_expand,
+    "lora_linear_input_grads": _split_linear_input_grads,
+}
+
+
+def can_split(name: str) -> bool:
+    """Whether an op has products of frozen layers in it."""
+    return name in _SPLITS
+
+
+def split(edit: Edit, name: str, *args: Any) -> fx.Node:
+    """Emit the op called ``name`` as the frozen layer's products and the op that adds the adapters' part to them."""
+    rest, given = _SPLITS[name](edit, *args)
+    return edit.call(dialect.get(rest).overload, *given)
+
+
+def _split_and_lowered(name: str) -> Callable[..., tuple[fx.Node, ...]]:
+    def lower(edit: Edit, *args: Any) -> tuple[fx.Node, ...]:
+        rest, given = _SPLITS[name](edit, *args)
+        return _ATEN[rest](edit, *given)
+
+    return lower
+
+
+def _bottleneck_grads(
+    edit: Edit, grad: fx.Node, h: fx.Node, B: fx.Node, scale: fx.Node, dtype: torch.dtype
+) -> tuple[fx.Node, ...]:
+    return (*_bottleneck_grad(edit, grad, B, scale), *_factor_grad(edit, grad, h, dtype))
+
+
 _ATEN: dict[str, Callable[..., tuple[fx.Node, ...]]] = {
     "lora_linear": _linear,
     "lora_bottleneck_grad": _bottleneck_grad,
@@ -210,4 +276,6 @@ _ATEN: dict[str, Callable[..., tuple[fx.Node, ...]]] = {
     "lora_expand": _expand,
     "lora_factor_grads": _factor_grads,
     "lora_input_grads": _input_grads,
+    "lora_bottleneck_grads": _bottleneck_grads,
+    **{name: _split_and_lowered(name) for name in _SPLITS},
 }

@@ -21,7 +21,7 @@ from adaptc.codegen.graphs import CapturedGraph
 from adaptc.errors import AdaptcWarning
 from adaptc.passes.manager import Pipeline
 
-PASSES = ("raise_peft", "canonicalise", "seed_dropout", "reassociate", "share", "lower", "widen", "library")
+PASSES = ("raise_peft", "canonicalise", "seed_dropout", "reassociate", "share", "fuse", "lower", "widen", "library")
 LOG = logging.getLogger("adaptc")
 
 #: The graphs that were compiled last, for reading.

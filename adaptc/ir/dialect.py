@@ -31,6 +31,9 @@ _TABLE = {
     "lora_input_grads": "adaptc.ir.lora_split",
     "lora_merged_weight": "adaptc.ir.lora_merged",
     "lora_dense_grads": "adaptc.ir.lora_merged",
+    "lora_linear_expand": "adaptc.ir.lora_fused",
+    "lora_bottleneck_grads": "adaptc.ir.lora_fused",
+    "lora_linear_input_grads": "adaptc.ir.lora_fused",
     "seeded_dropout": "adaptc.ir.dropout",
     "onednn_linear": "adaptc.ir.onednn_linear",
 }
@@ -103,7 +106,8 @@ def define(op: DialectOp) -> DialectOp:
     torch.library.define(f"adaptc::{name}", op.schema, lib=_LIBRARY, tags=torch.Tag.pt2_compliant_tag)
 
     def run_body(*args: Any, **kwargs: Any) -> Any:
-        device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+        given = (one for a in args for one in (a if isinstance(a, list) else (a,)))
+        device = next(one.device.type for one in given if isinstance(one, torch.Tensor))
         with torch.autocast(device, enabled=False):
             kernel = _OPS[name].kernel
             result = None if kernel is None else kernel(*args, **kwargs)

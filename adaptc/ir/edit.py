@@ -10,22 +10,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from adaptc.codegen.torch_internals import fake_mode_of, lazy_graph_module, node_value, tree_leaves
-
-#: What a new node takes over from the node it stands before: where it comes from, and on a joint graph whether it
-#: belongs to the forward or the backward.
-_INHERITED = (
-    "nn_module_stack", "fwd_nn_module_stack", "stack_trace", "seq_nr", "source_fn_stack",
-    "partitioner_tag", "autograd_backward",
-)  # fmt: skip
-#: And a node of the base model that takes another's place: what a checkpoint does with it.
-_OF_CHECKPOINTS = ("recompute", "ac_graph_id")
+from adaptc.ir.origin import INHERITED, OF_CHECKPOINTS, Origin
 
 
 @dataclasses.dataclass
@@ -85,29 +77,44 @@ class Edit:
         self.record = record
         self.position = self.matched[-1] if at is None else at
         self.new_nodes: list[fx.Node] = []
+        self._origin: Origin | None = None
+        self._place: fx.Node | None = None
+
+    @contextlib.contextmanager
+    def in_place_of(self, origin: Origin | None, inputs: Sequence[fx.Node] | None = None) -> Iterator[None]:
+        """A block in which new nodes are what the node with this ``origin`` was, and with ``inputs`` stand where it
+        stood, behind what they read. Nothing happens without an origin."""
+        if origin is not None:
+            self._origin = origin
+            self._place = None if inputs is None else self._where(origin, inputs)
+        try:
+            yield
+        finally:
+            self._origin = self._place = None
+
+    def _where(self, origin: Origin, inputs: Sequence[fx.Node]) -> fx.Node:
+        place = self.position
+        while origin.before is not None and place.name != origin.before:
+            if place.prev in inputs or place.prev.op in ("placeholder", "root"):
+                break
+            place = place.prev
+        return place
 
     def call(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a node before the edit's position; a string target is a method call. Sets its fake value."""
-        return self._add(target, args, kwargs, self.position, of_base=self.of_base)
-
-    def call_of_base(self, origin: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:
-        """The same for a node of the base model that takes the place of its node ``origin``."""
-        return self._add(target, args, {}, origin, of_base=True)
-
-    def _add(
-        self, target: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any], origin: fx.Node, *,
-        of_base: bool,
-    ) -> fx.Node:  # fmt: skip
-        with self.gm.graph.inserting_before(self.position):
+        with self.gm.graph.inserting_before(self._place or self.position):
             if isinstance(target, str):
                 node = self.gm.graph.call_method(target, args, kwargs)
             else:
                 node = self.gm.graph.call_function(target, args, kwargs)
-        for key in (*_INHERITED, *(_OF_CHECKPOINTS if of_base else ())):
-            if key in origin.meta:
-                node.meta[key] = origin.meta[key]
-        mark = {} if of_base else {"adaptc": self.site}
-        node.meta["custom"] = {**origin.meta.get("custom", {}), **mark}
+        if self._origin is not None:
+            node.meta.update(self._origin.meta)
+        else:
+            for key in (*INHERITED, *(OF_CHECKPOINTS if self.of_base else ())):
+                if key in self.position.meta:
+                    node.meta[key] = self.position.meta[key]
+            mark = {} if self.of_base else {"adaptc": self.site}
+            node.meta["custom"] = {**self.position.meta.get("custom", {}), **mark}
         key = "val" if "val" in self.position.meta else "example_value"
         value = infer_value(node)
         if value is not None:

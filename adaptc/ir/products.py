@@ -11,8 +11,8 @@ from adaptc.codegen.torch_internals import node_value
 from adaptc.ir.sites import is_inserted
 
 aten = torch.ops.aten
-_TRANSPOSES = (aten.permute.default, aten.t.default, aten.transpose.int)
-_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+TRANSPOSES = (aten.permute.default, aten.t.default, aten.transpose.int)
+VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 
 class Product(NamedTuple):
@@ -59,14 +59,14 @@ def _is_weight(node: object) -> bool:
 
 def without_views(node: fx.Node) -> fx.Node:
     """The node that ``node`` is another shape of, if any."""
-    while node.target in _VIEWS and isinstance(node.args[0], fx.Node):
+    while node.target in VIEWS and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 
 
 def without_transposes(node: fx.Node) -> fx.Node:
     """The node that ``node`` is a transpose of, if any."""
-    while node.target in _TRANSPOSES and isinstance(node.args[0], fx.Node):
+    while node.target in TRANSPOSES and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 

@@ -253,8 +253,9 @@ def _results(gm: fx.GraphModule, unpacked: Mapping[fx.Node, dict[int, fx.Node]])
         result = node if _is_anchor(node) else None
         if (op := dialect.of_target(node.target)) is not None:
             # Of an op that returns a list the first is one site's bottleneck or gradient.
-            is_tuple = len(op.overload._schema.returns) > 1
-            result = unpacked.get(node, {}).get(0) if is_tuple else node if op.name == "lora_expand" else None
+            is_tuple = len(op.overload._schema.returns) > 1 and not is_backward(node)
+            is_output = op.name in ("lora_expand", "lora_linear_expand")
+            result = unpacked.get(node, {}).get(0) if is_tuple else node if is_output else None
         module = names.module_of(node)
         if result is None or module is None:
             continue

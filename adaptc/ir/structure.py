@@ -117,15 +117,15 @@ def same_type(a: Any, b: Any, *, strides: bool = True) -> bool:
             continue
         if (one.dtype, one.device, one.dim()) != (other.dtype, other.device, other.dim()):
             return False
-        if not _same_sizes(one.shape, other.shape):
+        if not same_sizes(one.shape, other.shape):
             return False
         wide = [i for i, size in enumerate(one.shape) if not statically_known_true(size == 1)]
-        if strides and not _same_sizes([one.stride(i) for i in wide], [other.stride(i) for i in wide]):
+        if strides and not same_sizes([one.stride(i) for i in wide], [other.stride(i) for i in wide]):
             return False
     return True
 
 
-def _same_sizes(a: Any, b: Any) -> bool:
+def same_sizes(a: Any, b: Any) -> bool:
     return all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
 
 

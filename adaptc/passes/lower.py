@@ -3,9 +3,13 @@
 before:  %t = adaptc.lora_linear(%x, %y, %A, %B, %s, "r")
 after:   %h = mm(%x, %A^T);  %hs = %h * %s;  %y2 = addmm(%y, %hs, %B^T)
 
+before:  %y2 = adaptc.lora_linear_expand(%x, %W^T, %b, %h, %B)
+after:   %y = addmm(%b, %x, %W^T);  %y2 = addmm(%y, %h, %B^T)
+
 Runs before partitioning, so that the partitioner sees the bottleneck and may save it. LoRA's ops are written out
 as their bodies compute, to the bit; ops derived from a body in Inductor's decompositions, which round differently. An
-op stays whole where it says so.
+op stays whole where it says so. A frozen layer's product that is part of an op becomes a node of the base model again,
+where it was.
 """
 
 from __future__ import annotations
@@ -31,12 +35,26 @@ CONTRACT = Contract(
 
 def lower(gm: fx.GraphModule, context: Context) -> Result:
     with tracing_once():
-        return everywhere(gm, (_lower,), context)
+        return everywhere(gm, (_split, _lower), context)
 
 
 def _device(node: fx.Node) -> str:
     values = tree_leaves(node_value(node))
     return next((v.device.type for v in values if isinstance(v, torch.Tensor)), "")
+
+
+def _split(gm: fx.GraphModule, context: Context, result: Result) -> None:
+    # From the last to the first: the nodes by which they remember where a product stood are still there then.
+    for node in reversed(dialect_nodes(gm)):
+        op = dialect.of_target(node.target)
+        assert op is not None
+        if not lowering.can_split(op.name):
+            continue
+        if not context.spend():
+            result.refuse(site_of(node), "limit reached")
+            continue
+        edit = Edit(gm, site_of(node), [node], [node], record=context.record)
+        result.applied.append(edit.finish(lowering.split(edit, op.name, *node.args)))
 
 
 def _lower(gm: fx.GraphModule, context: Context, result: Result) -> None:

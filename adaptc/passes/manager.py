@@ -37,6 +37,7 @@ _TABLE = {
     "seed_dropout": "adaptc.passes.seed_dropout:seed_dropout",
     "reassociate": "adaptc.passes.reassociate:reassociate",
     "share": "adaptc.passes.share:share",
+    "fuse": "adaptc.passes.fuse:fuse",
     "lower": "adaptc.passes.lower:lower",
     "widen": "adaptc.passes.widen:widen",
     "library": "adaptc.passes.library:library",

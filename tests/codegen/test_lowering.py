@@ -162,6 +162,11 @@ def test_one_symbolic_graph_serves_every_size(name):
             "lora_merged_weight": [B @ A, A, B, scale, False],
             "lora_dense_grads": [B @ A, A, B, scale],
             "lora_input_grads": [x, [y[..., :3], y[..., 3:]], [A, 2 * A], [], []],
+            "lora_linear_expand": [x.reshape(-1, 7), A.t(), A[:, 0], y[..., :2], B[:3, :2]],
+            "lora_bottleneck_grads": [y, x[..., :3], B, scale, torch.float64],
+            "lora_linear_input_grads": [
+                [y[..., :3].reshape(-1, 3), y[..., 3:].reshape(-1, 3)], [A, 2 * A], [y[..., :3]], [A], [], []
+            ],
         }[name]
 
     gm, _ = graph_of(name, args_for((4, 5)), "symbolic")
@@ -187,6 +192,12 @@ def test_one_symbolic_graph_serves_every_size(name):
         ("lora_expand", lambda x, y, A, B, s: [y, y @ B, B], {aten.addmm.default: 1}),
         ("lora_factor_grads", lambda x, y, A, B, s: [[y, y], x, torch.float64, [], []], {aten.mm.default: 1}),
         ("lora_input_grads", lambda x, y, A, B, s: [x, [y @ B, y @ B], [A, A], [], []], {aten.addmm.default: 1}),
+        ("lora_linear_expand", lambda x, y, A, B, s: [x, A.t(), None, y @ B, B[:3]],
+         {aten.mm.default: 1, aten.addmm.default: 1}),
+        ("lora_linear_expand", lambda x, y, A, B, s: [x, A.t(), A[:, 0], y @ B, B[:3]], {aten.addmm.default: 2}),
+        ("lora_bottleneck_grads", lambda x, y, A, B, s: [y, y @ B, B, s, torch.float64], {aten.mm.default: 2}),
+        ("lora_linear_input_grads", lambda x, y, A, B, s: [[y @ B] * 2, [A, A], [y @ B], [A], [], []],
+         {aten.mm.default: 2, aten.addmm.default: 1}),
     ],
 )
 def test_gemms_of_one_op(name, args, expected):

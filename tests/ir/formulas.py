@@ -81,12 +81,33 @@ def lora_dense_grads(Z, A, B, scale):
     return torch.einsum("nr,nk->rk", B * scale, Z), torch.einsum("nk,rk->nr", Z, A) * scale
 
 
+def shaped(rows, like):
+    """``rows`` (..., n) with the leading dimensions of ``like``."""
+    return rows.reshape(*like.shape[:-1], rows.shape[-1])
+
+
+def lora_linear_expand(x, right, bias, h, B):
+    y = torch.einsum("...k,kn->...n", x, right) + (0 if bias is None else bias)
+    return shaped(y, h) + torch.einsum("...r,nr->...n", h, B)
+
+
+def lora_bottleneck_grads(grad, h, B, scale, dtype):
+    dB = torch.einsum("...n,...r->nr", grad, h.reshape(*grad.shape[:-1], h.shape[-1]))
+    return torch.einsum("...n,nr->...r", grad, B) * scale, dB
+
+
+def lora_linear_input_grads(grad, right, q, A, seeds=(), p=()):
+    dx = sum(torch.einsum("...n,nk->...k", g, w) for g, w in zip(grad, right, strict=True))
+    return lora_input_grads(shaped(dx, q[0]), q, A, seeds, p)
+
+
 FORMULAS: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
         lora_linear, lora_bottleneck_grad, lora_factor_grad, lora_input_grad,
         lora_shrink, lora_expand, lora_factor_grads, lora_input_grads,
         lora_merged_weight, lora_dense_grads,
+        lora_linear_expand, lora_bottleneck_grads, lora_linear_input_grads,
     )
 }  # fmt: skip
 

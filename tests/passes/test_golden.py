@@ -20,7 +20,7 @@ from tests.passes.models import adapted, trained_graph
 FOLDER = pathlib.Path(__file__).parent / "golden"
 #: Passes that change nothing here.
 IDLE = ("lift_no_grad", "seed_dropout", "reassociate", "library")
-STAGES = ("captured", "insert", "canonicalise", "joint", "share", "lower", "widen")
+STAGES = ("captured", "insert", "canonicalise", "joint", "share", "fuse", "lower", "widen")
 #: The order of AOTAutograd's nodes and Dynamo's names differ between versions; the files are of this one.
 VERSION = (2, 13)
 

@@ -64,7 +64,7 @@ def test_what_a_pass_needs_may_come_from_any_pass_before_it():
 
 
 def test_an_unknown_name_is_refused():
-    known = "raise_peft, insert, lift_no_grad, canonicalise, seed_dropout, reassociate, share, lower"
+    known = "raise_peft, insert, lift_no_grad, canonicalise, seed_dropout, reassociate, share, fuse, lower"
     with pytest.raises(PipelineError, match=f"no pass named 'cannonicalise'\n  found  {known}"):
         get("cannonicalise")
 
@@ -99,7 +99,7 @@ def test_the_text():
     pipeline = Pipeline.parse(text)
     assert str(pipeline) == text
     assert pipeline.limits == {"canonicalise": 3, "*": 9}
-    default = "insert,lift_no_grad,canonicalise,seed_dropout,reassociate,share,lower,widen,library"
+    default = "insert,lift_no_grad,canonicalise,seed_dropout,reassociate,share,fuse,lower,widen,library"
     assert str(Pipeline.from_options()) == ",".join(manager.default_order()) == default
 
 
@@ -123,15 +123,15 @@ def test_text_that_is_not_a_pipeline_is_refused(text, error):
 
 
 @pytest.mark.parametrize("passes, text", [
-    (None, "insert,lift_no_grad,canonicalise,seed_dropout,reassociate,share,lower,widen,library"),
-    ({"skip": ["canonicalise"]}, "insert,lift_no_grad,seed_dropout,reassociate,share,lower,widen,library"),
+    (None, "insert,lift_no_grad,canonicalise,seed_dropout,reassociate,share,fuse,lower,widen,library"),
+    ({"skip": ["canonicalise"]}, "insert,lift_no_grad,seed_dropout,reassociate,share,fuse,lower,widen,library"),
     ({"order": ["insert", "lower"]}, "insert,lower"),
     ({"order": ["insert", "canonicalise", "lower"], "skip": ["lower"]}, "insert,canonicalise"),
-    ({"limit": 3}, "insert,lift_no_grad,canonicalise,seed_dropout,reassociate,share,lower,widen,library;limit=3"),
+    ({"limit": 3}, "insert,lift_no_grad,canonicalise,seed_dropout,reassociate,share,fuse,lower,widen,library;limit=3"),
     ({"limit": {"canonicalise": 0}},
-     "insert,lift_no_grad,canonicalise{limit=0},seed_dropout,reassociate,share,lower,widen,library"),
+     "insert,lift_no_grad,canonicalise{limit=0},seed_dropout,reassociate,share,fuse,lower,widen,library"),
     ({"limit": {"lower": 1, "insert": 2}, "skip": ["lower"]},
-     "insert{limit=2},lift_no_grad,canonicalise,seed_dropout,reassociate,share,widen,library"),
+     "insert{limit=2},lift_no_grad,canonicalise,seed_dropout,reassociate,share,fuse,widen,library"),
 ])  # fmt: skip
 def test_passes_of_a_plan(passes, text):
     _, model = adapted(passes=passes)
@@ -144,7 +144,7 @@ def test_passes_of_a_plan(passes, text):
     ({"skip": ["canonical"]}, "no pass named 'canonical'"),
     ({"skip": ["insert"]}, "pass canonicalise needs inserted"),
     ({"order": ["lower", "insert"]}, "cannot follow a pass on joint graphs"),
-    ({"limit": {"fuse": 1}}, "a limit for fuse, which is not in the pipeline"),
+    ({"limit": {"melt": 1}}, "a limit for melt, which is not in the pipeline"),
 ])  # fmt: skip
 def test_passes_of_a_plan_that_cannot_run_are_refused(passes, error):
     with pytest.raises(PipelineError, match=re.escape(error)):
@@ -169,7 +169,8 @@ def test_a_limit_for_all_is_shared_by_the_passes_of_a_level():
     _, model = adapted(passes={"limit": 3})
     applied = {r.name: len(r.result.applied) for r in trained_graph(model).reports}
     assert applied == {
-        "insert": 2, "lift_no_grad": 0, "canonicalise": 1, "seed_dropout": 0, "reassociate": 0, "share": 1, "lower": 2,
+        "insert": 2, "lift_no_grad": 0, "canonicalise": 1, "seed_dropout": 0, "reassociate": 0, "share": 1, "fuse": 1,
+        "lower": 1,
         "widen": 0, "library": 0,
     }  # fmt: skip
 
@@ -215,10 +216,11 @@ def test_a_report_has_ops_and_costs_of_both_sides():
     """fp32: the scale moves from M x N to M x r."""
     _, model = adapted()
     graph = trained_graph(model)
-    inserted, _, canonical, *_, lowered, _, _ = graph.reports
+    inserted, _, canonical, *_, fused, lowered, _, _ = graph.reports
     assert [(r.name, r.level) for r in graph.reports] == [
         ("insert", "dynamo"), ("lift_no_grad", "dynamo"), ("canonicalise", "dynamo"), ("seed_dropout", "dynamo"),
-        ("reassociate", "joint"), ("share", "joint"), ("lower", "joint"), ("widen", "joint"), ("library", "joint"),
+        ("reassociate", "joint"), ("share", "joint"), ("fuse", "joint"), ("lower", "joint"),
+        ("widen", "joint"), ("library", "joint"),
     ]  # fmt: skip
     assert inserted.ops_before["lora_site"] == 2 and "lora_site" not in inserted.ops_after
     assert inserted.ops_after["lora_linear"] == 2
@@ -232,7 +234,13 @@ def test_a_report_has_ops_and_costs_of_both_sides():
     # The product is no longer written and read again. A dropout that does nothing costs nothing: it is its input.
     assert canonical.cost_before.read - canonical.cost_after.read == sum(2 * M * N * 4 for _, N in sites)
     assert canonical.cost_after.saved == 0 and lowered.cost_before.saved > 0
-    assert lowered.ops_before["lora_linear"] == 2 and "lora_linear" not in lowered.ops_after
+    assert fused.ops_before["lora_linear"] == lowered.ops_before["lora_linear_expand"] == 2
+    # An output is not written and read again between the product and the correction: two, and one input's gradient. Of
+    # two gradients of outputs each is read once.
+    moved = [cost.read + cost.written for cost in (fused.cost_before, fused.cost_after)]
+    assert fused.cost_before.flops == fused.cost_after.flops
+    assert moved[0] - moved[1] >= 4 * (2 * (M * 10 + M * 6) + 2 * M * 10 + M * 10 + M * 6)
+    assert "lora_linear_expand" not in lowered.ops_after
     assert lowered.ops_after["mm"] > lowered.ops_before["mm"]
     assert all(r.seconds > 0 and r.rolled_back is None and r.errors is None for r in graph.reports)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -10,6 +10,7 @@ from torch import fx
 from adaptc.codegen.torch_internals import node_value
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Rewrite
+from adaptc.ir.origin import origin_of
 from adaptc.ir.products import frozen_product, views_down_to, without_views
 from adaptc.ir.sites import site_of
 from adaptc.ir.sums import ADD, flatten
@@ -76,13 +77,19 @@ def _turned(edit: Edit, node: fx.Node) -> fx.Node:
 def _product(edit: Edit, site: Site, right: fx.Node, views: list[fx.Node]) -> fx.Node:
     x, _, bias = site.product
     arguments = (x, right) if bias is None else (bias, x, right)
-    return _viewed(edit, edit.call_of_base(site.base, site.base.target, *arguments), views)  # type: ignore[arg-type]
+    return _viewed(edit, _call_instead(edit, site.base, site.base.target, *arguments), views)
 
 
 def _viewed(edit: Edit, node: fx.Node, views: list[fx.Node]) -> fx.Node:
     for view in views:
-        node = edit.call_of_base(view, view.target, node, *view.args[1:])  # type: ignore[arg-type]
+        node = _call_instead(edit, view, view.target, node, *view.args[1:])
     return node
+
+
+def _call_instead(edit: Edit, old: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """A call that is what ``old`` was in its graph: the base model's."""
+    with edit.in_place_of(origin_of(old)):
+        return edit.call(target, *args)
 
 
 def _bottleneck(edit: Edit, site: Site) -> fx.Node:
@@ -102,11 +109,11 @@ def _dense_grads(edit: Edit, site: Site, grads: Grads) -> list[fx.Node]:
 
 def _input_grad(edit: Edit, dx: InputGrad, right: fx.Node) -> fx.Node:
     edit.position = dx.base
-    product = edit.call_of_base(dx.base, aten.mm.default, dx.base.args[0], _turned(edit, right))
+    product = _call_instead(edit, dx.base, aten.mm.default, dx.base.args[0], _turned(edit, right))
     product = _viewed(edit, product, views_down_to(dx.term, dx.base))
     edit.position = dx.root
     terms = [product if term is dx.term else term for term in flatten(dx.root)[1] if term is not dx.own]
     total = terms[0]
     for term in terms[1:]:
-        total = edit.call_of_base(dx.root, ADD, total, term)
+        total = _call_instead(edit, dx.root, ADD, total, term)
     return total
