@@ -176,7 +176,7 @@ def host() -> dict[str, str]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
-        "precision": f"{torch.get_float32_matmul_precision()} {torch_internals.onednn_precision()}",
+        "precision": " ".join(map(torch_internals.product_precision, ("cpu", "cuda"))),
         "build": hashlib.sha256(torch.__config__.show().encode()).hexdigest()[:16],
     }
 

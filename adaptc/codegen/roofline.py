@@ -38,7 +38,9 @@ class Rates(NamedTuple):
 
 
 def rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
-    """Those of this host; None where nothing is to be timed."""
+    """Those of this host; None where nothing is to be timed, and on devices whose work cannot be waited for here."""
+    if device.type not in ("cpu", "cuda", "xpu"):
+        return None
 
     def make() -> choices.Ways:
         ones = functools.partial(torch.ones, device=device, dtype=dtype)

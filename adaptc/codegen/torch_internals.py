@@ -351,9 +351,12 @@ def may_call_onednn() -> bool:
     return bool(on) and not inductors and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def onednn_precision() -> str:
-    """In what oneDNN computes fp32 products. 2.11 to 2.15."""
-    return str(getattr(torch.backends.mkldnn, "fp32_precision", "ieee"))
+def product_precision(device: str, dtype: torch.dtype = torch.float32) -> str:
+    """In what matrix products of fp32 are computed on a kind of device: "ieee", "tf32" or "bf16"; other dtypes in
+    their own. 2.11 to 2.15."""
+    owner = getattr(torch.backends.cuda if device == "cuda" else torch.backends.mkldnn, "matmul", None)
+    found = str(getattr(owner, "fp32_precision", "ieee")) if dtype == torch.float32 else "ieee"
+    return found if found in ("tf32", "bf16") else "ieee"
 
 
 def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

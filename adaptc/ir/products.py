@@ -1,78 +1,97 @@
-"""Reading the base model's products with weights in a joint graph."""
+"""Reading the frozen layers' products with weights in a joint graph."""
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 import torch
 from torch import fx
 
 from adaptc.codegen.torch_internals import node_value
-from adaptc.ir.sites import is_inserted
+from adaptc.ir import dialect
+from adaptc.ir.names import op_name
 
 aten = torch.ops.aten
-TRANSPOSES = (aten.permute.default, aten.t.default, aten.transpose.int)
 VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+_TRANSPOSES = (aten.permute.default, aten.t.default, aten.transpose.int)
+_CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 
 
 class Product(NamedTuple):
-    """x (M, K) times the node ``right`` (K, N), which is a weight or a transpose of one, plus ``bias`` (N,)."""
+    """x (M, K) times ``right`` (K, N), plus ``bias`` (N,): ``node``, read through ``views`` alone, the last of which is
+    what was asked for. ``right`` is an input of the graph, its transpose, or that in another dtype."""
 
+    node: fx.Node
+    views: tuple[fx.Node, ...]
     x: fx.Node
     right: fx.Node
     bias: fx.Node | None
 
     @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        return (self.node, *self.views)
+
+    @property
+    def is_read_once(self) -> bool:
+        return all(len(node.users) == 1 for node in self.nodes)
+
+    @property
     def weight(self) -> fx.Node:
         """The graph's input."""
-        return without_transposes(self.right)
+        return _below(self.right, (*_TRANSPOSES, *_CASTS))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether ``right`` lies in memory as the weight does: of fixed sizes, in rows or columns without gaps."""
+        value = node_value(self.right)
+        if _below(self.right, _TRANSPOSES) is not self.weight or not all(isinstance(s, int) for s in value.shape):
+            return False
+        return bool(value.is_contiguous() or value.t().is_contiguous())
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether ``right`` is the weight with its dimensions swapped."""
+        swaps, node = 0, self.right
+        while node.target in (*_TRANSPOSES, *_CASTS):
+            swaps += node.target in _TRANSPOSES
+            node = node.args[0]  # type: ignore[assignment]
+        return swaps % 2 == 1
 
 
-def frozen_product(node: object) -> Product | None:
-    """The product that a node is, if it is the base model's with a weight of fixed sizes that lies in rows or columns
-    without gaps."""
-    if not isinstance(node, fx.Node) or is_inserted(node) or node.kwargs:
-        return None
-    if node.target is aten.mm.default:
-        (x, right), bias = node.args, None
-    elif node.target is aten.addmm.default:
-        bias, x, right = node.args
-    else:
-        return None
-    values = [node_value(n) for n in (x, right, bias) if isinstance(n, fx.Node)]
-    if any(not isinstance(v, torch.Tensor) for v in values) or not _is_weight(right):
-        return None
-    if any(v.shape != values[1].shape[1:] for v in values[2:]):
-        return None
-    return Product(x, right, bias)  # type: ignore[arg-type]
-
-
-def _is_weight(node: object) -> bool:
-    """Whether a node is an input of the graph of fixed sizes, or its transpose: rows or columns without gaps."""
-    if not isinstance(node, fx.Node) or not all(isinstance(size, int) for size in node_value(node).shape):
-        return False
-    value = node_value(node)
-    if not (value.is_contiguous() or value.t().is_contiguous()):
-        return False
-    return without_transposes(node).op in ("placeholder", "get_attr")
+def frozen_product(y: fx.Node) -> Product | str:
+    """The product with a weight that ``y`` is, or why it is none."""
+    node = without_views(y)
+    source = node.args[0] if node.target is operator.getitem else node
+    if isinstance(source, fx.Node) and dialect.of_target(source.target) is not None:
+        return "another op of an adapter stands between it and its frozen layer"
+    if node.kwargs or node.target not in (aten.mm.default, aten.addmm.default):
+        what = "an input of the graph" if node.op == "placeholder" else op_name(node)
+        return f"its frozen layer is no product with a weight, but ends in {what}"
+    bias, x, right = node.args if node.target is aten.addmm.default else (None, *node.args)
+    assert isinstance(x, fx.Node) and isinstance(right, fx.Node) and (bias is None or isinstance(bias, fx.Node))
+    product = Product(node, tuple(views_down_to(y, node)), x, right, bias)
+    weight = product.weight
+    if weight.op != "get_attr" and (weight.op != "placeholder" or weight.name.startswith("tangents")):
+        return "its frozen layer multiplies by what is computed: a weight that is dequantised, or has an update"
+    if bias is not None and node_value(bias).dim() != 1:
+        return "its frozen layer adds another tensor than a bias"
+    return product
 
 
 def without_views(node: fx.Node) -> fx.Node:
     """The node that ``node`` is another shape of, if any."""
-    while node.target in VIEWS and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
+    return _below(node, VIEWS)
 
 
-def without_transposes(node: fx.Node) -> fx.Node:
-    """The node that ``node`` is a transpose of, if any."""
-    while node.target in TRANSPOSES and isinstance(node.args[0], fx.Node):
+def _below(node: fx.Node, targets: tuple[object, ...]) -> fx.Node:
+    while node.target in targets and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 
 
 def views_down_to(node: fx.Node, source: fx.Node) -> list[fx.Node]:
-    """The views that make ``node`` of ``source``, ``node`` last; not ``source``."""
+    """The nodes from ``source``, which is left out, to ``node``, each of which reads the one before."""
     found = []
     while node is not source:
         found.append(node)

@@ -22,6 +22,7 @@ from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.names import module_of
 from adaptc.ir.products import Product, frozen_product
+from adaptc.ir.sites import is_inserted
 from adaptc.passes.contract import Context, Contract, everywhere
 
 CONTRACT = Contract(level="joint", numerics="reassociates")
@@ -65,10 +66,14 @@ def _layer(node: fx.Node) -> str:
 
 def _candidate(node: fx.Node) -> Product | None:
     """The product that a node is, if it is one of the base model that oneDNN could make."""
-    product = frozen_product(node)
-    if product is None or not torch_internals.may_call_onednn():
+    if is_inserted(node) or node.target not in (aten.mm.default, aten.addmm.default):
         return None
-    values = [node_value(n) for n in product if n is not None]
+    product = frozen_product(node)
+    if isinstance(product, str) or not product.is_plain or not torch_internals.may_call_onednn():
+        return None
+    values = [node_value(n) for n in (product.x, product.right, product.bias) if n is not None]
+    if any(v.shape != values[1].shape[1:] for v in values[2:]):
+        return None
     return product if all(v.dtype == torch.float32 and v.device.type == "cpu" for v in values) else None
 
 

@@ -16,11 +16,12 @@ from torch import fx
 from adaptc.codegen.torch_internals import node_value
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
+from adaptc.ir.products import Product
 from adaptc.ir.sites import is_inserted, site_of
 from adaptc.ir.structure import same_sizes
 from adaptc.ir.sums import is_sum
 from adaptc.passes.contract import Context
-from adaptc.passes.fuse.products import CHECKPOINT, Fused, Product, frozen_product, origins_of
+from adaptc.passes.fuse.products import CHECKPOINT, Fused, origins_of, own_product
 
 
 def fuse_inputs(gm: fx.GraphModule, context: Context, result: Result, fused: list[Fused]) -> None:
@@ -39,7 +40,7 @@ def fuse_inputs(gm: fx.GraphModule, context: Context, result: Result, fused: lis
         edit = Edit(gm, site_of(node), matched, [node], at=node, record=context.record)
         pairs = [one.x for one in products], [one.right for one in products]
         new = edit.call(dialect.get("lora_linear_input_grads").overload, *pairs, *node.args[1:])
-        fused.append(Fused(new, edit.new_nodes[0], node, tuple(one.product for one in products), origins))
+        fused.append(Fused(new, edit.new_nodes[0], node, tuple(one.node for one in products), origins))
         result.applied.append(edit.finish(new))
 
 
@@ -53,7 +54,7 @@ def _match(node: fx.Node) -> tuple[list[fx.Node], list[Product]] | str:
         terms.insert(0, (last, total))
         sums.append(total)
         reader, total = total, first
-    found = [frozen_product(term, reader) for term, reader in ((total, reader), *terms)]
+    found = [own_product(term, reader) for term, reader in ((total, reader), *terms)]
     if CHECKPOINT in found:
         return CHECKPOINT
     products = [one for one in found if isinstance(one, Product) and one.bias is None]

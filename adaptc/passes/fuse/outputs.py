@@ -20,10 +20,11 @@ from torch import fx
 from adaptc.codegen.torch_internals import node_value
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
+from adaptc.ir.products import Product
 from adaptc.ir.sites import LORA_LINEAR, site_of
 from adaptc.ir.structure import same_sizes
 from adaptc.passes.contract import Context
-from adaptc.passes.fuse.products import Fused, Product, frozen_product, origins_of
+from adaptc.passes.fuse.products import Fused, origins_of, own_product
 
 
 def fuse_outputs(gm: fx.GraphModule, context: Context, result: Result, fused: list[Fused]) -> None:
@@ -49,7 +50,7 @@ def _match(node: fx.Node) -> Product | str:
         return "its scale multiplies the output and not the bottleneck"
     if not same_sizes(node_value(y).shape[:-1], node_value(lead).shape[:-1]):
         return "its frozen layer's output has other leading dimensions than its bottleneck"
-    return frozen_product(y, node)
+    return own_product(y, node)
 
 
 def _fuse(
@@ -64,7 +65,7 @@ def _fuse(
     else:
         _, h, B = cast(tuple[Any, ...], node.args)
     new = edit.call(dialect.get("lora_linear_expand").overload, found.x, found.right, found.bias, h, B)
-    fused.append(Fused(new, edit.new_nodes[0], node, (found.product,), origins))
+    fused.append(Fused(new, edit.new_nodes[0], node, (found.node,), origins))
     results = [(new, h)[cast(int, output.args[1])] for output in outputs] or [new]
     result.applied.append(edit.finish(*results))
 

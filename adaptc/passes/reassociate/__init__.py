@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
 
 import torch
@@ -26,7 +27,8 @@ from torch import fx
 from adaptc.codegen import choices
 from adaptc.codegen.choices import Choice
 from adaptc.codegen.roofline import Rates, finished, on, rates
-from adaptc.codegen.torch_internals import node_value, size_hint
+from adaptc.codegen.torch_internals import node_value, product_precision, size_hint
+from adaptc.ir.code_hash import code_hash
 from adaptc.ir.edit import Result
 from adaptc.ir.sites import lora_nodes, site_of
 from adaptc.passes.contract import Context, Contract, everywhere
@@ -34,14 +36,14 @@ from adaptc.passes.reassociate import plans
 from adaptc.passes.reassociate.site import Site, read
 from adaptc.passes.reassociate.write import write
 
-CONTRACT = Contract(level="joint", numerics="reassociates")
+CONTRACT = Contract(level="joint", numerics="reassociates", conflicts=frozenset({"shared", "fused", "aten"}))
 
 #: Multiplications of the frozen product below which an order is not worth asking for.
 WORTH = 1 << 25
 #: How many times the best prediction an order may be predicted to take and still be timed.
 REACH = 1.15
-#: Seconds that the usual order may be predicted to take for any to be timed.
-MOST = 0.5
+#: Seconds that the usual order may be predicted to take for any to be timed, and elements of the largest weight.
+MOST, LARGEST = 0.25, 1 << 27
 
 
 def reassociate(gm: fx.GraphModule, context: Context) -> Result:
@@ -54,7 +56,7 @@ def _reassociate(gm: fx.GraphModule, context: Context, result: Result) -> None:
         reason = site if isinstance(site, str) else _illegal(site)
         if not isinstance(site, Site) or reason is not None:
             if _could_gain(node):
-                result.refuse(site_of(node), reason or "")
+                result.refuse(site_of(node), str(reason))
             continue
         choice = _choose(site)
         if choice is None:
@@ -70,11 +72,11 @@ def _reassociate(gm: fx.GraphModule, context: Context, result: Result) -> None:
 
 def _illegal(site: Site) -> str | None:
     _, _, A, B = site.operands
-    dtypes = {node_value(n).dtype for n in (site.base, site.product.right, A, B)}
-    if len(dtypes) > 1 or next(iter(dtypes)).itemsize < 4:
-        return "a weight with its correction would be rounded to fewer than 32 bits"
-    if not isinstance(site.shape[0], int):
-        return "the number of rows is not fixed"
+    values = [node_value(n) for n in (site.product.node, site.product.right, A, B)]
+    if len({value.dtype for value in values}) > 1:
+        return "weight, factors and output are not of one dtype"
+    if values[0].dtype.itemsize < 4 or product_precision(values[0].device.type, values[0].dtype) != "ieee":
+        return "a weight with its correction would be rounded to fewer digits than fp32 has, and lose it"
     return None
 
 
@@ -88,10 +90,9 @@ def _could_gain(node: fx.Node) -> bool:
 
 
 def _choose(site: Site) -> Choice | None:
-    m, k, n, r = site.shape
-    assert isinstance(m, int)
-    value = node_value(site.base)
-    rate = rates(value.device, value.dtype) if m * k * n >= WORTH else None
+    m, k, n, r = site.sizes
+    value = node_value(site.product.node)
+    rate = rates(value.device, value.dtype) if m * k * n >= WORTH and k * n <= LARGEST else None
     if rate is None:
         return None
     rows, trained = choices.bucket(m), site.grads is not None
@@ -114,7 +115,9 @@ def _choose(site: Site) -> Choice | None:
         ways = {name: functools.partial(plans.PLANS[name], x, g, W, A, B, input_grad) for name in timed}
         return {name: finished(run, value.device) for name, run in ways.items()}
 
-    seconds = choices.measure(f"{question}: {', '.join(timed)}", make)
+    # What is timed is written here: another version of it is another question.
+    version = hashlib.sha256(b"".join(map(code_hash, plans.PLANS.values()))).hexdigest()[:8]
+    seconds = choices.measure(f"{question}: {', '.join(timed)} ({version})", make)
     return choice if seconds is None else dataclasses.replace(choice, seconds=seconds)
 
 

@@ -17,13 +17,16 @@ from adaptc.ir.sums import flatten, root_of
 
 @dataclasses.dataclass(frozen=True)
 class InputGrad:
-    """dx = g W + q A + ...: ``own`` is q A, ``base`` the product g W, ``term`` its view in the sum that ends at
-    ``root``."""
+    """dx = g W + q A + ...: ``own`` is q A, ``product`` is g W, and ``root`` the last addition of the sum of both."""
 
     own: fx.Node
-    base: fx.Node
-    term: fx.Node
+    product: Product
     root: fx.Node
+
+    @property
+    def term(self) -> fx.Node:
+        """g W as it stands in the sum."""
+        return self.product.nodes[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,19 +43,19 @@ class Grads:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """``call``: y', h = lora_linear(x, y, A, B, scale, "r"), where y is ``base``, the node of ``product``, as seen
-    through views. ``grads`` is None in a graph without backward."""
+    """``call``: y', h = lora_linear(x, y, A, B, scale, "r"), where y is ``product``. ``grads`` is None in a graph
+    without backward."""
 
     call: fx.Node
-    base: fx.Node
     product: Product
     grads: Grads | None
 
     @property
-    def shape(self) -> tuple[int | object, int, int, int]:
+    def sizes(self) -> tuple[int, int, int, int]:
         """Rows, in, out, rank."""
-        _, _, A, B = self.operands
-        return node_value(self.base).shape[0], node_value(A).shape[1], *node_value(B).shape
+        _, _, A, _ = self.operands
+        (k, n), r = node_value(self.product.right).shape, node_value(A).shape[0]
+        return int(node_value(self.product.node).shape[0]), int(k), int(n), int(r)
 
     @property
     def operands(self) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node]:
@@ -65,51 +68,67 @@ class Site:
 
 def read(call: fx.Node) -> Site | str:
     """The site of a ``lora_linear`` node, or why it is none that can be written otherwise."""
-    x, y = cast(tuple[fx.Node, fx.Node], call.args[:2])
+    x, y, A, B = cast(tuple[fx.Node, ...], call.args[:4])
     if call.args[5] != "r":
-        return "its scale is trained"
-    base = without_views(y)
-    product = frozen_product(base)
-    if product is None:
-        return "its frozen layer is no product with a dense weight"
+        return "its scale is not at the bottleneck"
+    product = frozen_product(y)
+    if isinstance(product, str):
+        return product
+    if not _is_fixed(product.node):
+        return "the number of rows is not fixed"
+    if not product.is_plain or node_value(product.right).shape != (node_value(A).shape[1], node_value(B).shape[0]):
+        return "its frozen layer's weight is cast, or of another shape than its factors"
     if without_views(product.x) is not without_views(x):
-        return "it does not read what its frozen layer reads (dropout)"
-    if any(len(node.users) > 1 for node in (base, y)):
+        return "it reads another value than its frozen layer (dropped, or cast)"
+    if not product.is_read_once:
         return "its frozen layer's output is read by others too"
-    site = Site(call, base, product, None)
+    site = Site(call, product, None)
     h = site.output(1)
     readers = [] if h is None else list(h.users)
-    if not readers and not _calls(call.args[3], "lora_bottleneck_grad"):
+    if not readers and not _calls(B, "lora_bottleneck_grad"):
         return site
     grads = _grads(call, product, readers)
     return grads if isinstance(grads, str) else dataclasses.replace(site, grads=grads)
 
 
+def _is_fixed(node: fx.Node) -> bool:
+    return all(isinstance(size, int) for size in node_value(node).shape)
+
+
+#: Why a site stays whose part of the backward is not the one that its forward leads to.
+_BACKWARD = "not both of its factors are trained, or another pass has changed its backward"
+
+
 def _grads(call: fx.Node, product: Product, readers: list[fx.Node]) -> Grads | str:
     x, _, A, B, scale = cast(tuple[fx.Node, ...], call.args[:5])
-    dB = _only(readers)
-    if dB is None or dB.target is not dialect.get("lora_factor_grad").overload:
-        return "not both of its factors are trained"
-    g = cast(fx.Node, dB.args[0])
+    db = _only(readers)
+    if db is None or db.target is not dialect.get("lora_factor_grad").overload:
+        return _BACKWARD
+    g = cast(fx.Node, db.args[0])
     q = _only(n for n in _calls(B, "lora_bottleneck_grad") if n.args == (g, B, scale))
     if q is None:
-        return "not both of its factors are trained"
-    dA = _only(n for n in _calls(q, "lora_factor_grad") if n.args[:2] == (q, x))
+        return _BACKWARD
+    da = _only(n for n in _calls(q, "lora_factor_grad") if n.args[:2] == (q, x))
     own = _only(n for n in _calls(q, "lora_input_grad") if n.args == (q, A))
-    if dA is None or len(q.users) != 1 + (own is not None):
-        return "not both of its factors are trained"
+    if da is None or len(q.users) != 1 + (own is not None):
+        return _BACKWARD
     if own is None:
-        return Grads(g, q, dA, dB, None)
+        return Grads(g, q, da, db, None)
+    dx = _input_grad(own, g, product)
+    return dx if isinstance(dx, str) else Grads(g, q, da, db, dx)
+
+
+def _input_grad(own: fx.Node, g: fx.Node, product: Product) -> InputGrad | str:
     root = root_of(own)
-    terms = [] if root is own else flatten(root)[1]
-    for term in terms:
-        base = without_views(term)
-        found = frozen_product(base)
-        if found is not None and found.weight is product.weight and without_views(found.x) is without_views(g):
-            alone = all(len(node.users) == 1 for node in (base, term))
-            if alone and node_value(root).is_contiguous():
-                return Grads(g, q, dA, dB, InputGrad(own, base, term, root))
-    return "its gradient of the input is not added to its frozen layer's alone"
+    for term in [] if root is own else flatten(root)[1]:
+        found = frozen_product(term)
+        if isinstance(found, str) or found.bias is not None or not found.is_read_once:
+            continue
+        # The weight the other way round: what reads g and W^T of a square W is another layer's that shares it.
+        same = found.weight is product.weight and found.is_transposed != product.is_transposed and found.is_plain
+        if same and without_views(found.x) is without_views(g) and node_value(root).is_contiguous():
+            return InputGrad(own, found, root)
+    return "its gradient of the input is not added to its frozen layer's"
 
 
 def _calls(argument: object, name: str) -> list[fx.Node]:

@@ -10,8 +10,8 @@ from torch import fx
 from adaptc.codegen.torch_internals import node_value
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Rewrite
-from adaptc.ir.origin import origin_of
-from adaptc.ir.products import frozen_product, views_down_to, without_views
+from adaptc.ir.origin import checkpoint_marks, origin_of
+from adaptc.ir.products import Product, views_down_to, without_views
 from adaptc.ir.sites import site_of
 from adaptc.ir.sums import ADD, flatten
 from adaptc.passes.reassociate.site import Grads, InputGrad, Site
@@ -22,41 +22,31 @@ aten = torch.ops.aten
 def write(gm: fx.GraphModule, site: Site, plan: str, *, record: bool) -> Rewrite:
     """``plan``: "merge" or "dense"."""
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    y, h = site.output(0), site.output(1)
-    views = views_down_to(site.operands[1], site.base)
-    matched = [*_read_by(site.base), site.base, *views, site.call, *(n for n in (y, h) if n is not None)]
+    y, h, grads = site.output(0), site.output(1), site.grads
+    matched = [*_read_by(site.product), *site.product.nodes, site.call, *(n for n in (y, h) if n is not None)]
     results = [] if y is None else [y]
-    grads = site.grads
     if grads is not None:
-        matched += _matched(grads, plan)
+        matched += [grads.q, *((grads.da, grads.db) if plan == "dense" else ())]
         results += [grads.da, grads.db] if plan == "dense" else [cast(fx.Node, h)]
-        results += [] if grads.dx is None else [grads.dx.root]
+        if grads.dx is not None:
+            dx = grads.dx
+            matched += [*_read_by(dx.product), dx.own, *dx.product.nodes, *flatten(dx.root)[0]]
+            results.append(dx.root)
     matched = sorted({*matched}, key=order.__getitem__)
     edit = Edit(gm, site_of(site.call), matched, results, at=site.call, record=record)
     right = _merged_right(edit, site)
-    new = [] if y is None else [_product(edit, site, right, views)]
+    new = [] if y is None else [_product(edit, site.product, site.product.x, right)]
     if grads is not None:
-        at = min(grads.da, grads.db, key=order.__getitem__) if plan == "dense" else grads.db
-        edit.position = at
+        edit.position = grads.q
         new += _dense_grads(edit, site, grads) if plan == "dense" else [_bottleneck(edit, site)]
         if grads.dx is not None:
             new.append(_input_grad(edit, grads.dx, right))
     return edit.finish(*new)
 
 
-def _matched(grads: Grads, plan: str) -> list[fx.Node]:
-    found = [grads.q, grads.da, grads.db] if plan == "dense" else [grads.q]
-    dx = grads.dx
-    if dx is not None:
-        found += [*_read_by(dx.base), dx.own, dx.base, *views_down_to(dx.term, dx.base), *flatten(dx.root)[0]]
-    return found
-
-
-def _read_by(base: fx.Node) -> list[fx.Node]:
+def _read_by(product: Product) -> list[fx.Node]:
     """The views and transposes that a frozen product reads: the adapter reads what they are of, and to check the
     rewrite one must be seen to be the other."""
-    product = frozen_product(base)
-    assert product is not None
     return [*views_down_to(product.x, without_views(product.x)), *views_down_to(product.right, product.weight)]
 
 
@@ -67,6 +57,8 @@ def _merged_right(edit: Edit, site: Site) -> fx.Node:
     transposed = node_value(right).is_contiguous()
     W = right if transposed else _turned(edit, right)
     E = edit.call(dialect.get("lora_merged_weight").overload, W, A, B, scale, transposed)
+    # In a checkpointed block it is made again with the product: marks of another block would have it kept.
+    E.meta.update(checkpoint_marks(site.product.node))
     return E if transposed else _turned(edit, E)
 
 
@@ -74,14 +66,11 @@ def _turned(edit: Edit, node: fx.Node) -> fx.Node:
     return edit.call(aten.permute.default, node, [1, 0])
 
 
-def _product(edit: Edit, site: Site, right: fx.Node, views: list[fx.Node]) -> fx.Node:
-    x, _, bias = site.product
-    arguments = (x, right) if bias is None else (bias, x, right)
-    return _viewed(edit, _call_instead(edit, site.base, site.base.target, *arguments), views)
-
-
-def _viewed(edit: Edit, node: fx.Node, views: list[fx.Node]) -> fx.Node:
-    for view in views:
+def _product(edit: Edit, old: Product, x: fx.Node, right: fx.Node) -> fx.Node:
+    """The product ``old`` with another right operand, in the shape in which it was read."""
+    arguments = (x, right) if old.bias is None else (old.bias, x, right)
+    node = _call_instead(edit, old.node, old.node.target, *arguments)
+    for view in old.views:
         node = _call_instead(edit, view, view.target, node, *view.args[1:])
     return node
 
@@ -108,9 +97,8 @@ def _dense_grads(edit: Edit, site: Site, grads: Grads) -> list[fx.Node]:
 
 
 def _input_grad(edit: Edit, dx: InputGrad, right: fx.Node) -> fx.Node:
-    edit.position = dx.base
-    product = _call_instead(edit, dx.base, aten.mm.default, dx.base.args[0], _turned(edit, right))
-    product = _viewed(edit, product, views_down_to(dx.term, dx.base))
+    edit.position = dx.product.node
+    product = _product(edit, dx.product, dx.product.x, _turned(edit, right))
     edit.position = dx.root
     terms = [product if term is dx.term else term for term in flatten(dx.root)[1] if term is not dx.own]
     total = terms[0]
