@@ -142,14 +142,13 @@ def test_an_edited_gradient_formula_gives_the_new_gradient(monkeypatch):
 
 
 def edit_lowering(monkeypatch):
-    """Factor gradients that are 10 times too large."""
-    original = lowering.aten_lowering("lora_factor_grad")
+    """The gradient at the bottleneck, and so the first factor's, and the second factor's are 10 times too large."""
+    original = lowering.aten_lowering("lora_bottleneck_grads")
 
     def tenfold(edit, *args):
-        (node,) = original(edit, *args)
-        return (edit.call(torch.ops.aten.mul.Tensor, node, 10.0),)
+        return tuple(edit.call(torch.ops.aten.mul.Tensor, node, 10.0) for node in original(edit, *args))
 
-    monkeypatch.setitem(lowering._ATEN, "lora_factor_grad", tenfold)
+    monkeypatch.setitem(lowering._ATEN, "lora_bottleneck_grads", tenfold)
 
 
 def test_an_edited_lowering_gives_the_new_number(monkeypatch):
@@ -169,7 +168,7 @@ def doubled_body(x, y, A, B, scale, scale_at):
 @pytest.mark.parametrize("training", [True, False])
 def test_an_edited_body_gives_the_new_number(monkeypatch, training):
     """Where the op stays one call in the compiled code, and with it in the key."""
-    passes = {"skip": ["lower"]}
+    passes = {"skip": ["fuse", "lower"]}
     out, *_ = written_out()
     assert_close(step(training, passes)[:1], (out,))
     monkeypatch.setattr(dialect.get("lora_linear"), "body", doubled_body)
