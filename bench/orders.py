@@ -66,6 +66,7 @@ def measure(shape: tuple[int, int, int, int], arguments: argparse.Namespace) -> 
 
     m, k, n, r = shape
     device = torch.device(arguments.device)
+    torch.compiler.reset()  # or sizes that differ between shapes are symbolic
     torch.manual_seed(arguments.seed)
     base = nn.Sequential(nn.Linear(k, n)).to(device)
     x, g = torch.randn(m, k, device=device), torch.randn(m, n, device=device)

@@ -173,12 +173,29 @@ def test_where_it_is_not_legal(name, chosen, monkeypatch):
     assert all(reason in why for _, why in result.refused)
 
 
-def test_a_number_of_rows_that_changes_stays_split(chosen):
+@pytest.mark.parametrize("plan", OTHERS)
+def test_a_step_of_any_number_of_rows(plan, chosen):
+    """It is chosen for as many as at the capture."""
+    chosen(plan)
+    torch.manual_seed(0)
+    base = Model()
+    model = adaptc.compile(copy.deepcopy(base), method(), backend="aot_eager", dynamic=True)
+    for rows in ((2, 7), (3, 5), (4, 9)):
+        for parameter in model.adaptc.parameters():
+            parameter.grad = None
+        exact = adaptc.compile(copy.deepcopy(base), method(), backend="eager")
+        check_step(model, exact, torch.randn(*rows, 6))
+    assert len(applied(model).applied) == 2
+
+
+def test_without_gradients_a_number_of_rows_that_changes_stays_split(chosen, monkeypatch):
     chosen("merge")
-    model = adaptc.compile(Model(), adaptc.LoRA(r=4, targets=["up"]), backend="aot_eager", dynamic=True)
-    model(torch.randn(2, 7, 6)).sum().backward()
-    assert applied(model).applied == []
-    assert applied(model).refused == [("layers.0.up", "the number of rows is not fixed")]
+    monkeypatch.setattr(pass_module, "_could_gain", lambda node: True)
+    model = adaptc.compile(Model(), method(), backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        model(torch.randn(2, 7, 6))
+    assert applied(model).applied == [] and len(applied(model).refused) == 2
+    assert all("the number of rows is not fixed" in why for _, why in applied(model).refused)
 
 
 def test_what_would_gain_nothing_has_no_reason(timed):

@@ -246,13 +246,6 @@ static inline double square_sum(const float* p, int64_t n) {
     return total;
 }
 
-template <typename T>
-static inline void fetch(const T* from, int64_t count) {
-#ifdef __GNUC__
-    for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + i);
-#endif
-}
-
 // a: the first factor packed as for shrink; b (rows, rank); gram (rank, rank), a's products with itself.
 template <typename T>
 static void row_norm(const T* w, int64_t rows, int64_t width, int64_t ldw, const float* a, const float* b,
@@ -272,8 +265,6 @@ static void row_norm(const T* w, int64_t rows, int64_t width, int64_t ldw, const
                 const int64_t depth = std::min<int64_t>(DEPTH, width - k0), ld = direct ? ldw : DEPTH;
                 const float* from = direct ? reinterpret_cast<const float*>(w + i0 * ldw + k0) : copy.data();
                 for (int64_t i = 0; i < n; ++i) {
-                    // What is read next: a row is a page or more, at whose end the processor stops looking ahead.
-                    if (i0 + ROWS + i < rows) fetch(w + (i0 + ROWS + i) * ldw + k0, depth);
                     if (!direct) load_row(w + (i0 + i) * ldw + k0, copy.data() + i * DEPTH, depth);
                     squares[i] += square_sum(from + i * ld, depth);
                 }

@@ -11,7 +11,7 @@ The orders are predicted by the roofline of this host; those that could be the f
 with as many rows as the graph was captured with, to the next power of two. E is made again for the backward.
 
 Legal where nothing is dropped, weight and factors are of one dtype of 32 bits or more (a smaller one would round the
-correction away beside the weight), the number of rows is fixed, and nothing else reads the frozen layer's output.
+correction away beside the weight), and nothing else reads the frozen layer's output.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ def _reassociate(gm: fx.GraphModule, context: Context, result: Result) -> None:
 
 
 def _illegal(site: Site) -> str | None:
+    if site.grads is None and not isinstance(node_value(site.product.node).shape[0], int):
+        return "the number of rows is not fixed: a prompt's may be followed by single ones"
     _, _, A, B = site.operands
     values = [node_value(n) for n in (site.product.node, site.product.right, A, B)]
     if len({value.dtype for value in values}) > 1:

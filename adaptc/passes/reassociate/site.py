@@ -9,7 +9,7 @@ from typing import cast
 
 from torch import fx
 
-from adaptc.codegen.torch_internals import node_value
+from adaptc.codegen.torch_internals import node_value, size_hint
 from adaptc.ir import dialect
 from adaptc.ir.products import Product, frozen_product, without_views
 from adaptc.ir.sums import flatten, root_of
@@ -52,10 +52,10 @@ class Site:
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """Rows, in, out, rank."""
+        """Rows (as many as at the capture), in, out, rank."""
         _, _, A, _ = self.operands
         (k, n), r = node_value(self.product.right).shape, node_value(A).shape[0]
-        return int(node_value(self.product.node).shape[0]), int(k), int(n), int(r)
+        return size_hint(node_value(self.product.node).shape[0]), int(k), int(n), int(r)
 
     @property
     def operands(self) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node]:
@@ -74,8 +74,6 @@ def read(call: fx.Node) -> Site | str:
     product = frozen_product(y)
     if isinstance(product, str):
         return product
-    if not _is_fixed(product.node):
-        return "the number of rows is not fixed"
     if not product.is_plain or node_value(product.right).shape != (node_value(A).shape[1], node_value(B).shape[0]):
         return "its frozen layer's weight is cast, or of another shape than its factors"
     if without_views(product.x) is not without_views(x):
@@ -89,10 +87,6 @@ def read(call: fx.Node) -> Site | str:
         return site
     grads = _grads(call, product, readers)
     return grads if isinstance(grads, str) else dataclasses.replace(site, grads=grads)
-
-
-def _is_fixed(node: fx.Node) -> bool:
-    return all(isinstance(size, int) for size in node_value(node).shape)
 
 
 #: Why a site stays whose part of the backward is not the one that its forward leads to.
