@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 #: By how much another way must be faster than the usual one: timings are noisy, and habits cost nothing.
 MARGIN = 0.05
 #: Seconds that timing one question may take, and how often each way runs at most and at least.
-_BUDGET, _MOST, _LEAST = 0.3, 9, 3
+_BUDGET, _MOST, _LEAST = 0.3, 9, 5
 #: Seconds to wait for another process that times.
 _PATIENCE = 60
 

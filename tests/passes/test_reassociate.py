@@ -437,7 +437,7 @@ def test_what_is_predicted_to_be_slow_is_not_timed(timed):
 
 
 def test_what_could_be_the_fastest_is_timed_and_chosen(timed):
-    asked = timed({"split": 1.0, "dense": 0.8}, {"split": 0.010, "merge": 0.02, "dense": 0.011})
+    asked = timed({"split": 1.0, "dense": 0.8}, {"split": 0.010, "merge": 0.0095, "dense": 0.009})
     _, model = adapted()
     graph = trained_graph(model)
     assert [question.rpartition(" (")[0] for question in asked] == [
@@ -445,7 +445,7 @@ def test_what_could_be_the_fastest_is_timed_and_chosen(timed):
         "LoRA 16 x 10 x 6, rank 4, float32: split, dense",
     ]
     assert [choice.chosen for choice in graph.choices[:2]] == ["dense"] * 2 and len(applied(model).applied) == 2
-    assert "dense, 800 ms; split takes 1.25 times as long (0.91 predicted)" in str(model.adaptc.explain())
+    assert "dense, 800 ms; split takes 1.25 times as long (1.11 predicted)" in str(model.adaptc.explain())
 
 
 @pytest.mark.parametrize("seconds, predicted", [

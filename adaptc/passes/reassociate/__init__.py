@@ -7,7 +7,7 @@ after:   %E = lora_merged_weight(W, A, B, s);  %y2 = mm(%x, %E^T)               
          %h = lora_shrink(%x, A, s);  %q, %dB, %dA as before;  %dx = mm(%g, %E)
 or       %Z = lora_factor_grad(%g, %x);  %dA, %dB = lora_dense_grads(%Z, A, B, s);  %dx = mm(%g, %E)        "dense"
 
-The orders are predicted by the roofline of this host; those that could be the fastest are timed, once for each shape,
+The orders are predicted by the roofline of this host; those that promise to be faster are timed, once for each shape,
 with as many rows as the graph was captured with, to the next power of two. E is made again for the backward.
 
 Legal where nothing is dropped, weight and factors are of one dtype of 32 bits or more (a smaller one would round the
@@ -40,8 +40,9 @@ CONTRACT = Contract(level="joint", numerics="reassociates", conflicts=frozenset(
 
 #: Multiplications of the frozen product below which an order is not worth asking for.
 WORTH = 1 << 25
-#: How many times the best prediction an order may be predicted to take and still be timed.
-REACH = 1.15
+#: The part of the usual order's time that another must be predicted to take to be timed: what a timing alone says of
+#: less than that does not hold in a whole step, where others share a value and memory is used again.
+GAIN = 0.93
 #: Seconds that the usual order may be predicted to take for any to be timed, and elements of the largest weight.
 MOST, LARGEST = 0.25, 1 << 27
 
@@ -107,8 +108,8 @@ def _choose(site: Site) -> Choice | None:
     predicted = _predicted(rate, names, shapes, value.dtype, input_grad)
     saved = {name: plans.saved(name, m, k, r, value.dtype.itemsize) for name in names} if trained else {}
     choice = Choice(question, {}, predicted, saved)
-    best, usual = min(predicted.values()), next(iter(predicted))
-    timed = [name for name in names if name == usual or predicted[name] <= REACH * best]
+    usual = choice.usual
+    timed = [name for name in names if name == usual or predicted[name] <= GAIN * predicted[usual]]
     if len(timed) == 1 or predicted[usual] > MOST:
         return choice
 
