@@ -146,7 +146,10 @@ SAME = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SAME)
+SLOW = ("symbolic sizes", "bf16", "a bias", "a budget", "checkpointed")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in SAME])
 def test_behind_lower_it_is_the_step_that_it_was(name):
     """To the bit; the base model's nodes are its own and in their order, and the backward keeps what it kept."""
     (got, graph), (want, plain) = (
@@ -362,6 +365,7 @@ def test_products_stand_where_they_stood():
     assert order(graph) == order(plain)
 
 
+@pytest.mark.slow
 def test_the_step_holds_where_nothing_is_lowered():
     """The fused ops run as they are, under a checkpoint too."""
     for checkpointed in (False, True):

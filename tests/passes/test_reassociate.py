@@ -31,6 +31,8 @@ from tests.passes.models import Model, adapted, trained_graph
 from tests.reference import check_against_reference
 
 INDUCTOR = pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])
+#: "dense" reads and writes what "merge" does, and more: both by default where they are told apart.
+MERGE = ["merge", pytest.param("dense", marks=pytest.mark.slow)]
 OTHERS = [plan for plan in plans.PLANS if plan != "split"]
 RATES = Rates(operations=1e11, bandwidth=1e10, overhead=1e-6)
 
@@ -173,7 +175,7 @@ def test_where_it_is_not_legal(name, chosen, monkeypatch):
     assert all(reason in why for _, why in result.refused)
 
 
-@pytest.mark.parametrize("plan", OTHERS)
+@pytest.mark.parametrize("plan", MERGE)
 def test_a_step_of_any_number_of_rows(plan, chosen):
     """It is chosen for as many as at the capture."""
     chosen(plan)
@@ -311,7 +313,7 @@ def test_a_step_is_the_formula(plan, options, chosen):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
-@pytest.mark.parametrize("plan", OTHERS)
+@pytest.mark.parametrize("plan", MERGE)
 @pytest.mark.parametrize("host", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_real_models(host, plan, backend, chosen):
     """q, k and v read one value: their gradients of it are in one sum."""
@@ -326,7 +328,7 @@ def test_real_models(host, plan, backend, chosen):
     assert len(result.applied) == len(graph.sites) and result.refused == []
 
 
-@pytest.mark.parametrize("plan", OTHERS)
+@pytest.mark.parametrize("plan", MERGE)
 def test_checkpointed_blocks_and_other_sites_of_the_input(plan, chosen):
     """Of q and v alone k's layer is in the sum, without an adapter."""
     chosen(plan)

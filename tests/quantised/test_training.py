@@ -123,7 +123,7 @@ def test_every_rewrite_is_valid_in_fp64(kind):
     model = adaptc.compile(net, plan, backend="aot_eager", verify="raise")
     model.train()(torch.randn(3, 64)).sum().backward()
     checked = [report.errors for report in model.adaptc.graphs[0].reports if report.result.applied]
-    assert len(checked) == 5 and all(errors is not None for errors in checked)
+    assert len(checked) == 6 and all(errors is not None for errors in checked)
 
 
 @pytest.mark.slow
