@@ -37,7 +37,7 @@ def generated():
     return lambda: (metrics.generated_kernel_count, *(counters["inductor"][name] for name in names))
 
 
-@pytest.mark.parametrize("host", hosts.slowly(CASES, also=["bert"]))
+@pytest.mark.parametrize("host", hosts.slowly(CASES, also=["bert", "gpt2"]))
 def test_a_training_step_computes_the_formula(host, generated):
     changes, sites, graphs = CASES[host]
     base = hosts.build(host, train=True, **changes)
