@@ -30,7 +30,6 @@ from tests.passes.graphs import ops
 from tests.passes.models import Model, adapted, trained_graph
 from tests.reference import check_against_reference
 
-INDUCTOR = pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])
 #: "dense" reads and writes what "merge" does, and more: both by default where they are told apart.
 MERGE = ["merge", pytest.param("dense", marks=pytest.mark.slow)]
 OTHERS = [plan for plan in plans.PLANS if plan != "split"]
@@ -312,9 +311,15 @@ def test_a_step_is_the_formula(plan, options, chosen):
     assert applied(model, "fuse").refused == []
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
-@pytest.mark.parametrize("plan", MERGE)
-@pytest.mark.parametrize("host", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+SLOW = pytest.mark.slow
+REAL = [
+    ("llama", "merge", "aot_eager"), pytest.param("llama", "dense", "aot_eager", marks=SLOW),
+    pytest.param("llama", "merge", "inductor", marks=[SLOW, pytest.mark.inductor]),
+    pytest.param("gpt2", "dense", "inductor", marks=[SLOW, pytest.mark.inductor]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("host, plan, backend", REAL)
 def test_real_models(host, plan, backend, chosen):
     """q, k and v read one value: their gradients of it are in one sum."""
     chosen(plan)
