@@ -157,8 +157,9 @@ def test_a_write_between_two_readers_is_seen(backend):
         h = torch.tanh(x)
         want = (h @ W["a"].T + base.a.bias).sum() + (2 * h @ W["b"].T + base.b.bias).square().sum()
     torch.testing.assert_close(got, want)
-    (graph,) = model.adaptc.graphs
-    assert "lora_shrink" not in ops(graph.graph_module("share")), "they read two values"
+    if backend == "aot_eager":  # Inductor's code may come from its cache
+        (graph,) = model.adaptc.graphs
+        assert "lora_shrink" not in ops(graph.graph_module("share")), "they read two values"
 
 
 def dropped(targets, verify=False, backend="aot_eager", passes=None, **options):
