@@ -160,6 +160,7 @@ def test_a_write_between_two_readers_is_seen(backend):
     if backend == "aot_eager":  # Inductor's code may come from its cache
         (graph,) = model.adaptc.graphs
         assert "lora_shrink" not in ops(graph.graph_module("share")), "they read two values"
+        assert ops(graph.graph_module("fuse"))["lora_linear_expand"] == 2
 
 
 def dropped(targets, verify=False, backend="aot_eager", passes=None, **options):

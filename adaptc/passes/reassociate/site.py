@@ -90,7 +90,7 @@ def read(call: fx.Node) -> Site | str:
 
 
 #: Why a site stays whose part of the backward is not the one that its forward leads to.
-_BACKWARD = "not both of its factors are trained, or another pass has changed its backward"
+_BACKWARD = "not both of its factors are trained, or its gradients are summed with those of another call"
 
 
 def _grads(call: fx.Node, product: Product, readers: list[fx.Node]) -> Grads | str:

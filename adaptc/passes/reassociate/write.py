@@ -37,7 +37,7 @@ def write(gm: fx.GraphModule, site: Site, plan: str, *, record: bool) -> Rewrite
     right = _merged_right(edit, site)
     new = [] if y is None else [_product(edit, site.product, site.product.x, right)]
     if grads is not None:
-        edit.position = grads.q
+        edit.position = min(grads.q, grads.db, key=order.__getitem__)
         new += _dense_grads(edit, site, grads) if plan == "dense" else [_bottleneck(edit, site)]
         if grads.dx is not None:
             new.append(_input_grad(edit, grads.dx, right))
