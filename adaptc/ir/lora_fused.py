@@ -22,7 +22,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
+from adaptc.codegen.cpp import pairs
+from adaptc.codegen.torch_internals import node_value
 from adaptc.ir import dialect
 from adaptc.ir.dialect import Cost, DialectOp, nbytes
 from adaptc.ir.lora import (
@@ -64,6 +67,16 @@ def bottleneck_grads_body(
     grad: torch.Tensor, h: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return bottleneck_grad_body(grad, B, scale), factor_grad_body(grad, h, dtype)
+
+
+def bottleneck_grads_kernel(
+    grad: torch.Tensor, h: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    return pairs.both(grad, B, h, scale, dtype) if pairs.takes(grad) else None
+
+
+def _has_pairs(device: str, grad: fx.Node, *args: Any) -> bool:
+    return device == "cpu" and node_value(grad).dtype == torch.bfloat16 and pairs.library() is not None
 
 
 def bottleneck_grads_fake(
@@ -170,7 +183,7 @@ LORA_BOTTLENECK_GRADS = dialect.define(
         name="lora_bottleneck_grads",
         schema="(Tensor grad, Tensor h, Tensor B, Tensor scale, ScalarType dtype) -> (Tensor, Tensor)",
         body=bottleneck_grads_body, fake=bottleneck_grads_fake, cost=bottleneck_grads_cost,
-        sample=bottleneck_grads_sample,
+        sample=bottleneck_grads_sample, kernel=bottleneck_grads_kernel, whole=_has_pairs,
     )
 )  # fmt: skip
 LORA_LINEAR_INPUT_GRADS = dialect.define(

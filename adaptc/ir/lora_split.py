@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from adaptc.codegen.cpp import skinny
+from adaptc.codegen.cpp import pairs, skinny
 from adaptc.codegen.torch_internals import cpu_emulates, node_value
 from adaptc.ir import dialect, dropout
 from adaptc.ir.dialect import Cost, DialectOp, nbytes
@@ -51,7 +51,7 @@ def shrink_kernel(
     x: torch.Tensor, A: Tensors, scale: Tensors, seeds: Tensors, p: Sequence[float]
 ) -> list[torch.Tensor] | None:
     if not _has_kernel(x, seeds):
-        return None
+        return pairs.shrink(x, A, scale) if _goes_in_pairs(x, seeds) else None
     found = skinny.shrink(rows(x), A, scale, list(zip(seeds, p, strict=True)))
     return [h.view(*x.shape[:-1], h.shape[1]) for h in found]
 
@@ -84,7 +84,7 @@ def factor_grads_kernel(
     left: Tensors, right: torch.Tensor, dtype: torch.dtype, seeds: Tensors, p: Sequence[float]
 ) -> list[torch.Tensor] | None:
     if not _has_kernel(right, seeds):
-        return None
+        return pairs.gradient(left, right, dtype) if _goes_in_pairs(right, seeds) else None
     found = skinny.gradient([rows(t) for t in left], rows(right), list(zip(seeds, p, strict=True)))
     return [d.to(dtype) for d in found]
 
@@ -100,15 +100,18 @@ def input_grads_body(dx: torch.Tensor, q: Tensors, A: Tensors, seeds: Tensors, p
 def input_grads_kernel(
     dx: torch.Tensor, q: Tensors, A: Tensors, seeds: Tensors, p: Sequence[float]
 ) -> torch.Tensor | None:
-    if not _has_kernel(dx, seeds):
+    if not (_has_kernel(dx, seeds) or _goes_in_pairs(dx, seeds)):
         return None
     total = dx.detach().clone(memory_format=torch.contiguous_format)
-    skinny.update(rows(total), [rows(t) for t in q], A, list(zip(seeds, p, strict=True)))
+    add_input_grads(rows(total), q, A, seeds, p)
     return total
 
 
 def add_input_grads(dx: torch.Tensor, q: Tensors, A: Tensors, seeds: Tensors, p: Sequence[float]) -> None:
-    """The same in the memory of ``dx`` (rows, k), which is contiguous."""
+    """The same in the memory of ``dx``, which is contiguous."""
+    if _goes_in_pairs(dx, seeds):
+        return pairs.update(dx, q, A)
+    dx = rows(dx)
     if _has_kernel(dx, seeds):
         skinny.update(dx, [rows(t) for t in q], A, list(zip(seeds, p, strict=True)))
     elif seeds:
@@ -124,6 +127,10 @@ def _joined(dx: torch.Tensor, q: Tensors, A: Tensors) -> tuple[torch.Tensor, tor
 def _has_kernel(x: torch.Tensor, seeds: Tensors) -> bool:
     """Whether our own kernel is faster than the libraries: it drops as it reads, and sums bf16 in fp32."""
     return (bool(seeds) or cpu_emulates(x.dtype)) and skinny.takes(x)
+
+
+def _goes_in_pairs(x: torch.Tensor, seeds: Tensors) -> bool:
+    return not seeds and pairs.takes(x)
 
 
 def _whole(lists: int, seeds: int) -> Callable[..., bool]:
