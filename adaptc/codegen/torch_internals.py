@@ -341,6 +341,12 @@ def cpu_emulates(dtype: torch.dtype) -> bool:
     return supported is None or not supported()
 
 
+@functools.cache
+def has_avx512_bf16() -> bool:
+    """Whether this CPU multiplies pairs of bf16 in 512-bit registers. 2.11 to 2.15."""
+    return platform.machine() in ("x86_64", "AMD64") and torch.cpu._is_avx512_bf16_supported()
+
+
 def may_call_onednn() -> bool:
     """Whether :func:`onednn_linear` works here, nobody has switched oneDNN off, torch's own fp32 products go to MKL,
     and Inductor is not to choose among templates or pack weights itself. 2.11 to 2.15."""

@@ -25,7 +25,7 @@ import torch
 from torch import fx
 
 from adaptc.codegen.cpp import pairs
-from adaptc.codegen.torch_internals import node_value
+from adaptc.codegen.torch_internals import has_avx512_bf16, node_value
 from adaptc.ir import dialect
 from adaptc.ir.dialect import Cost, DialectOp, nbytes
 from adaptc.ir.lora import (
@@ -72,11 +72,12 @@ def bottleneck_grads_body(
 def bottleneck_grads_kernel(
     grad: torch.Tensor, h: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    return pairs.both(grad, B, h, scale, dtype) if pairs.takes(grad) else None
+    return pairs.both(grad, B, h, scale, dtype) if pairs.takes(grad, h.shape[-1]) else None
 
 
-def _has_pairs(device: str, grad: fx.Node, *args: Any) -> bool:
-    return device == "cpu" and node_value(grad).dtype == torch.bfloat16 and pairs.library() is not None
+def _has_kernel(device: str, grad: fx.Node, h: fx.Node, *args: Any) -> bool:
+    is_small = node_value(h).shape[-1] <= pairs.MOST_RANKS
+    return device == "cpu" and node_value(grad).dtype == torch.bfloat16 and is_small and has_avx512_bf16()
 
 
 def bottleneck_grads_fake(
@@ -183,7 +184,7 @@ LORA_BOTTLENECK_GRADS = dialect.define(
         name="lora_bottleneck_grads",
         schema="(Tensor grad, Tensor h, Tensor B, Tensor scale, ScalarType dtype) -> (Tensor, Tensor)",
         body=bottleneck_grads_body, fake=bottleneck_grads_fake, cost=bottleneck_grads_cost,
-        sample=bottleneck_grads_sample, kernel=bottleneck_grads_kernel, whole=_has_pairs,
+        sample=bottleneck_grads_sample, kernel=bottleneck_grads_kernel, whole=_has_kernel,
     )
 )  # fmt: skip
 LORA_LINEAR_INPUT_GRADS = dialect.define(

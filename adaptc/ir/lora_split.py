@@ -13,7 +13,7 @@ have no gradients of their own. Factors are cast to the dtype of what they multi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -50,8 +50,10 @@ def shrink_fake(x: torch.Tensor, A: Tensors, scale: Tensors, seeds: Tensors, p: 
 def shrink_kernel(
     x: torch.Tensor, A: Tensors, scale: Tensors, seeds: Tensors, p: Sequence[float]
 ) -> list[torch.Tensor] | None:
+    if _goes_in_pairs(x, seeds, (a.shape[0] for a in A)):
+        return pairs.shrink(x, A, scale)
     if not _has_kernel(x, seeds):
-        return pairs.shrink(x, A, scale) if _goes_in_pairs(x, seeds) else None
+        return None
     found = skinny.shrink(rows(x), A, scale, list(zip(seeds, p, strict=True)))
     return [h.view(*x.shape[:-1], h.shape[1]) for h in found]
 
@@ -68,8 +70,8 @@ def factor_grads_body(
     left: Tensors, right: torch.Tensor, dtype: torch.dtype, seeds: Tensors, p: Sequence[float]
 ) -> list[torch.Tensor]:
     if seeds:
-        pairs = zip(left, _each(right, len(left), seeds, p), strict=True)
-        return [(rows(t).t() @ one).to(dtype) for t, one in pairs]
+        each = zip(left, _each(right, len(left), seeds, p), strict=True)
+        return [(rows(t).t() @ one).to(dtype) for t, one in each]
     together = (torch.cat([rows(t) for t in left], dim=1).t() @ rows(right)).to(dtype)
     return [part.clone() for part in torch.split(together, [t.shape[-1] for t in left])]
 
@@ -83,8 +85,10 @@ def factor_grads_fake(
 def factor_grads_kernel(
     left: Tensors, right: torch.Tensor, dtype: torch.dtype, seeds: Tensors, p: Sequence[float]
 ) -> list[torch.Tensor] | None:
+    if _goes_in_pairs(right, seeds, (t.shape[-1] for t in left)):
+        return pairs.gradient(left, right, dtype)
     if not _has_kernel(right, seeds):
-        return pairs.gradient(left, right, dtype) if _goes_in_pairs(right, seeds) else None
+        return None
     found = skinny.gradient([rows(t) for t in left], rows(right), list(zip(seeds, p, strict=True)))
     return [d.to(dtype) for d in found]
 
@@ -100,7 +104,7 @@ def input_grads_body(dx: torch.Tensor, q: Tensors, A: Tensors, seeds: Tensors, p
 def input_grads_kernel(
     dx: torch.Tensor, q: Tensors, A: Tensors, seeds: Tensors, p: Sequence[float]
 ) -> torch.Tensor | None:
-    if not (_has_kernel(dx, seeds) or _goes_in_pairs(dx, seeds)):
+    if not (_has_kernel(dx, seeds) or _goes_in_pairs(dx, seeds, (a.shape[0] for a in A))):
         return None
     total = dx.detach().clone(memory_format=torch.contiguous_format)
     add_input_grads(rows(total), q, A, seeds, p)
@@ -109,7 +113,7 @@ def input_grads_kernel(
 
 def add_input_grads(dx: torch.Tensor, q: Tensors, A: Tensors, seeds: Tensors, p: Sequence[float]) -> None:
     """The same in the memory of ``dx``, which is contiguous."""
-    if _goes_in_pairs(dx, seeds):
+    if _goes_in_pairs(dx, seeds, (a.shape[0] for a in A)):
         return pairs.update(dx, q, A)
     dx = rows(dx)
     if _has_kernel(dx, seeds):
@@ -129,8 +133,8 @@ def _has_kernel(x: torch.Tensor, seeds: Tensors) -> bool:
     return (bool(seeds) or cpu_emulates(x.dtype)) and skinny.takes(x)
 
 
-def _goes_in_pairs(x: torch.Tensor, seeds: Tensors) -> bool:
-    return not seeds and pairs.takes(x)
+def _goes_in_pairs(x: torch.Tensor, seeds: Tensors, ranks: Iterable[int]) -> bool:
+    return not seeds and pairs.takes(x, sum(ranks))
 
 
 def _whole(lists: int, seeds: int) -> Callable[..., bool]:

@@ -19,7 +19,7 @@ from torch import fx
 
 from adaptc.codegen import choices
 from adaptc.codegen.cost import level_cost
-from adaptc.codegen.torch_internals import carry_capture_metadata, cpu_emulates
+from adaptc.codegen.torch_internals import carry_capture_metadata, cpu_emulates, has_avx512_bf16
 from adaptc.errors import AdaptcWarning, PipelineError, VerifyError
 from adaptc.ir import dialect, structure
 from adaptc.ir.code_hash import code_hash
@@ -169,7 +169,7 @@ class Pipeline:
         """Identifies everything the rewritten code depends on besides the graph itself."""
         digest = hashlib.sha256(f"{self}|{torch.__version__}|{package_hash()}".encode())
         digest.update(dialect.fingerprint().encode())
-        digest.update(bytes(map(cpu_emulates, (torch.bfloat16, torch.float16))))
+        digest.update(bytes((*map(cpu_emulates, (torch.bfloat16, torch.float16)), has_avx512_bf16())))
         digest.update(str(choices.host()).encode())
         for one in self.passes:
             digest.update(code_hash(one.run))

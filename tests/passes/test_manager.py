@@ -344,12 +344,14 @@ def test_keys_of_different_pipelines_differ():
     assert len(keys) == len(options) + 2
 
 
-def test_the_key_changes_with_what_the_cpu_emulates(monkeypatch):
+def test_the_key_changes_with_what_the_cpu_multiplies(monkeypatch):
     keys = set()
     for emulated in ((), (torch.bfloat16,), (torch.float16,)):
         monkeypatch.setattr(manager, "cpu_emulates", lambda dtype, among=emulated: dtype in among)
-        keys.add(Pipeline.from_options().uuid())
-    assert len(keys) == 3
+        for pairs in (False, True):
+            monkeypatch.setattr(manager, "has_avx512_bf16", lambda pairs=pairs: pairs)
+            keys.add(Pipeline.from_options().uuid())
+    assert len(keys) == 6
 
 
 def test_the_key_changes_with_the_version_of_torch(monkeypatch):

@@ -6,7 +6,7 @@
     update      total += sum_g q_g A_g             q_g (..., r_g), A_g (r_g, K), total (..., K) in bf16
 
 For CPUs with AVX512_BF16. x, g and total are read once, where they lie. Factors may be fp32 or bf16 and have any
-strides: they are rounded to bf16, as a cast would, while they are packed. Elsewhere the libraries' products are as fast.
+strides: they are rounded to bf16, as a cast would, while they are packed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from adaptc.codegen.cpp.pairs_source import SOURCE
 _FLOATS = (torch.float32, torch.bfloat16)
 #: Operations below which a second thread costs more than it does.
 _GRAIN = 1 << 19
+#: Ranks, of all sites together, up to which the libraries were slower wherever it was measured.
+MOST_RANKS = 64
 #: What the kernels take an operand or a result for; ``Factor`` and ``Part`` of the C++.
 _Fields = tuple[int, int, int, int, int]
 
@@ -32,7 +34,7 @@ _Fields = tuple[int, int, int, int, int]
 @functools.cache
 def library() -> Any:
     """The compiled kernels; None without a C++ compiler, or for a CPU that lacks the instructions."""
-    if torch_internals.cpu_emulates(torch.bfloat16):
+    if not torch_internals.has_avx512_bf16():
         return None
     found = torch_internals.load_cpp(SOURCE)
     if found is None or not found.lanes():
@@ -44,11 +46,12 @@ def library() -> Any:
     return found
 
 
-def takes(x: torch.Tensor) -> bool:
-    """Whether the kernels can read ``x``: a plain CPU tensor of bf16, not empty, on a CPU that has the instructions."""
+def takes(x: torch.Tensor, ranks: int) -> bool:
+    """Whether the kernels can read ``x``, a plain tensor of bf16, not empty, on a CPU that has the instructions, and are
+    the faster way to ``ranks``."""
     # Of a subclass the memory may be elsewhere, or nowhere.
     plain = type(x) is torch.Tensor and x.dtype == torch.bfloat16 and x.device.type == "cpu"
-    return plain and x.numel() > 0 and library() is not None
+    return plain and ranks <= MOST_RANKS and x.numel() > 0 and library() is not None
 
 
 # What is around the kernels is a good part of the time that they take: as few calls of torch as can be.

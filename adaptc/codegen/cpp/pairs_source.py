@@ -202,6 +202,9 @@ static inline void put(const Part& part, int64_t at, __m512 v, __mmask16 mask) {
     if (part.is_bf16) _mm256_mask_storeu_epi16(static_cast<half*>(part.data) + at, mask, narrowed(v));
     else _mm512_mask_storeu_ps(static_cast<float*>(part.data) + at, mask, v);
 }
+static inline float scale_of(const Part& part, int64_t rank) {
+    return part.scales == 0 ? 1.0f : static_cast<float>(part.scale[std::min(rank, part.scales - 1)]);
+}
 static inline __mmask16 first_of(int64_t count) { return count >= W ? 0xFFFF : (1u << count) - 1; }
 // Rows [from, from + rows) of what was shrunk, (rows, columns), to the parts.
 static void put_rows(const float* h, int64_t columns, int64_t from, int64_t rows, const Factor* f, const Part* parts,
@@ -210,10 +213,9 @@ static void put_rows(const float* h, int64_t columns, int64_t from, int64_t rows
         const Part& part = parts[g];
         for (int64_t c = 0; c < f[g].rank; c += W) {
             const __mmask16 mask = first_of(f[g].rank - c);
-            float all[W];
-            for (int64_t i = 0; i < W; ++i)
-                all[i] = part.scales == 0 ? 1 : static_cast<float>(part.scale[part.scales == 1 ? 0 : std::min(c + i, part.scales - 1)]);
-            const __m512 scale = _mm512_loadu_ps(all);
+            float scales[W];
+            for (int64_t i = 0; i < W; ++i) scales[i] = scale_of(part, c + i);
+            const __m512 scale = _mm512_loadu_ps(scales);
             for (int64_t i = 0; i < rows; ++i) {
                 const __m512 v = _mm512_maskz_loadu_ps(mask, h + i * columns + c0 + c);
                 put(part, (from + i) * f[g].rank + c, _mm512_mul_ps(v, scale), mask);

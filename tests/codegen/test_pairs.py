@@ -1,0 +1,181 @@
+"""The C++ kernels for bf16 with a small side, at sizes with whole and cut tiles, against fp64 and the op's body."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaptc.codegen import torch_internals
+from adaptc.codegen.cpp import pairs
+from adaptc.ir import dialect, lora_fused, lora_split
+from tests.codegen.test_skinny import check
+
+needs_pairs = pytest.mark.skipif(not torch_internals.has_avx512_bf16(), reason="no CPU with AVX512_BF16")
+ROWS = st.sampled_from([1, 2, 3, 11, 12, 13, 24, 31, 95, 96, 97, 130, 200])
+WIDTHS = st.sampled_from([1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 100, 129, 257])
+RANKS = st.lists(st.sampled_from([1, 2, 3, 8, 9, 15, 16, 17, 32, 33, 50]), min_size=1, max_size=3)
+BF16 = torch.bfloat16
+
+
+@st.composite
+def cases(draw):
+    """x (M, K) or (b, M / b, K), h of each group (..., r), A of each (r, K); factors of either dtype, any strides."""
+    M, K, ranks = draw(ROWS), draw(WIDTHS), draw(RANKS)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def factor(n, m, dtype):
+        base = torch.randn(n, m, generator=generator) if draw(st.booleans()) else (
+            torch.randn(m, 2 * n, generator=generator)[:, :n].t() if draw(st.booleans())
+            else torch.randn(n, m + 3, generator=generator)[:, 1 : m + 1]
+        )  # fmt: skip
+        return base.to(dtype)  # keeps the strides, where it is no copy of a part
+
+    wide = torch.randn(M, 2 * K, generator=generator).to(BF16)
+    x = wide[:, :K] if draw(st.booleans()) else wide[:, :K].contiguous()
+    dtype = draw(st.sampled_from([torch.float32, BF16, torch.float64]))
+    h = [factor(M, r, BF16) for r in ranks]
+    if M % 2 == 0 and draw(st.booleans()):
+        x, h = x.reshape(2, M // 2, K), [one.reshape(2, M // 2, -1) for one in h]
+    return x, h, [factor(r, K, dtype) for r in ranks]
+
+
+def rows(t):
+    return t.reshape(-1, t.shape[-1]).double()
+
+
+def in_bf16(factors):
+    """What a cast makes of the factors: the body's products are of these."""
+    return [a.to(BF16).double() for a in factors]
+
+
+def product(left, right):
+    """left right, and the same of what is summed."""
+    return left @ right, left.abs() @ right.abs()
+
+
+@needs_pairs
+@given(case=cases(), each=st.booleans())
+@settings(max_examples=150)
+def test_shrink(case, each):
+    x, _, A = case
+    scale = [torch.arange(1.0, 1 + (a.shape[0] if each else 1), dtype=torch.float64) / 2 for a in A]
+    got = pairs.shrink(x, A, scale)
+    want, size = zip(*(product(rows(x), a.t() * s) for a, s in zip(in_bf16(A), scale, strict=True)), strict=True)
+    body = lora_split.shrink_body(x, A, scale, [], [])
+    assert all(h.shape == b.shape and h.dtype == BF16 for h, b in zip(got, body, strict=True))
+    check(map(by_rows, got), map(by_rows, body), want, size)
+
+
+def by_rows(t):
+    return t.reshape(-1, t.shape[-1])
+
+
+@needs_pairs
+@given(case=cases(), dtype=st.sampled_from([torch.float32, BF16, torch.float64]))
+@settings(max_examples=150)
+def test_gradient(case, dtype):
+    x, h, _ = case
+    got = pairs.gradient(h, x, dtype)
+    want, size = zip(*(product(rows(one).t(), rows(x)) for one in h), strict=True)
+    assert all(d.dtype == dtype for d in got)
+    # The body rounds to bf16 whatever comes out: 1.1 times its error is far above ours in fp32.
+    check(got, lora_split.factor_grads_body(h, x, torch.float32 if dtype != BF16 else BF16, [], []), want, size)
+    if dtype != BF16:
+        limit = [(rows(x).shape[0] + 2) * torch.finfo(torch.float32).eps * s for s in size]
+        assert all(bool(((d.double() - w).abs() <= m).all()) for d, w, m in zip(got, want, limit, strict=True))
+
+
+@needs_pairs
+@given(case=cases(), dtype=st.sampled_from([torch.float32, BF16]))
+@settings(max_examples=150)
+def test_both(case, dtype):
+    g, (h, *_), (A, *_) = case
+    B = A.t()
+    scale = torch.tensor([1.5], dtype=torch.float64)
+    got = pairs.both(g, B, h, scale, dtype)
+    (q, q_size), (dB, dB_size) = product(rows(g), in_bf16([B])[0]), product(rows(g).t(), rows(h))
+    body = lora_fused.bottleneck_grads_body(g, h, B, scale, dtype)
+    assert [(t.shape, t.dtype) for t in got] == [(t.shape, t.dtype) for t in body]
+    check(map(by_rows, got), map(by_rows, body), [1.5 * q, dB], [1.5 * q_size, dB_size])
+
+
+@needs_pairs
+@given(case=cases())
+@settings(max_examples=150)
+def test_update(case):
+    total, q, A = case
+    total = total.contiguous()
+    want, size = rows(total), rows(total).abs()
+    for one, a in zip(q, in_bf16(A), strict=True):
+        more, terms = product(rows(one), a)
+        want, size = want + more, size + terms
+    body = lora_split.input_grads_body(total, q, A, [], [])
+    got = total.clone()
+    pairs.update(got, q, A)
+    check([by_rows(got)], [by_rows(body)], [want], [size])
+
+
+@needs_pairs
+def test_the_same_numbers_in_every_run_and_by_any_number_of_threads_but_for_the_order_of_sums():
+    torch.manual_seed(0)
+    x, h, A = torch.randn(301, 515).to(BF16), [torch.randn(301, 16).to(BF16)] * 2, [torch.randn(16, 515)] * 2
+    scale = torch.ones(1, dtype=torch.float64)
+
+    def run():
+        total = x.clone()
+        pairs.update(total, h, A)
+        return [*pairs.shrink(x, A, [scale] * 2), *pairs.gradient(h, x, torch.float32), total,
+                *pairs.both(x, A[0].t(), h[0], scale, torch.float32)]  # fmt: skip
+
+    threads = torch.get_num_threads()
+    try:
+        found = {}
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found[count] = run()
+            assert all(torch.equal(one, other) for one, other in zip(found[count], run(), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+    for count in (2, 3):
+        *others, dB = found[count]
+        assert all(torch.equal(one, other) for one, other in zip(others, found[1], strict=False))
+        torch.testing.assert_close(dB, found[1][-1], rtol=1e-5, atol=1e-5)
+
+
+@needs_pairs
+def test_numbers_that_are_not_finite_come_through():
+    x = torch.ones(3, 40).to(BF16)
+    x[1, 4], x[2, 8] = float("nan"), float("inf")
+    h, total = pairs.shrink(x, [torch.ones(2, 40)], [torch.ones(1)])[0], x.clone()
+    pairs.update(total, [torch.ones(3, 1).to(BF16)], [torch.ones(1, 40)])
+    assert float(h[0, 0]) == 40 and bool(h[1].isnan().all()) and bool(h[2].isinf().all())
+    assert bool(total[1, 4].isnan()) and bool(total[2, 8].isinf()) and int(total.isfinite().sum()) == 118
+
+
+def test_what_the_kernels_do_not_take_is_left_to_torch(monkeypatch):
+    x = torch.randn(3, 4).to(BF16)
+    assert pairs.takes(x, 3) == torch_internals.has_avx512_bf16()
+    assert not pairs.takes(x.float(), 3) and not pairs.takes(x.half(), 3) and not pairs.takes(x[:0], 3)
+    assert not pairs.takes(x.to("meta"), 3)
+    assert not pairs.takes(x, pairs.MOST_RANKS + 1), "wide enough for the libraries"
+    monkeypatch.setattr(pairs, "library", lambda: None)
+    assert not pairs.takes(x, 3)
+
+
+@pytest.mark.parametrize("name", ["lora_shrink", "lora_factor_grads", "lora_input_grads", "lora_bottleneck_grads"])
+def test_without_the_instructions_the_bodies_run(name, monkeypatch):
+    x, q, A = torch.randn(5, 8).to(BF16), [torch.randn(5, 3).to(BF16)], [torch.randn(3, 8)]
+    args = {
+        "lora_shrink": (x, A, [torch.ones(1)], [], []),
+        "lora_factor_grads": (q, x, torch.float32, [], []),
+        "lora_input_grads": (x, q, A, [], []),
+        "lora_bottleneck_grads": (x, q[0], A[0].t(), torch.ones(1), torch.float32),
+    }[name]
+    assert (dialect.get(name).kernel(*args) is not None) == torch_internals.has_avx512_bf16()
+    with_kernel = dialect.get(name).overload(*args)
+    monkeypatch.setattr(pairs, "library", lambda: None)
+    monkeypatch.setattr(lora_split, "cpu_emulates", lambda dtype: False)
+    assert dialect.get(name).kernel(*args) is None
+    torch.testing.assert_close(with_kernel, dialect.get(name).overload(*args), rtol=2e-2, atol=2e-2)
