@@ -38,6 +38,12 @@ def _adaptc_version() -> str:
     return str(getattr(adaptc, "__version__", None) or _installed("adaptc"))
 
 
+def results_folder(device: torch.device) -> Path:
+    """Where results go that nothing is said of: a folder for each kind of device, of CPUs for each set of instructions."""
+    capability = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "-")
+    return Path(__file__).parent / "results" / (f"cpu-{capability}" if device.type == "cpu" else device.type)
+
+
 def machine_class(device: torch.device) -> dict[str, object]:
     """Processor family, cores and memory that this process may use, and the GPU when it computes on one."""
     found: dict[str, object] = {

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, help="folder of the result files; bench/results/<device> by default")
 
 
 def run(arguments: argparse.Namespace) -> list[Path]:
@@ -44,8 +44,9 @@ def run(arguments: argparse.Namespace) -> list[Path]:
         "interval": harness.INTERVAL_METHOD,
         "shapes": {shape: measure(_parsed(shape), arguments) for shape in arguments.shapes},
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    data = arguments.out / f"orders-{device.type}.json"
+    out = arguments.out or machine.results_folder(device)
+    out.mkdir(parents=True, exist_ok=True)
+    data = out / f"orders-{device.type}.json"
     data.write_text(json.dumps(results, indent=1) + "\n")
     table = data.with_suffix(".md")
     table.write_text(markdown(results))

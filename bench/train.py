@@ -19,7 +19,7 @@ from bench.cold import COLD_METHOD, measure_cold
 from bench.contenders import BUILDERS, USUAL, Contender, build_base
 from bench.errors import BenchError
 from bench.harness import INTERVAL_METHOD, median_interval, ratio_interval, time_interleaved
-from bench.machine import machine_class, versions
+from bench.machine import machine_class, results_folder, versions
 from bench.memory import MEMORY_METHOD, hooked_saved_bytes, step_memory
 from bench.settings import DTYPES, Case, Settings
 from bench.torch_internals import GraphCounts, graph_counts
@@ -55,9 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--contenders", type=_names, default=list(USUAL), help="some of " + ",".join(BUILDERS)
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results", help="folder of the result files"
-    )
+    parser.add_argument("--out", type=Path, help="folder of the result files; bench/results/<device> by default")
 
 
 HELP = {
@@ -97,12 +95,13 @@ def run(arguments: argparse.Namespace) -> list[Path]:
     if unknown or not arguments.contenders:
         raise BenchError(f"unknown contenders {unknown}; known: {', '.join(BUILDERS)}")
     report.require_plotting()
+    out = arguments.out or results_folder(torch.device(settings.device))
     stem = f"{arguments.command}-{'dora-' if settings.dora else ''}{torch.device(settings.device).type}"
     # Written after every case, so that a run that is cut off leaves what it has.
     results = measure(
-        settings, cases, arguments.contenders, after=lambda found: report.write(found, arguments.out, stem)
+        settings, cases, arguments.contenders, after=lambda found: report.write(found, out, stem)
     )
-    return report.write(results, arguments.out, stem)
+    return report.write(results, out, stem)
 
 
 def measure(

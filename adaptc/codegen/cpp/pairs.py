@@ -47,8 +47,8 @@ def library() -> Any:
 
 
 def takes(x: torch.Tensor, ranks: int) -> bool:
-    """Whether the kernels can read ``x``, a plain tensor of bf16, not empty, on a CPU that has the instructions, and are
-    the faster way to ``ranks``."""
+    """Whether the kernels can read ``x``, a plain tensor of bf16, not empty, on a CPU that has the instructions, and
+    are fast for so many ``ranks``."""
     # Of a subclass the memory may be elsewhere, or nowhere.
     plain = type(x) is torch.Tensor and x.dtype == torch.bfloat16 and x.device.type == "cpu"
     return plain and ranks <= MOST_RANKS and x.numel() > 0 and library() is not None
