@@ -95,14 +95,12 @@ def time_interleaved(
     rounds: int,
     device: torch.device,
     seed: int,
-    lead_in: int = 0,
     after: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[float]]:
     """Seconds of each step in each round; entry i of every list belongs to round i.
 
-    ``lead_in``: how many steps of a contender that are not timed come before each that is, so that what the caches hold
-    is its own, as in a training run. The garbage collector runs between rounds only. ``after`` is called with a
-    contender's name outside the timed part, after each of its steps.
+    The garbage collector runs between rounds only. ``after`` is called with a contender's name outside the
+    timed part, after each of its steps.
     """
     names = list(steps)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -113,9 +111,6 @@ def time_interleaved(
             gc.collect()
             for index in order:
                 name = names[index]
-                for _ in range(lead_in):
-                    steps[name]()
-                    after(name)
                 times[name].append(seconds_of(steps[name], device))
                 after(name)
     finally:

@@ -32,8 +32,6 @@ class Settings:
     threads: int = 0
     rounds: int = 20
     warmup: int = 2
-    #: In each round, before the timed step: in training a model's step follows its own, not another model's.
-    lead_in: int = 1
     cold: int = 0
     seed: int = 0
 

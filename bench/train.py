@@ -30,8 +30,7 @@ STEP_METHOD = (
     "one step drops the gradients, computes the loss from inputs_embeds and labels, and runs backward to "
     "inputs_embeds and the adapter; no optimizer; LoRA (DoRA with --dora, magnitudes away from the row norms) on "
     "every linear layer but the head, lora_B non-zero, "
-    "equal adapter values; all contenders interleaved in one process, in Williams-balanced order, each timed step "
-    "behind --lead-in steps of the same contender"
+    "equal adapter values; all contenders interleaved in one process, in Williams-balanced order"
 )
 
 
@@ -75,7 +74,6 @@ HELP = {
     "threads": "CPU threads; 0: torch's choice",
     "rounds": "timed rounds; every contender runs once in each",
     "warmup": "steps before timing, after the compiling one",
-    "lead_in": "steps of a contender that are not timed before its timed one, in every round",
     "cold": "rounds of cold compilation in fresh processes; 0: not measured",
     "seed": "seed of weights, adapters and order",
 }
@@ -175,7 +173,7 @@ def _measure_case(
     _say(f"{case}: timing {settings.rounds} rounds")
     steps = {name: contender.step for name, contender in contenders.items()}
     times = time_interleaved(
-        steps, rounds=settings.rounds, device=device, seed=settings.seed, lead_in=settings.lead_in, after=attribute
+        steps, rounds=settings.rounds, device=device, seed=settings.seed, after=attribute
     )
     _say(f"{case}: memory")
     rows: dict[str, dict[str, Any]] = {}

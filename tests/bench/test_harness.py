@@ -127,18 +127,6 @@ def test_what_happens_after_a_step_is_not_timed(monkeypatch: pytest.MonkeyPatch)
     assert found == {"a": [1.0, 1.0]}
 
 
-def test_steps_that_lead_in_are_told_of_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
-    monkeypatch.setattr("bench.harness.time.perf_counter", lambda: clock.now)
-    timed = {"a": [1.0, 2.0], "b": [3.0, 4.0]}
-    steps = {name: clock.step(name, [50.0, 60.0, one, 70.0, 80.0, two]) for name, (one, two) in timed.items()}
-    after: list[str] = []
-    found = harness.time_interleaved(steps, rounds=2, device=CPU, seed=0, lead_in=2, after=after.append)
-    assert found == timed
-    orders = harness.visiting_orders(2, 2, 0)
-    assert after == clock.calls == [["a", "b"][i] for order in orders for i in order for _ in range(3)]
-
-
 def test_the_collector_is_on_again_after_a_step_that_fails() -> None:
     def broken() -> None:
         raise RuntimeError("step failed")
