@@ -39,8 +39,10 @@ def _adaptc_version() -> str:
 
 
 def results_folder(device: torch.device) -> Path:
-    """Where results go that nothing is said of: a folder for each kind of device, of CPUs for each set of instructions."""
+    """Where results go by default: a folder for each kind of device, of CPUs for each set of instructions."""
     capability = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "-")
+    if torch.cpu._is_avx512_bf16_supported():
+        capability = f"{capability}-bf16"
     return Path(__file__).parent / "results" / (f"cpu-{capability}" if device.type == "cpu" else device.type)
 
 

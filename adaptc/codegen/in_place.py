@@ -3,7 +3,7 @@
 before:  %y = mm(%x, %W);  %out = addmm(%y, %h, %B);  f(%out)        the library copies y, then adds to the copy
 after:   %y = mm(%x, %W);  add_product_(%y, %h, %B);  f(%y)
 
-the same for ``lora_input_grads(%dx, ...)``, and where %y is a sum,
+the same for ``lora_input_grads(%dx, ...)``,
 
 before:  %a = mm(%g, %W);  %b = mm(%h, %V);  %dx = add(%a, %b)       two results, and a pass over both
 after:   %a = mm(%g, %W);  add_product_(%a, %h, %V)
@@ -42,7 +42,7 @@ _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 def _add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    total.view(-1, total.shape[-1]).addmm_(left, right)
+    total.addmm_(left, right)
 
 
 _LIBRARY = torch.library.Library("adaptc_lowered", "DEF")  # type: ignore[no-untyped-call]
@@ -53,7 +53,9 @@ def _define(
     fake: Callable[..., Any] = lambda *arguments: None,
 ) -> OpOverload:  # fmt: skip
     schema = f"(Tensor(a!) total, {arguments}) -> {result}"
-    torch.library.define(f"adaptc_lowered::{name}", schema, lib=_LIBRARY, tags=torch.Tag.pt2_compliant_tag)
+    # Inductor is free to lay out what a loop writes in another order than its fake tensor, and these write in place.
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides)
+    torch.library.define(f"adaptc_lowered::{name}", schema, lib=_LIBRARY, tags=tags)
     torch.library.impl(f"adaptc_lowered::{name}", "CPU", function, lib=_LIBRARY)
     torch.library.register_fake(f"adaptc_lowered::{name}", fake, lib=_LIBRARY)
     return cast(OpOverload, getattr(torch.ops.adaptc_lowered, name).default)
@@ -81,8 +83,8 @@ def accumulate_in_place(graph: fx.Graph) -> int:
         if node.target not in in_place or node.kwargs:
             continue
         views, *rest = cast(tuple[fx.Node, ...], node.args)
-        product = _owned(views, _is_summed)
-        if product is None or not _same_memory(product, node):
+        product = _owned(views, _is_product)
+        if product is None or not (_same_memory(product, node) and _same_shape(views, node)):
             continue
         if views in tree_leaves(rest):  # y + y W: one reader, which needs the product as it was
             continue
@@ -178,10 +180,6 @@ def _is_product(node: fx.Node) -> bool:
     return node.target in _PRODUCTS
 
 
-def _is_summed(node: fx.Node) -> bool:
-    return node.target in (*_PRODUCTS, aten.add.Tensor)
-
-
 def _is_new(node: fx.Node) -> bool:
     """Whether a node's memory is no other's: a product's, or what a loop over elements writes. A cast may be none: to
     the dtype that a value has it is the value."""
@@ -200,10 +198,10 @@ def _same_memory(product: fx.Node, total: fx.Node) -> bool:
         return False
     if first.device.type != "cpu" or not (first.is_contiguous() and second.is_contiguous()):
         return False
-    if first.dim() == 0 or first.dtype != second.dtype:
-        return False
-    pairs = zip(*((math.prod(t.shape[:-1]), t.shape[-1]) for t in (first, second)), strict=True)
-    return all(statically_known_true(a == b) for a, b in pairs)
+    rows = (math.prod(second.shape[:-1]), second.shape[-1])
+    return first.dtype == second.dtype and all(
+        statically_known_true(a == b) for a, b in zip(first.shape, rows, strict=True)
+    )
 
 
 def _same_shape(one: fx.Node, other: fx.Node) -> bool:
@@ -215,7 +213,7 @@ def _same_shape(one: fx.Node, other: fx.Node) -> bool:
 
 def _viewed(graph: fx.Graph, product: fx.Node, views: fx.Node) -> fx.Node:
     """``product`` in the shape of ``views``, behind the sum: who reads it reads what the sum left there."""
-    if views is product or node_value(views).dim() == node_value(product).dim() == 2:
+    if node_value(views).dim() == 2:
         return product
     view = graph.call_function(aten.view.default, (product, *views.args[1:]))
     view.meta = dict(views.meta)

@@ -343,8 +343,11 @@ def cpu_emulates(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def has_avx512_bf16() -> bool:
-    """Whether this CPU multiplies pairs of bf16 in 512-bit registers. 2.11 to 2.15."""
-    return platform.machine() in ("x86_64", "AMD64") and torch.cpu._is_avx512_bf16_supported()
+    """Whether this CPU multiplies pairs of bf16 in 512-bit registers and has nothing better, as the tiles of AMX are,
+    which libraries use. 2.11 to 2.15."""
+    if platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_amx_tile_supported():
+        return False
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def may_call_onednn() -> bool:

@@ -72,7 +72,7 @@ def bottleneck_grads_body(
 def bottleneck_grads_kernel(
     grad: torch.Tensor, h: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    return pairs.both(grad, B, h, scale, dtype) if pairs.takes(grad, h.shape[-1]) else None
+    return pairs.both(grad, h, B, scale, dtype) if pairs.takes(grad, h.shape[-1]) else None
 
 
 def _has_kernel(device: str, grad: fx.Node, h: fx.Node, *args: Any) -> bool:

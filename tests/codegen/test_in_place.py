@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._inductor import config as inductor
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import adaptc
@@ -303,3 +305,38 @@ def test_a_skip_connection_reads_what_was_there(targets):
     torch.testing.assert_close(model(x), base(x), rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(model(x), base(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_bias_that_is_a_product_is_not_the_memory_of_a_matrix():
+    """Of one row, both have as many numbers."""
+    z, v, x, w = torch.randn(1, 6), torch.randn(6, 5), torch.randn(1, 3), torch.randn(3, 5)
+    assert rewritten(lambda z, v, x, w: torch.addmm((z @ v).view(5), x, w), z, v, x, w)[0] == 0
+
+
+class InPlace(CustomGraphPass):
+    """The rewrite where Inductor would run it, and how many results it moved."""
+
+    count = 0
+
+    def __call__(self, graph):
+        self.count += accumulate_in_place(graph)
+
+    def uuid(self):
+        return None
+
+
+@pytest.mark.slow
+def test_a_loop_that_inductor_lays_out_in_another_order_is_written_to_in_the_order_of_its_reader():
+    def function(x, y, magnitude, norm):
+        g = x.transpose(0, 1).contiguous() * y.transpose(0, 1).contiguous()
+        dy, dm = dialect.get("dora_rescale_grad").overload(g, y.transpose(0, 1).contiguous(), None, magnitude, norm)
+        return dy.sin(), dm
+
+    torch.manual_seed(0)
+    given = torch.randn(3, 4, 32), torch.randn(3, 4, 32), torch.randn(32), torch.rand(32) + 1
+    rewrite = InPlace()
+    torch.compiler.reset()
+    with inductor.patch(post_grad_custom_post_pass=rewrite, fx_graph_cache=False), torch.no_grad():
+        got = torch.compile(function)(*given)
+    assert rewrite.count == 1
+    torch.testing.assert_close(got, function(*given), rtol=1e-5, atol=1e-5)

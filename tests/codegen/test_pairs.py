@@ -7,12 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptc.codegen import torch_internals
 from adaptc.codegen.cpp import pairs
 from adaptc.ir import dialect, lora_fused, lora_split
 from tests.codegen.test_skinny import check
 
-needs_pairs = pytest.mark.skipif(not torch_internals.has_avx512_bf16(), reason="no CPU with AVX512_BF16")
+needs_pairs = pytest.mark.skipif(pairs.library() is None, reason="no CPU with AVX512_BF16, or no compiler for it")
 ROWS = st.sampled_from([1, 2, 3, 11, 12, 13, 24, 31, 95, 96, 97, 130, 200])
 WIDTHS = st.sampled_from([1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 100, 129, 257])
 RANKS = st.lists(st.sampled_from([1, 2, 3, 8, 9, 15, 16, 17, 32, 33, 50]), min_size=1, max_size=3)
@@ -88,13 +87,13 @@ def test_gradient(case, dtype):
 
 
 @needs_pairs
-@given(case=cases(), dtype=st.sampled_from([torch.float32, BF16]))
+@given(case=cases(), dtype=st.sampled_from([torch.float32, BF16]), each=st.booleans())
 @settings(max_examples=150)
-def test_both(case, dtype):
+def test_both(case, dtype, each):
     g, (h, *_), (A, *_) = case
     B = A.t()
-    scale = torch.tensor([1.5], dtype=torch.float64)
-    got = pairs.both(g, B, h, scale, dtype)
+    scale = torch.full((B.shape[1] if each else 1,), 1.5, dtype=torch.float64)
+    got = pairs.both(g, h, B, scale, dtype)
     (q, q_size), (dB, dB_size) = product(rows(g), in_bf16([B])[0]), product(rows(g).t(), rows(h))
     body = lora_fused.bottleneck_grads_body(g, h, B, scale, dtype)
     assert [(t.shape, t.dtype) for t in got] == [(t.shape, t.dtype) for t in body]
@@ -127,7 +126,7 @@ def test_the_same_numbers_in_every_run_and_by_any_number_of_threads_but_for_the_
         total = x.clone()
         pairs.update(total, h, A)
         return [*pairs.shrink(x, A, [scale] * 2), *pairs.gradient(h, x, torch.float32), total,
-                *pairs.both(x, A[0].t(), h[0], scale, torch.float32)]  # fmt: skip
+                *pairs.both(x, h[0], A[0].t(), scale, torch.float32)]  # fmt: skip
 
     threads = torch.get_num_threads()
     try:
@@ -154,12 +153,34 @@ def test_numbers_that_are_not_finite_come_through():
     assert bool(total[1, 4].isnan()) and bool(total[2, 8].isinf()) and int(total.isfinite().sum()) == 118
 
 
+@needs_pairs
+def test_sizes_that_do_not_fit_are_refused():
+    x, q, one = torch.randn(6, 8).to(BF16), torch.randn(6, 2).to(BF16), torch.ones(1)
+    for call in (
+        lambda: pairs.shrink(x, [torch.randn(2, 4)], [one]),
+        lambda: pairs.shrink(x, [torch.randn(4, 8)], [torch.ones(2)]),
+        lambda: pairs.gradient([q[:1]], x, BF16),
+        lambda: pairs.both(x, q, torch.randn(7, 2), one, BF16),
+        lambda: pairs.update(x, [q[:1]], [torch.randn(2, 8)]),
+    ):
+        with pytest.raises(RuntimeError, match="expected"):
+            call()
+
+
+@needs_pairs
+def test_a_part_of_each_row_is_read_where_it_lies(monkeypatch):
+    x, A, scale = torch.randn(2, 5, 24).to(BF16), torch.randn(3, 8), torch.ones(1, dtype=torch.float64)
+    want = pairs.shrink(x[..., :8].contiguous(), [A], [scale])[0]
+    monkeypatch.setattr(torch.Tensor, "contiguous", None)
+    assert torch.equal(pairs.shrink(x[..., :8], [A], [scale])[0], want)
+
+
 def test_what_the_kernels_do_not_take_is_left_to_torch(monkeypatch):
     x = torch.randn(3, 4).to(BF16)
-    assert pairs.takes(x, 3) == torch_internals.has_avx512_bf16()
+    assert pairs.takes(x, 3) == (pairs.library() is not None)
     assert not pairs.takes(x.float(), 3) and not pairs.takes(x.half(), 3) and not pairs.takes(x[:0], 3)
     assert not pairs.takes(x.to("meta"), 3)
-    assert not pairs.takes(x, pairs.MOST_RANKS + 1), "wide enough for the libraries"
+    assert not pairs.takes(x, 0) and not pairs.takes(x, pairs.MOST_RANKS + 1), "wide enough for the libraries"
     monkeypatch.setattr(pairs, "library", lambda: None)
     assert not pairs.takes(x, 3)
 
@@ -173,7 +194,7 @@ def test_without_the_instructions_the_bodies_run(name, monkeypatch):
         "lora_input_grads": (x, q, A, [], []),
         "lora_bottleneck_grads": (x, q[0], A[0].t(), torch.ones(1), torch.float32),
     }[name]
-    assert (dialect.get(name).kernel(*args) is not None) == torch_internals.has_avx512_bf16()
+    assert (dialect.get(name).kernel(*args) is not None) == (pairs.library() is not None)
     with_kernel = dialect.get(name).overload(*args)
     monkeypatch.setattr(pairs, "library", lambda: None)
     monkeypatch.setattr(lora_split, "cpu_emulates", lambda dtype: False)

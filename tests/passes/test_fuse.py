@@ -402,3 +402,14 @@ def test_a_wrong_pass_is_found(name, monkeypatch):
         step(gated(verify="raise", dropout=0.1))
     causes = [error.value, error.value.__cause__, getattr(error.value, "inner_exception", None)]
     assert any(isinstance(cause, VerifyError) for cause in causes)
+
+
+def test_both_readers_of_a_gradient_stay_one_op_where_a_kernel_takes_them(monkeypatch):
+    """Without the kernel its body runs: the numbers are those of the products, but for the rounding to bf16."""
+    found = {}
+    for has_it in (True, False):
+        monkeypatch.setattr(lora_fused, "has_avx512_bf16", lambda has_it=has_it: has_it)
+        found[has_it], graph = step(gated(dtype=torch.bfloat16))
+        stays = [n for n in graph.graph_module("lower").graph.nodes if op_name(n) == "lora_bottleneck_grads"]
+        assert len(stays) == (SITES if has_it else 0)
+    check_steps_agree(found[True], found[False], loss=1e-6, gradient=2e-2)

@@ -5,8 +5,9 @@
     both        q = scale * (g B),  dB = g^T h     g (..., N), B (N, r), h (..., r) -> q (..., r) in bf16, dB (N, r)
     update      total += sum_g q_g A_g             q_g (..., r_g), A_g (r_g, K), total (..., K) in bf16
 
-For CPUs with AVX512_BF16. x, g and total are read once, where they lie. Factors may be fp32 or bf16 and have any
-strides: they are rounded to bf16, as a cast would, while they are packed.
+For CPUs with AVX512_BF16. x, g and total are read once, where their rows lie at one distance, else from a copy. Factors
+may be fp32 or bf16 and have any strides: they are rounded to bf16 as they are packed. Numbers below the smallest normal
+one may come out as zero.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ _FLOATS = (torch.float32, torch.bfloat16)
 _GRAIN = 1 << 19
 #: Ranks, of all sites together, up to which the libraries were slower wherever it was measured.
 MOST_RANKS = 64
+#: How many rows a thread has at least where threads share the rows; below two threads' worth there is one.
+_ROWS_OF_A_THREAD = 96
 #: What the kernels take an operand or a result for; ``Factor`` and ``Part`` of the C++.
 _Fields = tuple[int, int, int, int, int]
 
@@ -41,7 +44,7 @@ def library() -> Any:
         return None
     pointer, size, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     found.products.argtypes = (pointer, size, size, size, size, pointer, small, small, small)
-    found.update.argtypes = (pointer, size, size, size, size, pointer, small)
+    found.update.argtypes = (pointer, size, size, size, pointer, small)
     found.products.restype = found.update.restype = None
     return found
 
@@ -51,7 +54,7 @@ def takes(x: torch.Tensor, ranks: int) -> bool:
     are fast for so many ``ranks``."""
     # Of a subclass the memory may be elsewhere, or nowhere.
     plain = type(x) is torch.Tensor and x.dtype == torch.bfloat16 and x.device.type == "cpu"
-    return plain and ranks <= MOST_RANKS and x.numel() > 0 and library() is not None
+    return plain and 0 < ranks <= MOST_RANKS and x.numel() > 0 and library() is not None
 
 
 # What is around the kernels is a good part of the time that they take: as few calls of torch as can be.
@@ -59,34 +62,35 @@ def takes(x: torch.Tensor, ranks: int) -> bool:
 
 def shrink(x: torch.Tensor, A: Sequence[torch.Tensor], scale: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """h (..., r_g) of each of ``A`` (r_g, K)."""
-    x = _by_rows(x)
-    factors, scales = [_plain(a) for a in A], [_scales(s) for s in scale]
-    parts = [torch.empty((*x.shape[:-1], a.shape[0]), dtype=torch.bfloat16, device="cpu") for a in A]
+    lead, x = x.shape[:-1], _by_rows(x)
+    factors, scales = [_plain(a) for a in A], [_scales(s, a.shape[0]) for s, a in zip(scale, A, strict=True)]
+    parts = [torch.empty((*lead, a.shape[0]), dtype=torch.bfloat16, device="cpu") for a in A]
     results = [_part(h, s) for h, s in zip(parts, scales, strict=True)]
-    _products(x, [*(_factor(a, 0) for a in factors), *results], len(A), shrinks=True)
+    _products(x, [*(_factor(a, 0, x.shape[-1]) for a in factors), *results], len(A), shrinks=True)
     return parts
 
 
 def gradient(h: Sequence[torch.Tensor], x: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
     """d (r_g, K) of each of ``h`` (..., r_g)."""
-    x = _by_rows(x)
+    x, width = _by_rows(x), x.shape[-1]
     factors, made = [_rows(_plain(one)) for one in h], dtype if dtype in _FLOATS else torch.float32
-    parts = [torch.empty((one.shape[1], x.shape[-1]), dtype=made, device="cpu") for one in factors]
+    parts = [torch.empty((one.shape[1], width), dtype=made, device="cpu") for one in factors]
     results = [_part(d, by_rank=True) for d in parts]
-    _products(x, [*(_factor(one, 1) for one in factors), *results], len(h), sums=True)
+    _products(x, [*(_factor(one, 1, x.numel() // width) for one in factors), *results], len(h), sums=True)
     return parts if made == dtype else [d.to(dtype) for d in parts]
 
 
 def both(
-    g: torch.Tensor, B: torch.Tensor, h: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+    g: torch.Tensor, h: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of a bottleneck (..., r) and of the factor ``B`` (N, r) behind it, in one pass over the output's
     ``g`` (..., N)."""
-    g, B, h, scale = _by_rows(g), _plain(B), _rows(_plain(h)), _scales(scale)
+    lead, width, g = g.shape[:-1], g.shape[-1], _by_rows(g)
+    B, h, scale = _plain(B), _rows(_plain(h)), _scales(scale, B.shape[1])
     made = dtype if dtype in _FLOATS else torch.float32
-    q = torch.empty((*g.shape[:-1], B.shape[1]), dtype=torch.bfloat16, device="cpu")
+    q = torch.empty((*lead, B.shape[1]), dtype=torch.bfloat16, device="cpu")
     dB = torch.empty(B.shape, dtype=made, device="cpu")
-    given = [_factor(B, 1), _part(q, scale), _factor(h, 1), _part(dB)]
+    given = [_factor(B, 1, width), _part(q, scale), _factor(h, 1, g.numel() // width), _part(dB)]
     _products(g, given, 1, shrinks=True, sums=True)
     return q, dB if made == dtype else dB.to(dtype)
 
@@ -94,26 +98,30 @@ def both(
 def update(total: torch.Tensor, q: Sequence[torch.Tensor], A: Sequence[torch.Tensor]) -> None:
     """Add q A to ``total`` (..., K), which is contiguous, for each ``q`` (..., r_g) and ``A`` (r_g, K)."""
     left, right = [_rows(_plain(one)) for one in q], [_plain(a) for a in A]
-    given = [*(_factor(one, 1) for one in left), *(_factor(a, 0) for a in right)]
     count, width = len(left), total.shape[-1]
+    rows = total.numel() // width
+    given = [*(_factor(one, 1, rows) for one in left), *(_factor(a, 0, width) for a in right)]
     threads = _threads(total, sum(one[1] for one in given[:count]))
-    library().update(total.data_ptr(), total.numel() // width, width, width, count, _array(given), threads)
+    library().update(total.data_ptr(), rows, width, count, _array(given), threads)
 
 
 def _products(
     x: torch.Tensor, given: Sequence[_Fields], count: int, *, shrinks: bool = False, sums: bool = False
 ) -> None:
-    threads = _threads(x, sum(one[1] for one in given[:count]) * (shrinks + sums))
     width = x.shape[-1]
-    stride = x.stride(0) if x.dim() == 2 else width
-    library().products(
-        x.data_ptr(), x.numel() // width, width, stride, count, _array(given), shrinks, sums, threads
-    )
+    rows, stride = x.numel() // width, width if x.is_contiguous() else x.stride(0)
+    threads = _threads(x, sum(one[1] for one in given[:count]) * (shrinks + sums))
+    if shrinks:  # each sums up by itself what it reads: not for a few rows
+        threads = min(threads, -(-rows // _ROWS_OF_A_THREAD))
+    library().products(x.data_ptr(), rows, width, stride, count, _array(given), shrinks, sums, threads)
 
 
 def _by_rows(x: torch.Tensor) -> torch.Tensor:
-    """``x`` with contiguous rows: in two dimensions at any distance, in more as they follow each other."""
-    return x if x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1) else x.contiguous()
+    """``x`` contiguous, or as rows that are, at any distance from each other."""
+    if x.is_contiguous():
+        return x
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def _rows(factor: torch.Tensor) -> torch.Tensor:
@@ -124,12 +132,16 @@ def _plain(factor: torch.Tensor) -> torch.Tensor:
     return factor if factor.dtype in _FLOATS else factor.to(torch.float32)
 
 
-def _scales(scale: torch.Tensor) -> torch.Tensor:
+def _scales(scale: torch.Tensor, rank: int) -> torch.Tensor:
+    if scale.numel() not in (1, rank):
+        raise RuntimeError(f"a product of rank {rank}: expected a scale of 1 or {rank} numbers, found {scale.numel()}")
     return scale if scale.dtype == torch.float64 and scale.is_contiguous() else scale.to(torch.float64).contiguous()
 
 
-def _factor(t: torch.Tensor, small: int) -> _Fields:
-    """``t`` (2-d) with its small side at dimension ``small``."""
+def _factor(t: torch.Tensor, small: int, size: int) -> _Fields:
+    """``t`` (2-d) with its small side at dimension ``small`` and ``size`` on the other."""
+    if t.shape[1 - small] != size:
+        raise RuntimeError(f"a factor of shape {tuple(t.shape)}: expected {size} at dimension {1 - small}")
     return t.data_ptr(), t.shape[small], t.stride(small), t.stride(1 - small), t.dtype == torch.bfloat16
 
 

@@ -341,8 +341,7 @@ static inline void update_tile(half* total, int64_t ldt, const pair* q, int64_t 
 }
 
 // total (rows, width) += sum over ``count`` q (rows, rank) and as many factors (rank, width), the q given first
-extern "C" void update(half* total, int64_t rows, int64_t width, int64_t ldt, int64_t count, const Factor* q,
-                       int threads) {
+extern "C" void update(half* total, int64_t rows, int64_t width, int64_t count, const Factor* q, int threads) {
     const Factor* a = q + count;
     const int64_t lda = padded(width, STRIP), blocks = (rows + ROWS - 1) / ROWS;
     int64_t depth = 0;
@@ -364,12 +363,12 @@ extern "C" void update(half* total, int64_t rows, int64_t width, int64_t ldt, in
             for (int64_t c = 0; c < width; c += STRIP) {
                 const int64_t cols = std::min<int64_t>(STRIP, width - c);
                 const __mmask32 mask = cols == STRIP ? ~0u : (1u << cols) - 1;
-                half* to = total + i0 * ldt + c;
+                half* to = total + i0 * width + c;
                 if (n == ROWS) {
-                    update_tile<ROWS>(to, ldt, left, depth, packed + c, lda, mask);
+                    update_tile<ROWS>(to, width, left, depth, packed + c, lda, mask);
                 } else {
                     for (int64_t i = 0; i < n; ++i)
-                        update_tile<1>(to + i * ldt, ldt, left + i * depth, depth, packed + c, lda, mask);
+                        update_tile<1>(to + i * width, width, left + i * depth, depth, packed + c, lda, mask);
                 }
             }
         }
