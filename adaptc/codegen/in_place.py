@@ -30,7 +30,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from adaptc.codegen.torch_internals import OpOverload, node_value, tree_leaves
+from adaptc.codegen.torch_internals import OpOverload, contiguous_tag, node_value, tree_leaves
 from adaptc.ir import dialect
 from adaptc.ir.dora_rescale import grad_in_place
 from adaptc.ir.lora_split import add_input_grads
@@ -54,7 +54,7 @@ def _define(
 ) -> OpOverload:  # fmt: skip
     schema = f"(Tensor(a!) total, {arguments}) -> {result}"
     # Inductor is free to lay out what a loop writes in another order than its fake tensor, and these write in place.
-    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides)
+    tags = (torch.Tag.pt2_compliant_tag, contiguous_tag())
     torch.library.define(f"adaptc_lowered::{name}", schema, lib=_LIBRARY, tags=tags)
     torch.library.impl(f"adaptc_lowered::{name}", "CPU", function, lib=_LIBRARY)
     torch.library.register_fake(f"adaptc_lowered::{name}", fake, lib=_LIBRARY)

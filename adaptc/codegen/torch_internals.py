@@ -396,6 +396,12 @@ def load_cpp(source: str) -> Any:
         return None
 
 
+def contiguous_tag() -> torch.Tag:
+    """By which a custom op tells Inductor that it wants its arguments contiguous. 2.11 to 2.15."""
+    found: torch.Tag = getattr(torch.Tag, "needs_contiguous_strides", torch.Tag.needs_fixed_stride_order)
+    return found
+
+
 def lookup_backend(name: str) -> Callable[..., Any]:
     """A Dynamo backend by name. 2.11 to 2.15.
 
