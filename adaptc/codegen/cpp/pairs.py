@@ -111,7 +111,7 @@ def _products(
     width = x.shape[-1]
     rows, stride = x.numel() // width, width if x.is_contiguous() else x.stride(0)
     threads = _threads(x, sum(one[1] for one in given[:count]) * (shrinks + sums))
-    if shrinks:  # each sums up by itself what it reads: not for a few rows
+    if shrinks and sums:  # each sums up by itself what it reads: not for a few rows
         threads = min(threads, -(-rows // _ROWS_OF_A_THREAD))
     library().products(x.data_ptr(), rows, width, stride, count, _array(given), shrinks, sums, threads)
 
