@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from bench.torch_internals import multiplies_bf16_pairs
+
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numpy")
 
 
@@ -41,7 +43,7 @@ def _adaptc_version() -> str:
 def results_folder(device: torch.device) -> Path:
     """Where results go by default: a folder for each kind of device, of CPUs for each set of instructions."""
     capability = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "-")
-    if torch.cpu._is_avx512_bf16_supported():
+    if multiplies_bf16_pairs():
         capability = f"{capability}-bf16"
     return Path(__file__).parent / "results" / (f"cpu-{capability}" if device.type == "cpu" else device.type)
 

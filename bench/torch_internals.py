@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch._dynamo.utils import counters
 
 
@@ -24,3 +25,8 @@ class GraphCounts:
 def graph_counts() -> GraphCounts:
     """The counts so far. ``torch.compiler.reset()`` does not clear them. Read on torch 2.13."""
     return GraphCounts(counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
+
+
+def multiplies_bf16_pairs() -> bool:
+    """Whether the CPU has AVX512_BF16. Read on torch 2.13."""
+    return torch.cpu._is_avx512_bf16_supported()

@@ -113,17 +113,17 @@ def test_a_16_bit_base_with_fp32_adapters():
 
 
 def test_autocast_rounds_as_peft_does():
-    """What a run loses to bf16 is a matter of luck in every single one: the median of three counts."""
+    """What a run loses to bf16 is a matter of luck in every single one: the median of seven counts."""
     model, backend, ratios = peft_model(), Recorded(), []
     compiled, double = torch.compile(model, backend=backend), copy.deepcopy(model).double()
-    for seed in range(3):
+    for seed in range(7):
         batch = hosts.batch("llama", seed=seed)
         exact = step(double, double, batch)[1]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             runs = [step(model, call, batch)[1] for call in (model, compiled)]
         own, error = (sum(float((run[n] - want).norm() / want.norm()) for n, want in exact.items()) for run in runs)
         ratios.append(error / own)
-    assert sorted(ratios)[1] < 1.3 and max(ratios) < 10, ratios
+    assert sorted(ratios)[3] < 1.3 and max(ratios) < 10, ratios
     assert len(backend.applied()) == SITES and backend.refused() == {}
 
 

@@ -45,9 +45,15 @@ def eagerly() -> Iterator[None]:
         yield
 
 
+def plain(host: str = "llama", **options: Any) -> Any:
+    """The tiny model ``host``, its widths multiples of a block: where blocks go over the end of a row, bitsandbytes'
+    AVX-512 code reads wrong scales."""
+    return hosts.build(host, intermediate_size=2 * BLOCK, **options)
+
+
 def build(kind: str, host: str = "llama", **options: Any) -> nn.Module:
-    """The tiny model ``host`` with quantised linear layers."""
-    return quantise(hosts.build(host, **options), kind)
+    """:func:`plain` with quantised linear layers."""
+    return quantise(plain(host, **options), kind)
 
 
 def quantise(model: nn.Module, kind: str) -> nn.Module:
@@ -90,13 +96,13 @@ def dense(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model)
     for path, module in list(quantised(model)):
         weight = dequantised(module)
-        plain = nn.Linear(*reversed(weight.shape), bias=module.bias is not None, dtype=torch.float64)
+        linear = nn.Linear(*reversed(weight.shape), bias=module.bias is not None, dtype=torch.float64)
         with torch.no_grad():
-            plain.weight.copy_(weight)
+            linear.weight.copy_(weight)
             if module.bias is not None:
-                plain.bias.copy_(module.bias)
+                linear.bias.copy_(module.bias)
         parent, _, name = path.rpartition(".")
-        setattr(twin.get_submodule(parent), name, plain)
+        setattr(twin.get_submodule(parent), name, linear)
     return twin
 
 

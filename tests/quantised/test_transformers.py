@@ -37,7 +37,7 @@ def trainer(model, directory):
 
 @pytest.fixture(params=CONFIGS)
 def loaded(request, tmp_path):
-    hosts.build("llama", num_hidden_layers=1).save_pretrained(tmp_path / "base")
+    bases.plain(num_hidden_layers=1).save_pretrained(tmp_path / "base")
     config = CONFIGS[request.param]
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
