@@ -30,7 +30,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from adaptc.codegen.torch_internals import OpOverload, contiguous_tag, node_value, tree_leaves
+from adaptc.codegen.torch_internals import OpOverload, demand_layouts, node_value, tree_leaves
 from adaptc.ir import dialect
 from adaptc.ir.dora_rescale import grad_in_place
 from adaptc.ir.lora_split import add_input_grads
@@ -53,9 +53,7 @@ def _define(
     fake: Callable[..., Any] = lambda *arguments: None,
 ) -> OpOverload:  # fmt: skip
     schema = f"(Tensor(a!) total, {arguments}) -> {result}"
-    # Inductor is free to lay out what a loop writes in another order than its fake tensor, and these write in place.
-    tags = (torch.Tag.pt2_compliant_tag, contiguous_tag())
-    torch.library.define(f"adaptc_lowered::{name}", schema, lib=_LIBRARY, tags=tags)
+    torch.library.define(f"adaptc_lowered::{name}", schema, lib=_LIBRARY, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(f"adaptc_lowered::{name}", "CPU", function, lib=_LIBRARY)
     torch.library.register_fake(f"adaptc_lowered::{name}", fake, lib=_LIBRARY)
     return cast(OpOverload, getattr(torch.ops.adaptc_lowered, name).default)
@@ -89,7 +87,7 @@ def accumulate_in_place(graph: fx.Graph) -> int:
         if views in tree_leaves(rest):  # y + y W: one reader, which needs the product as it was
             continue
         with graph.inserting_before(node):
-            graph.call_function(in_place[node.target], (product, *rest)).meta = {**_meta(node), "val": None}
+            _call(graph, in_place[node.target], (product, *rest), node, None)
             total = _viewed(graph, product, views)
         node.replace_all_uses_with(total)
         graph.erase_node(node)
@@ -116,7 +114,7 @@ def _sum_products(graph: fx.Graph) -> int:
         if node_value(node).dtype.itemsize < 4:  # rounded once each, as without an adapter
             continue
         with graph.inserting_before(folded):
-            graph.call_function(ADD_PRODUCT, (total, *folded.args)).meta = {**_meta(folded), "val": None}
+            _call(graph, ADD_PRODUCT, (total, *folded.args), folded, None)
         with graph.inserting_before(node):
             node.replace_all_uses_with(_viewed(graph, total, views))
         graph.erase_node(node)
@@ -136,8 +134,7 @@ def _rescale_in_place(graph: fx.Graph) -> int:
             continue
         outputs = {cast(int, user.args[1]): user for user in node.users if user.target is operator.getitem}
         with graph.inserting_before(node):
-            dm = graph.call_function(RESCALE_GRAD, (memory, *rest))
-            dm.meta = {**_meta(node), "val": node_value(node)[1]}
+            dm = _call(graph, RESCALE_GRAD, (memory, *rest), node, node_value(node)[1])
             dy = memory if grad is memory else graph.call_function(aten.view.default, (memory, *grad.args[1:]))
             dy.meta = dict(grad.meta)
         for index, result in ((0, dy), (1, dm)):
@@ -150,9 +147,12 @@ def _rescale_in_place(graph: fx.Graph) -> int:
     return count
 
 
-def _meta(node: fx.Node) -> dict[str, Any]:
-    """What a node knows of itself, but for the layouts of its arguments: the new one may read them without views."""
-    return {key: value for key, value in node.meta.items() if key != "eager_input_vals"}
+def _call(graph: fx.Graph, op: OpOverload, args: tuple[Any, ...], instead_of: fx.Node, value: Any) -> fx.Node:
+    """A call of ``op`` that knows what ``instead_of`` does, with the layouts of its own arguments."""
+    node = graph.call_function(op, args)
+    node.meta = {**instead_of.meta, "val": value}
+    demand_layouts(node)
+    return node
 
 
 def _erase_views(graph: fx.Graph, last: fx.Node, source: fx.Node) -> None:

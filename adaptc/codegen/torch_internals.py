@@ -396,10 +396,10 @@ def load_cpp(source: str) -> Any:
         return None
 
 
-def contiguous_tag() -> torch.Tag:
-    """By which a custom op tells Inductor that it wants its arguments contiguous. 2.11 to 2.15."""
-    found: torch.Tag = getattr(torch.Tag, "needs_contiguous_strides", torch.Tag.needs_fixed_stride_order)
-    return found
+def demand_layouts(node: fx.Node) -> None:
+    """Have Inductor give ``node``, of an op that is not its own, arguments with the strides of their fake tensors: it
+    asks nothing for nodes that a pass made, and lays out what a loop writes as it likes. 2.11 to 2.15."""
+    node.meta["eager_input_vals"] = fx.node.map_arg((node.args, node.kwargs), node_value)
 
 
 def lookup_backend(name: str) -> Callable[..., Any]:

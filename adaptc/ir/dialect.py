@@ -7,7 +7,6 @@ calls through the table, so that the body that runs is the body that the cache k
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -41,7 +40,6 @@ _TABLE = {
 
 _LIBRARY = torch.library.Library("adaptc", "DEF")  # type: ignore[no-untyped-call]
 _OPS: dict[str, DialectOp] = {}
-_AS_IT_IS = contextlib.nullcontext()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +108,10 @@ def define(op: DialectOp) -> DialectOp:
     def run_body(*args: Any, **kwargs: Any) -> Any:
         given = (one for a in args for one in (a if isinstance(a, list) else (a,)))
         device = next(one.device.type for one in given if isinstance(one, torch.Tensor))
-        op = _OPS[name]
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS:
-            result = None if op.kernel is None else op.kernel(*args, **kwargs)
-            return op.body(*args, **kwargs) if result is None else result
+        with torch.autocast(device, enabled=False):
+            kernel = _OPS[name].kernel
+            result = None if kernel is None else kernel(*args, **kwargs)
+            return _OPS[name].body(*args, **kwargs) if result is None else result
 
     torch.library.impl(f"adaptc::{name}", "CompositeExplicitAutograd", run_body, lib=_LIBRARY)
     torch.library.register_fake(f"adaptc::{name}", lambda *a, **k: _OPS[name].fake(*a, **k), lib=_LIBRARY)

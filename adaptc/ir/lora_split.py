@@ -104,14 +104,10 @@ def input_grads_body(dx: torch.Tensor, q: Tensors, A: Tensors, seeds: Tensors, p
 def input_grads_kernel(
     dx: torch.Tensor, q: Tensors, A: Tensors, seeds: Tensors, p: Sequence[float]
 ) -> torch.Tensor | None:
-    if _goes_in_pairs(dx, seeds, (a.shape[0] for a in A)):
-        total = dx.detach().clone(memory_format=torch.contiguous_format)
-        pairs.update(total, q, A)
-        return total
-    if not _has_kernel(dx, seeds):
+    if not (_has_kernel(dx, seeds) or _goes_in_pairs(dx, seeds, (a.shape[0] for a in A))):
         return None
     total = dx.detach().clone(memory_format=torch.contiguous_format)
-    add_input_grads(rows(total), q, A, seeds, p)
+    add_input_grads(total, q, A, seeds, p)
     return total
 
 

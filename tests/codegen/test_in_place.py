@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch._inductor import config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import adaptc
@@ -340,3 +341,17 @@ def test_a_loop_that_inductor_lays_out_in_another_order_is_written_to_in_the_ord
         got = torch.compile(function)(*given)
     assert rewrite.count == 1
     torch.testing.assert_close(got, function(*given), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_transposed_weight_is_read_where_it_lies():
+    def function(g, w, k, v):
+        return g @ w.t() + k @ v.t()
+
+    given = torch.randn(8, 6), torch.randn(4, 6), torch.randn(8, 6), torch.randn(4, 6)
+    rewrite = InPlace()
+    torch.compiler.reset()
+    with inductor.patch(post_grad_custom_post_pass=rewrite, fx_graph_cache=False), torch.no_grad():
+        got, (code, *_) = run_and_get_code(torch.compile(function), *given)
+    assert rewrite.count == 1 and "add_product_.default(" in code and "cpp_fused" not in code, "no loop copies it"
+    torch.testing.assert_close(got, function(*given))

@@ -140,8 +140,9 @@ def _scales(scale: torch.Tensor, rank: int) -> torch.Tensor:
 
 def _factor(t: torch.Tensor, small: int, size: int) -> _Fields:
     """``t`` (2-d) with its small side at dimension ``small`` and ``size`` on the other."""
-    if t.shape[1 - small] != size:
-        raise RuntimeError(f"a factor of shape {tuple(t.shape)}: expected {size} at dimension {1 - small}")
+    if t.shape[1 - small] != size or not t.is_cpu:
+        where = f"a factor of shape {tuple(t.shape)} on {t.device}"
+        raise RuntimeError(f"{where}: expected {size} at dimension {1 - small}, on the CPU")
     return t.data_ptr(), t.shape[small], t.stride(small), t.stride(1 - small), t.dtype == torch.bfloat16
 
 
