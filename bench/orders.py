@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> list[Path]:
     Raises:
         BenchError: a shape is no shape, or a chosen order computes something else than the split one.
     """
+    machine.keep_freed_memory()
     device = torch.device(arguments.device)
     results: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

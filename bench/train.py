@@ -19,7 +19,7 @@ from bench.cold import COLD_METHOD, measure_cold
 from bench.contenders import BUILDERS, USUAL, Contender, build_base
 from bench.errors import BenchError
 from bench.harness import INTERVAL_METHOD, median_interval, ratio_interval, time_interleaved
-from bench.machine import machine_class, results_folder, versions
+from bench.machine import ALLOCATOR_METHOD, keep_freed_memory, machine_class, results_folder, versions
 from bench.memory import MEMORY_METHOD, hooked_saved_bytes, step_memory
 from bench.settings import DTYPES, Case, Settings
 from bench.torch_internals import GraphCounts, graph_counts
@@ -114,6 +114,7 @@ def measure(
     """The whole result as plain data, the same that is written as JSON; ``after`` gets it after every case."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    keep_freed_memory()
     device = torch.device(settings.device)
     results: dict[str, Any] = {
         "table": "train",
@@ -128,6 +129,7 @@ def measure(
         "machine": machine_class(device),
         "method": {
             "step": STEP_METHOD,
+            "allocator": ALLOCATOR_METHOD,
             "interval": INTERVAL_METHOD,
             "memory": MEMORY_METHOD,
             **({"cold": COLD_METHOD} if settings.cold else {}),

@@ -204,6 +204,7 @@ class LastStage:
         self.joint = joint
 
     def __call__(self, graph: fx.Graph) -> None:
+        torch_internals.order_reads_after_writes()
         self.joint.graph.in_place += accumulate_in_place(graph)
 
     def uuid(self) -> str:

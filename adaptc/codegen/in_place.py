@@ -13,6 +13,8 @@ as the gradients of one input by q, k and v are, and
 before:  %g = mul(...);  %dy, %dm = dora_rescale_grad(%g, %y, ...)
 after:   %g = mul(...);  %dm = rescale_grad_(%g, %y, ...);  f(%g)
 
+and the same for ``dora_output_grads``,
+
 where %g is new memory, as that of a product or of what a loop writes. Where nothing else reads it, and it has the shape
 of the result; on the CPU, where it was measured. After partitioning, because what runs before that must be functional.
 The ops return none of their arguments: Inductor takes the result of ``addmm_`` for another buffer than its argument,
@@ -32,6 +34,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from adaptc.codegen.torch_internals import OpOverload, demand_layouts, node_value, tree_leaves
 from adaptc.ir import dialect
+from adaptc.ir.dora_grads import grads_in_place
 from adaptc.ir.dora_rescale import grad_in_place
 from adaptc.ir.lora_split import add_input_grads
 
@@ -54,7 +57,7 @@ def _define(
 ) -> OpOverload:  # fmt: skip
     schema = f"(Tensor(a!) total, {arguments}) -> {result}"
     torch.library.define(f"adaptc_lowered::{name}", schema, lib=_LIBRARY, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(f"adaptc_lowered::{name}", "CPU", function, lib=_LIBRARY)
+    dialect.implement(_LIBRARY, name, schema, function)
     torch.library.register_fake(f"adaptc_lowered::{name}", fake, lib=_LIBRARY)
     return cast(OpOverload, getattr(torch.ops.adaptc_lowered, name).default)
 
@@ -71,6 +74,14 @@ RESCALE_GRAD = _define(
     "rescale_grad_", "Tensor y, Tensor? bias, Tensor magnitude, Tensor norm", _rescale_grad_, "Tensor",
     lambda total, y, bias, magnitude, norm: magnitude.new_empty(magnitude.shape),
 )  # fmt: skip
+OUTPUT_GRADS = _define(
+    "dora_output_grads_",
+    "Tensor z, Tensor? bias, Tensor h, Tensor B, Tensor magnitude, Tensor norm, Tensor scale, bool of_base",
+    grads_in_place, "(Tensor, Tensor, Tensor)",
+    lambda total, z, bias, h, B, magnitude, *others: (
+        z.new_empty((*z.shape[:-1], B.shape[1])), B.new_empty(B.shape), magnitude.new_empty(magnitude.shape)
+    ),
+)  # fmt: skip
 
 
 def accumulate_in_place(graph: fx.Graph) -> int:
@@ -81,7 +92,7 @@ def accumulate_in_place(graph: fx.Graph) -> int:
         if node.target not in in_place or node.kwargs:
             continue
         views, *rest = cast(tuple[fx.Node, ...], node.args)
-        product = _owned(views, _is_product)
+        product = _owned(views, _is_new)
         if product is None or not (_same_memory(product, node) and _same_shape(views, node)):
             continue
         if views in tree_leaves(rest):  # y + y W: one reader, which needs the product as it was
@@ -93,7 +104,7 @@ def accumulate_in_place(graph: fx.Graph) -> int:
         graph.erase_node(node)
         _erase_views(graph, views, product)
         count += 1
-    return count + _rescale_in_place(graph)
+    return count + _rescale_in_place(graph) + _output_grads_in_place(graph)
 
 
 def _sum_products(graph: fx.Graph) -> int:
@@ -128,23 +139,65 @@ def _sum_products(graph: fx.Graph) -> int:
 def _rescale_in_place(graph: fx.Graph) -> int:
     count = 0
     for node in graph.find_nodes(op="call_function", target=dialect.get("dora_rescale_grad").overload):
-        grad, *rest = cast(tuple[fx.Node, ...], node.args)
-        memory = _owned(grad, _is_new)
-        if memory is None or grad in rest or not _is_dense(memory):
+        found = _owned_gradient(node)
+        if found is None:
             continue
-        outputs = {cast(int, user.args[1]): user for user in node.users if user.target is operator.getitem}
+        memory, outputs = found
         with graph.inserting_before(node):
-            dm = _call(graph, RESCALE_GRAD, (memory, *rest), node, node_value(node)[1])
-            dy = memory if grad is memory else graph.call_function(aten.view.default, (memory, *grad.args[1:]))
-            dy.meta = dict(grad.meta)
-        for index, result in ((0, dy), (1, dm)):
-            if index in outputs:
-                outputs[index].replace_all_uses_with(result)
-                graph.erase_node(outputs[index])
-        graph.erase_node(node)
-        _erase_views(graph, grad, memory)
+            dm = _call(graph, RESCALE_GRAD, (memory, *node.args[1:]), node, node_value(node)[1])
+            dy = _scaled_gradient(graph, node, memory)
+        _replace(graph, node, outputs, {0: dy, 1: dm}, memory)
         count += 1
     return count
+
+
+def _output_grads_in_place(graph: fx.Graph) -> int:
+    count = 0
+    for node in graph.find_nodes(op="call_function", target=dialect.get("dora_output_grads").overload):
+        found = _owned_gradient(node)
+        if found is None:
+            continue
+        memory, outputs = found
+        values = node_value(node)
+        with graph.inserting_before(node):
+            others = tuple(values[i] for i in (0, 1, 3))
+            made = _call(graph, OUTPUT_GRADS, (memory, *node.args[1:]), node, others)
+            results = {2: _scaled_gradient(graph, node, memory)}
+            for place, index in enumerate((0, 1, 3)):
+                results[index] = graph.call_function(operator.getitem, (made, place))
+                results[index].meta = {**node.meta, "val": values[index]}
+        _replace(graph, node, outputs, results, memory)
+        count += 1
+    return count
+
+
+def _owned_gradient(node: fx.Node) -> tuple[fx.Node, dict[int, fx.Node]] | None:
+    """The node whose memory the gradient that ``node`` reads is, if that can be written to, and the results."""
+    grad, *rest = cast(tuple[Any, ...], node.args)
+    memory = _owned(grad, _is_new)
+    if memory is None or grad in rest or not _is_dense(memory):
+        return None
+    return memory, {cast(int, user.args[1]): user for user in node.users if user.target is operator.getitem}
+
+
+def _scaled_gradient(graph: fx.Graph, node: fx.Node, memory: fx.Node) -> fx.Node:
+    grad = cast(fx.Node, node.args[0])
+    if grad is memory:
+        return memory
+    view = graph.call_function(aten.view.default, (memory, *grad.args[1:]))
+    view.meta = dict(grad.meta)
+    return view
+
+
+def _replace(
+    graph: fx.Graph, node: fx.Node, outputs: dict[int, fx.Node], results: dict[int, fx.Node], memory: fx.Node
+) -> None:
+    grad = cast(fx.Node, node.args[0])
+    for index, output in outputs.items():
+        output.replace_all_uses_with(results[index])
+        graph.erase_node(output)
+    graph.erase_node(node)
+    _erase_views(graph, grad, memory)
 
 
 def _call(graph: fx.Graph, op: OpOverload, args: tuple[Any, ...], instead_of: fx.Node, value: Any) -> fx.Node:
@@ -192,20 +245,22 @@ def _is_dense(node: fx.Node) -> bool:
 
 
 def _same_memory(product: fx.Node, total: fx.Node) -> bool:
-    """Whether both are contiguous on the CPU, of one dtype and, as rows, of one shape."""
+    """Whether both are contiguous on the CPU, of one dtype, and of one shape or the first of that of the second as
+    rows."""
     first, second = node_value(product), node_value(total)
     if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)) or second.dim() == 0:
         return False
     if first.device.type != "cpu" or not (first.is_contiguous() and second.is_contiguous()):
         return False
-    rows = (math.prod(second.shape[:-1]), second.shape[-1])
-    return first.dtype == second.dtype and all(
-        statically_known_true(a == b) for a, b in zip(first.shape, rows, strict=True)
-    )
+    rows = torch.Size((math.prod(second.shape[:-1]), second.shape[-1]))
+    return first.dtype == second.dtype and any(_equal(first.shape, shape) for shape in (second.shape, rows))
 
 
 def _same_shape(one: fx.Node, other: fx.Node) -> bool:
-    first, second = node_value(one).shape, node_value(other).shape
+    return _equal(node_value(one).shape, node_value(other).shape)
+
+
+def _equal(first: torch.Size, second: torch.Size) -> bool:
     return len(first) == len(second) and all(
         statically_known_true(a == b) for a, b in zip(first, second, strict=True)
     )
@@ -213,7 +268,7 @@ def _same_shape(one: fx.Node, other: fx.Node) -> bool:
 
 def _viewed(graph: fx.Graph, product: fx.Node, views: fx.Node) -> fx.Node:
     """``product`` in the shape of ``views``, behind the sum: who reads it reads what the sum left there."""
-    if node_value(views).dim() == 2:
+    if views is product or node_value(views).dim() == 2:
         return product
     view = graph.call_function(aten.view.default, (product, *views.args[1:]))
     view.meta = dict(views.meta)

@@ -402,6 +402,25 @@ def demand_layouts(node: fx.Node) -> None:
     node.meta["eager_input_vals"] = fx.node.map_arg((node.args, node.kwargs), node_value)
 
 
+@functools.cache
+def order_reads_after_writes() -> None:
+    """Have Inductor's scheduler run a loop behind the write in place whose result it reads, from now on.
+
+    It knows such a read by another name of the buffer. Where it computes a loop's sizes again, to run it together with
+    one of another shape, 2.13 forgets that name, and may put the loop before the write. 2.11 to 2.15.
+    """
+    from torch._inductor.scheduler import SchedulerNode
+
+    recompute = SchedulerNode.recompute_size_and_body
+
+    @functools.wraps(recompute)
+    def recompute_in_order(self: Any, *args: Any, **kwargs: Any) -> None:
+        recompute(self, *args, **kwargs)
+        self.set_read_writes(self.read_writes.rename(self.mutation_renames))
+
+    SchedulerNode.recompute_size_and_body = recompute_in_order  # type: ignore[method-assign]
+
+
 def lookup_backend(name: str) -> Callable[..., Any]:
     """A Dynamo backend by name. 2.11 to 2.15.
 

@@ -39,6 +39,7 @@ _TABLE = {
 }
 
 _LIBRARY = torch.library.Library("adaptc", "DEF")  # type: ignore[no-untyped-call]
+_PYTHON = torch.library.Library("adaptc_python", "DEF")  # type: ignore[no-untyped-call]
 _OPS: dict[str, DialectOp] = {}
 
 
@@ -99,6 +100,14 @@ class DialectOp:
         return getattr(torch.ops.adaptc, self.name).default  # type: ignore[no-any-return]
 
 
+def implement(library: torch.library.Library, name: str, schema: str, function: Callable[..., Any]) -> None:
+    """``function`` is what the op ``name`` of ``library`` does, wherever C++ does not do it; that calls it by the same
+    name in ``adaptc_python`` for what it leaves."""
+    torch.library.impl(f"{library.ns}::{name}", "CompositeExplicitAutograd", function, lib=library)
+    torch.library.define(f"adaptc_python::{name}", schema, lib=_PYTHON)
+    torch.library.impl(f"adaptc_python::{name}", "CompositeExplicitAutograd", function, lib=_PYTHON)
+
+
 def define(op: DialectOp) -> DialectOp:
     """Register ``op`` with torch and in the table."""
     name = op.name
@@ -113,7 +122,7 @@ def define(op: DialectOp) -> DialectOp:
             result = None if kernel is None else kernel(*args, **kwargs)
             return _OPS[name].body(*args, **kwargs) if result is None else result
 
-    torch.library.impl(f"adaptc::{name}", "CompositeExplicitAutograd", run_body, lib=_LIBRARY)
+    implement(_LIBRARY, name, op.schema, run_body)
     torch.library.register_fake(f"adaptc::{name}", lambda *a, **k: _OPS[name].fake(*a, **k), lib=_LIBRARY)
     if op.gradient is not None:
         torch.library.register_autograd(

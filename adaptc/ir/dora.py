@@ -2,8 +2,8 @@
 
     n     = dora_row_norm(W, A, B, scale, transposed)      n_i = |W_i + scale * (B A)_i|, never differentiated
     y', h = dora_linear(x, y, base, bias, A, B, magnitude, norm, scale)
-        h = x A^T       c = magnitude / norm       z = base, or y - bias where there is none
-        y' = y + (c - 1) * z + c * scale * (h B^T)
+        h = scale * (x A^T)       c = magnitude / norm       z = base, or y - bias where there is none
+        y' = y + (c - 1) * z + c * (h B^T)
 
 W (N, K), or (K, N) when ``transposed``; x (..., K), y and base (..., N), bias, magnitude and norm (N,), A (r, K),
 B (N, r), scale (1,). ``base`` is x W^T where x is not the layer's own input (PEFT's dropout), else None.
@@ -25,19 +25,13 @@ from adaptc.errors import UnsupportedError
 from adaptc.ir import dialect
 from adaptc.ir.derive import inline
 from adaptc.ir.dialect import Cost, DialectOp, nbytes
-from adaptc.ir.lora import draw_tensor
+from adaptc.ir.dora_expand import expand_body, expand_cost
+from adaptc.ir.dora_grads import product_of_columns
+from adaptc.ir.lora import draw_tensor, rows, scaled
 
 #: Into how many blocks of rows W is cut: what is computed of a block (its squares; a 16-bit weight in fp32) is the
 #: largest temporary.
 BLOCKS = 8
-
-
-def _opmath(t: torch.Tensor) -> torch.dtype:
-    return torch.float32 if t.dtype.itemsize < 4 else t.dtype
-
-
-def _rows(t: torch.Tensor) -> torch.Tensor:
-    return t.reshape(-1, t.shape[-1])
 
 
 def norm_dtype(weight: torch.Tensor, A: torch.Tensor) -> torch.dtype:
@@ -69,7 +63,7 @@ def row_norm_kernel(
     weight = weight.detach()
     if transposed or norm_dtype(weight, A) != torch.float32 or not skinny.takes(weight) or weight.stride(1) != 1:
         return None
-    return skinny.row_norms(weight, A, B, float(scale))
+    return skinny.row_norms(weight, A, B, scale)
 
 
 def row_norm(
@@ -107,22 +101,12 @@ def linear_body(
     x: torch.Tensor, y: torch.Tensor, base: torch.Tensor | None, bias: torch.Tensor | None, A: torch.Tensor,
     B: torch.Tensor, magnitude: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    wide = _opmath(y)
-    h = _rows(x) @ A.to(x.dtype).t()
-    product = (h @ B.to(x.dtype).t()).to(wide)
-    c = magnitude / norm
-    z = _frozen_output(y, base, bias, wide)
-    out = _rows(y).to(wide) + (c - 1).to(wide) * z + (c * scale.to(c.dtype)).to(wide) * product
-    return out.to(y.dtype).contiguous().view(y.shape), h.view(*x.shape[:-1], A.shape[0])
+    h = _bottleneck(x, A, scale)
+    return expand_body(y, base, bias, h, B, magnitude, norm), h
 
 
-def _frozen_output(
-    y: torch.Tensor, base: torch.Tensor | None, bias: torch.Tensor | None, wide: torch.dtype
-) -> torch.Tensor:
-    if base is not None:
-        return _rows(base).to(wide)
-    z = _rows(y).to(wide)
-    return z if bias is None else z - bias.to(wide)
+def _bottleneck(x: torch.Tensor, A: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return scaled(rows(x) @ A.to(x.dtype).t(), scale).view(*x.shape[:-1], A.shape[0])
 
 
 def linear_fake(
@@ -150,71 +134,37 @@ def linear_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, t
     ctx.save_for_backward(x, y if base is None else None, base, bias, A, B, magnitude, norm, scale, output[1])
 
 
+_GRADIENTS = ("lora_bottleneck_grad", "lora_factor_grad", "lora_input_grad", "dora_output_grads")
+
+
 def linear_gradient(ctx: Any, grad: torch.Tensor | None, _: Any) -> tuple[torch.Tensor | None, ...]:
+    """q, dB, dz and dmagnitude as ``dora_output_grads`` has them;  dA = q^T x;  dx = q A;  with a base:  dy = g, dbase
+    = dz;  without:  dy = dz. Only what is needed."""
     if grad is None:
         return (None,) * 9
     x, y, base, bias, A, B, magnitude, norm, scale, h = ctx.saved_tensors
-    need = [bool(ctx.needs_input_grad[i]) for i in _TRAINED]
-    op = dialect.get("dora_linear_backward")
-    # With create_graph=True someone differentiates this result: the op has no second derivative, its body has,
+    need_x, need_y, need_base, need_A, need_B, need_magnitude = (ctx.needs_input_grad[i] for i in _TRAINED)
+    # With create_graph=True someone differentiates this result: the ops have no second derivative, their bodies have,
     # and the saved h has lost its history.
-    if twice := torch.is_grad_enabled():
-        h = (_rows(x) @ A.to(x.dtype).t()).view(h.shape)
-    z = y if base is None else base
-    arguments = (grad, x, z, bias if base is None else None, A, B, magnitude, norm, scale, h, base is not None, need)
-    found = iter((op.body if twice else op.overload)(*arguments))
-    gradients: list[torch.Tensor | None] = [None] * 9
-    for i, wanted in zip(_TRAINED, need, strict=True):
-        gradients[i] = next(found) if wanted else None
-    return tuple(gradients)
-
-
-def backward_body(
-    grad: torch.Tensor, x: torch.Tensor, z: torch.Tensor, bias: torch.Tensor | None, A: torch.Tensor,
-    B: torch.Tensor, magnitude: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor, h: torch.Tensor,
-    has_base: bool, need: list[bool],
-) -> list[torch.Tensor]:  # fmt: skip
-    """Gradients of (x, y, base, A, B, magnitude), those that ``need`` asks for; z is base or y.
-
-        q = scale * g (c B);  dA = q^T x;  dx = q A;  G = g^T (scale * h);  dB = c G
-        dmagnitude = (sum_rows g * (z - bias) + sum_r G * B) / norm
-        with a base:  dy = g, dbase = (c - 1) g;  without:  dy = c g
-
-    c multiplies B and G, which are N x r: the correction's product is neither saved nor computed again.
-    """
-    need_x, need_y, need_base, need_A, need_B, need_magnitude = need
-    dtype, wide = grad.dtype, _opmath(grad)
-    g = _rows(grad)
-    c = magnitude / norm
-    found = []
-    if need_x or need_A:
-        q = ((g @ (c[:, None] * B).to(dtype)).to(wide) * scale.to(wide)).to(dtype)
+    twice = torch.is_grad_enabled()
+    bottleneck_grad, factor_grad, input_grad, output_grads = (
+        op.body if twice else op.overload for op in map(dialect.get, _GRADIENTS)
+    )
+    has_base = base is not None
+    dx = dz = dA = dB = dm = None
     if need_B or need_magnitude:
-        G = (g.t() @ (_rows(h).to(wide) * scale.to(wide)).to(dtype)).to(wide)
-    if need_x:
-        found.append((q @ A.to(dtype)).view(x.shape))
-    if need_y:
-        found.append(grad.clone() if has_base else (c.to(wide) * g.to(wide)).to(dtype).view(grad.shape))
-    if need_base:
-        found.append(((c - 1).to(wide) * g.to(wide)).to(dtype).view(grad.shape))
-    if need_A:
-        found.append((q.t() @ _rows(x)).to(A.dtype))
-    if need_B:
-        found.append((c.to(wide)[:, None] * G).to(B.dtype))
-    if need_magnitude:
-        frozen = _frozen_output(z, None, bias, wide)
-        total = (g.to(wide) * frozen).sum(0) + (G * B.to(wide)).sum(1)
-        found.append((total.to(norm.dtype) / norm).to(magnitude.dtype))
-    return [f.contiguous() for f in found]
-
-
-def backward_fake(
-    grad: torch.Tensor, x: torch.Tensor, z: torch.Tensor, bias: torch.Tensor | None, A: torch.Tensor,
-    B: torch.Tensor, magnitude: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor, h: torch.Tensor,
-    has_base: bool, need: list[bool],
-) -> list[torch.Tensor]:  # fmt: skip
-    like = (x, grad, grad, A, B, magnitude)
-    return [t.new_empty(t.shape) for t, wanted in zip(like, need, strict=True) if wanted]
+        h = _bottleneck(x, A, scale) if twice else h
+        z, bias = (base, None) if has_base else (y, bias)
+        q, dB, dz, dm = output_grads(grad, z, bias, h, B, magnitude, norm, scale, has_base)
+    else:
+        c = magnitude / norm
+        q = bottleneck_grad(grad, c[:, None] * B, scale) if need_x or need_A else None
+        dz = product_of_columns(grad, c - 1 if has_base else c) if need_base or need_y else None
+    dx = input_grad(q, A) if need_x else None
+    dA = factor_grad(q, x, A.dtype) if need_A else None
+    dy, dbase = (grad, dz) if has_base else (dz, None)
+    found = (dx, dy, dbase, None, dA, dB, dm, None, None)
+    return tuple(g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=True))
 
 
 def _elements(*sizes: Any) -> int:
@@ -236,37 +186,9 @@ def linear_cost(
     x: torch.Tensor, y: torch.Tensor, base: torch.Tensor | None, bias: torch.Tensor | None, A: torch.Tensor,
     B: torch.Tensor, magnitude: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor,
 ) -> Cost:  # fmt: skip
-    """The correction's product is written once and read with y."""
-    m, (r, k), n = _elements(*x.shape[:-1]), A.shape, int(B.shape[0])
-    h, product = m * int(r) * x.dtype.itemsize, m * n * x.dtype.itemsize
-    return Cost(
-        flops=2 * m * int(r) * (int(k) + n) + 5 * m * n,
-        read=nbytes(x, y, base, bias, A, B, magnitude, norm) + h + product,
-        written=nbytes(y) + h + product,
-        saved=h + nbytes(y if base is None else base),
-    )
-
-
-def backward_cost(
-    grad: torch.Tensor, x: torch.Tensor, z: torch.Tensor, bias: torch.Tensor | None, A: torch.Tensor,
-    B: torch.Tensor, magnitude: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor, h: torch.Tensor,
-    has_base: bool, need: list[bool],
-) -> Cost:  # fmt: skip
-    """Each product reads the gradient once, and so do the gradients of y, base and magnitude together."""
-    need_x, need_y, need_base, need_A, need_B, need_magnitude = need
-    m, (r, k), n = _elements(*grad.shape[:-1]), A.shape, int(B.shape[0])
-    q, G = need_x or need_A, need_B or need_magnitude
-    small = 2 * m * int(r)
-    pointwise = need_y + need_base + 2 * need_magnitude
-    like = zip((x, grad, grad, A, B, magnitude), need, strict=True)
-    return Cost(
-        flops=small * (n * (q + G) + int(k) * (need_x + need_A)) + pointwise * m * n,
-        read=nbytes(grad) * (q + G + (pointwise > 0))
-        + need_magnitude * nbytes(z)
-        + need_A * nbytes(x)
-        + nbytes(A, B, h),
-        written=sum(nbytes(t) for t, wanted in like if wanted) + q * m * int(r) * grad.dtype.itemsize,
-    )
+    h = linear_fake(x, y, base, bias, A, B, magnitude, norm, scale)[1]
+    shrink = Cost(2 * _elements(*h.shape) * int(x.shape[-1]), nbytes(x, A), nbytes(h), nbytes(h))
+    return shrink + expand_cost(y, base, bias, h, B, magnitude, norm)
 
 
 def row_norm_sample(draw: Any) -> tuple[Any, ...]:
@@ -301,15 +223,6 @@ def linear_sample(draw: Any) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def backward_sample(draw: Any) -> tuple[Any, ...]:
-    x, y, base, bias, A, B, magnitude, norm, scale = linear_sample(draw)
-    h = linear_body(x, y, base, bias, A, B, magnitude, norm, scale)[1]
-    grad = draw_tensor(draw, tuple(y.shape), y.dtype)
-    need = [True, True, base is not None, True, True, True]
-    z, bias = (y, bias) if base is None else (base, None)
-    return grad, x, z, bias, A, B, magnitude, norm, scale, h, base is not None, need
-
-
 DORA_ROW_NORM = dialect.define(
     DialectOp(
         name="dora_row_norm",
@@ -337,17 +250,5 @@ DORA_LINEAR = dialect.define(
         cost=linear_cost,
         sample=linear_sample,
         lowering=inline("dora_linear"),
-    )
-)
-DORA_LINEAR_BACKWARD = dialect.define(
-    DialectOp(
-        name="dora_linear_backward",
-        schema="(Tensor grad, Tensor x, Tensor z, Tensor? bias, Tensor A, Tensor B, Tensor magnitude, Tensor norm,"
-        " Tensor scale, Tensor h, bool has_base, bool[] need) -> Tensor[]",
-        body=backward_body,
-        fake=backward_fake,
-        cost=backward_cost,
-        sample=backward_sample,
-        lowering=inline("dora_linear_backward"),
     )
 )

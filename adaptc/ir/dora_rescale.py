@@ -33,10 +33,10 @@ aten = torch.ops.aten
 def body(y: torch.Tensor, bias: torch.Tensor | None, magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     c = magnitude / norm
     out = y * c.to(y.dtype)
-    return _dense(out if bias is None else out + ((1 - c) * bias).to(y.dtype))
+    return dense(out if bias is None else out + ((1 - c) * bias).to(y.dtype))
 
 
-def _dense(t: torch.Tensor) -> torch.Tensor:
+def dense(t: torch.Tensor) -> torch.Tensor:
     """``t`` contiguous, with the strides that a new tensor of its shape has in dimensions of one element too."""
     return t.reshape(-1).view(t.shape)
 
@@ -71,7 +71,7 @@ def grad_body(
     c = magnitude / norm
     centred = y if bias is None else y - bias.to(y.dtype)
     total = (grad * centred).reshape(-1, grad.shape[-1]).sum(0)
-    return _dense(grad * c.to(grad.dtype)), (total.to(norm.dtype) / norm).to(magnitude.dtype)
+    return dense(grad * c.to(grad.dtype)), (total.to(norm.dtype) / norm).to(magnitude.dtype)
 
 
 def grad_fake(

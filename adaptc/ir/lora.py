@@ -22,13 +22,13 @@ from adaptc.ir import dialect
 from adaptc.ir.dialect import Cost, DialectOp, nbytes
 
 
-def _opmath(t: torch.Tensor) -> torch.dtype:
+def opmath(t: torch.Tensor) -> torch.dtype:
     return torch.float32 if t.dtype.itemsize < 4 else t.dtype
 
 
 def scaled(t: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """scale * t, rounded once."""
-    wide = _opmath(t)
+    wide = opmath(t)
     return (t.to(wide) * scale.to(wide)).to(t.dtype)
 
 
@@ -113,7 +113,7 @@ def linear_gradient(ctx: Any, grad: torch.Tensor | None, _: Any) -> tuple[torch.
     if need_B:
         dB = factor_grad(grad, h if ctx.scale_at == "r" else scaled(h, scale), B.dtype)
     if need_scale:
-        weight = bottleneck_grad(grad, B, torch.ones_like(scale)).to(_opmath(h)) * h
+        weight = bottleneck_grad(grad, B, torch.ones_like(scale)).to(opmath(h)) * h
         dscale = weight.sum().reshape(1).to(scale.dtype)
     return dx, grad if need_y else None, dA, dB, dscale, None
 

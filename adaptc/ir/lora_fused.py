@@ -75,9 +75,10 @@ def bottleneck_grads_kernel(
     return pairs.both(grad, h, B, scale, dtype) if pairs.takes(grad, h.shape[-1]) else None
 
 
-def _has_kernel(device: str, grad: fx.Node, h: fx.Node, *args: Any) -> bool:
-    is_small = node_value(h).shape[-1] <= pairs.MOST_RANKS
-    return device == "cpu" and node_value(grad).dtype == torch.bfloat16 and is_small and has_avx512_bf16()
+def has_kernel(device: str, x: fx.Node, small: fx.Node) -> bool:
+    """Whether kernels for pairs of bf16 take ``x`` with an operand of the rank of ``small``, its last dimension."""
+    is_small = node_value(small).shape[-1] <= pairs.MOST_RANKS
+    return device == "cpu" and node_value(x).dtype == torch.bfloat16 and is_small and has_avx512_bf16()
 
 
 def bottleneck_grads_fake(
@@ -184,7 +185,8 @@ LORA_BOTTLENECK_GRADS = dialect.define(
         name="lora_bottleneck_grads",
         schema="(Tensor grad, Tensor h, Tensor B, Tensor scale, ScalarType dtype) -> (Tensor, Tensor)",
         body=bottleneck_grads_body, fake=bottleneck_grads_fake, cost=bottleneck_grads_cost,
-        sample=bottleneck_grads_sample, kernel=bottleneck_grads_kernel, whole=_has_kernel,
+        sample=bottleneck_grads_sample, kernel=bottleneck_grads_kernel,
+        whole=lambda device, grad, h, *others: has_kernel(device, grad, h),
     )
 )  # fmt: skip
 LORA_LINEAR_INPUT_GRADS = dialect.define(

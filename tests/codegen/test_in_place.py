@@ -13,7 +13,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import adaptc
-from adaptc.codegen.in_place import ADD_PRODUCT, ADD_PRODUCTS, RESCALE_GRAD, accumulate_in_place
+from adaptc.codegen.in_place import ADD_PRODUCT, ADD_PRODUCTS, OUTPUT_GRADS, RESCALE_GRAD, accumulate_in_place
 from adaptc.ir import dialect
 
 aten = torch.ops.aten
@@ -235,6 +235,51 @@ def test_the_gradient_of_a_rescaled_output_is_made_in_place(name, has_bias):
     torch.testing.assert_close(dy, (exact * magnitude / norm).sin().float())
     centred = y.double() - (bias if has_bias else 0)
     torch.testing.assert_close(dm, ((exact * centred).sum((0, 1)) / norm).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", RESCALED)
+@pytest.mark.parametrize("of_base", [False, True])
+def test_the_gradient_of_a_dora_output_is_made_in_place(name, of_base, dtype):
+    torch.manual_seed(0)
+    g, f, z, h, B = (torch.randn(*s).to(dtype) for s in ((2, 4, 5),) * 3 + ((2, 4, 3), (5, 3)))
+    magnitude, norm, scale = torch.rand(5) + 0.5, torch.rand(5) + 0.5, torch.full((1,), 2.0, dtype=torch.float64)
+    make, count = RESCALED[name]
+    op = dialect.get("dora_output_grads").overload
+
+    def together(g, f, z, h, B, magnitude, norm, scale):
+        q, dB, dz, dm = op(make(g, f), z, None, h, B, magnitude, norm, scale, of_base)
+        return q, dB, dz.sin(), dm
+
+    given = g, f, z, h, B, magnitude, norm, scale
+    found, targets = rewritten(together, *given)
+    assert found == targets.count(OUTPUT_GRADS) == count and targets.count(op) == 1 - count
+    made = make(g, f)
+    q, dB, dz, dm = op(made, z, None, h, B, magnitude, norm, scale, of_base)
+    flat, c = made.double().flatten(0, 1), magnitude.double() / norm.double()
+    tolerance = {"rtol": 3e-2, "atol": 6e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    wants = [
+        (2 * flat @ (c[:, None] * B.double())).view(2, 4, 3), c[:, None] * (flat.t() @ h.double().flatten(0, 1)),
+        (c - float(of_base)) * made.double(),
+        ((flat * z.double().flatten(0, 1)).sum(0) + ((flat.t() @ h.double().flatten(0, 1)) * B).sum(1)) / norm,
+    ]  # fmt: skip
+    for got, want in zip((q, dB, dz, dm), wants, strict=True):
+        torch.testing.assert_close(got.double(), want, **tolerance)
+
+
+def test_the_gradients_of_several_adapters_are_added_to_what_a_loop_writes():
+    q, A = [torch.randn(2, 4, 2), torch.randn(2, 4, 3)], [torch.randn(2, 5), torch.randn(3, 5)]
+    joined = dialect.get("lora_input_grads").overload
+    for make in (lambda x: x + 1, lambda x: (x + 1).view(8, 5).view(2, 4, 5)):
+        def sums(x, *factors, make=make):
+            return joined(make(x), factors[:2], factors[2:], [], []).relu()
+
+        count, targets = rewritten(sums, torch.randn(2, 4, 5), *q, *A)
+        assert count == targets.count(ADD_PRODUCTS) == 1
+    shared = rewritten(
+        lambda x, *factors: (joined(y := x + 1, factors[:2], factors[2:], [], []), y), torch.randn(2, 4, 5), *q, *A
+    )
+    assert shared[0] == 0, "someone else reads it"
 
 
 def test_a_gradient_that_others_read_is_not_written_to():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptc.codegen.cpp import pairs
-from adaptc.ir import dialect, lora_fused, lora_split
+from adaptc.ir import dialect, dora, dora_expand, dora_grads, lora_fused, lora_split
 from tests.codegen.test_skinny import check
 
 needs_pairs = pytest.mark.skipif(pairs.library() is None, reason="no CPU with AVX512_BF16, or no compiler for it")
@@ -116,6 +116,75 @@ def test_update(case):
     check([by_rows(got)], [by_rows(body)], [want], [size])
 
 
+@st.composite
+def dora_cases(draw):
+    """g or y, z, bias, h, B, magnitude, norm, scale of one site, and whether z is a base."""
+    M, N, r = draw(ROWS), draw(WIDTHS), draw(st.sampled_from([1, 2, 3, 8, 9, 16, 17, 33, 64]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def numbers(*shape, dtype=BF16):
+        wide = torch.randn(*shape[:-1], 2 * shape[-1], generator=generator).to(dtype)
+        part = wide[..., : shape[-1]]
+        return part if draw(st.booleans()) else part.contiguous()
+
+    factors, of_base = draw(st.sampled_from([torch.float32, BF16, torch.float64])), draw(st.booleans())
+    bias = None if of_base or draw(st.booleans()) else numbers(N, dtype=draw(st.sampled_from([BF16, torch.float32])))
+    B = numbers(r, N, dtype=factors).t() if draw(st.booleans()) else numbers(N, r, dtype=factors)
+    magnitude, norm = numbers(N, dtype=factors), numbers(N, dtype=torch.float32).abs() + 0.5
+    lead = (2, M // 2) if M % 2 == 0 and draw(st.booleans()) else (M,)
+    large = [numbers(*lead, N), numbers(*lead, N)]
+    return *large, bias, numbers(*lead, r), B, magnitude, norm, torch.full((1,), 1.5, dtype=torch.float64), of_base
+
+
+def in_fp64(values):
+    return [v.double() if isinstance(v, torch.Tensor) else v for v in values]
+
+
+@needs_pairs
+@given(case=dora_cases())
+@settings(max_examples=150)
+def test_dora_expand(case):
+    y, z, bias, h, B, magnitude, norm, _, of_base = case
+    got = pairs.dora_expand(y, z if of_base else None, bias, h, B, magnitude, norm)
+    body = dora_expand.expand_body(y, z if of_base else None, bias, h, B, magnitude, norm)
+    wide, values, m, n = in_fp64((y, z, magnitude, norm))
+    c, product = m / n, rows(h) @ in_bf16([B])[0].t()
+    terms = [rows(wide), (c - 1) * rows(values if of_base else wide), c * product]
+    if bias is not None:
+        terms.append(-(c - 1) * bias.double())
+    parts = rows(values if of_base else wide).abs() + rows(h).abs() @ B.double().abs().t()
+    size = rows(wide).abs() + (1 + c.abs()) * parts
+    size = size if bias is None else size + (1 + c.abs()) * bias.double().abs()
+    assert got.shape == y.shape and got.dtype == BF16
+    check([by_rows(got)], [by_rows(body)], [sum(terms)], [size])
+
+
+@needs_pairs
+@given(case=dora_cases(), in_place=st.booleans())
+@settings(max_examples=150)
+def test_dora_output_grads(case, in_place):
+    g, z, bias, h, B, magnitude, norm, scale, of_base = case
+    if in_place:
+        g = g.contiguous()
+    body = dora_grads.grads_body(*case)
+    dz = g.clone() if in_place else torch.empty(g.shape, dtype=BF16)
+    q, dB, dm = pairs.dora_output_grads(dz if in_place else g, *case[1:], dz)
+    c = magnitude.double() / norm.double()
+    centred = rows(z) if bias is None else rows(z) - bias.double()
+    cB, G, G_size = c[:, None] * B.double(), *product(rows(g).t(), rows(h))
+    norms = norm.double()
+    want = [1.5 * rows(g) @ cB, c[:, None] * G, (c - float(of_base)) * rows(g),
+            ((rows(g) * centred).sum(0) + (G * B.double()).sum(1)) / norms]  # fmt: skip
+    spread = rows(z).abs() if bias is None else rows(z).abs() + bias.double().abs()
+    size = [1.5 * rows(g).abs() @ cB.abs(), c[:, None].abs() * G_size, (c.abs() + float(of_base)) * rows(g).abs(),
+            ((rows(g).abs() * spread).sum(0) + (G_size * B.double().abs()).sum(1)) / norms]  # fmt: skip
+    got = q, dB, dz, dm
+    assert [(t.shape, t.dtype) for t in got] == [(t.shape, t.dtype) for t in body]
+    # For factors in fp64 too they are made in fp32.
+    got, body = ([t.float() if t.dtype == torch.float64 else t for t in each] for each in (got, body))
+    check(map(by_rows, got), map(by_rows, body), [by_rows(t) for t in want], [by_rows(t) for t in size])
+
+
 @needs_pairs
 def test_the_same_numbers_in_every_run_and_by_any_number_of_threads_but_for_the_order_of_sums():
     torch.manual_seed(0)
@@ -123,9 +192,13 @@ def test_the_same_numbers_in_every_run_and_by_any_number_of_threads_but_for_the_
     scale = torch.ones(1, dtype=torch.float64)
 
     def run():
-        total = x.clone()
+        total, dz = x.clone(), torch.empty_like(x)
         pairs.update(total, h, A)
-        return [*pairs.shrink(x, A, [scale] * 2), *pairs.gradient(h, x, torch.float32), total,
+        columns = torch.linspace(0.5, 2, 515)
+        q, dB, dm = pairs.dora_output_grads(x, x, None, h[0], A[0].t(), columns, columns.flip(0), scale, False, dz)
+        later = torch.cat([dB.flatten(), dm])
+        return [later, q, dz, pairs.dora_expand(x, None, None, h[0], A[0].t(), columns, columns.flip(0)),
+                *pairs.shrink(x, A, [scale] * 2), *pairs.gradient(h, x, torch.float32), total,
                 *pairs.both(x, h[0], A[0].t(), scale, torch.float32)]  # fmt: skip
 
     threads = torch.get_num_threads()
@@ -138,9 +211,10 @@ def test_the_same_numbers_in_every_run_and_by_any_number_of_threads_but_for_the_
     finally:
         torch.set_num_threads(threads)
     for count in (2, 3):
-        *others, dB = found[count]
-        assert all(torch.equal(one, other) for one, other in zip(others, found[1], strict=False))
+        sums, *others, dB = found[count]
+        assert all(torch.equal(one, other) for one, other in zip(others, found[1][1:], strict=False))
         torch.testing.assert_close(dB, found[1][-1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sums, found[1][0], rtol=1e-5, atol=1e-4)
 
 
 @needs_pairs
@@ -162,17 +236,19 @@ def test_sizes_that_do_not_fit_are_refused():
         lambda: pairs.gradient([q[:1]], x, BF16),
         lambda: pairs.both(x, q, torch.randn(7, 2), one, BF16),
         lambda: pairs.update(x, [q[:1]], [torch.randn(2, 8)]),
+        lambda: pairs.update(x, [q], [torch.randn(3, 8)]),
+        lambda: pairs.both(x, q, torch.randn(8, 3), one, BF16),
+        lambda: pairs.dora_expand(x, x[:2], None, q, torch.randn(8, 2), torch.ones(8), torch.ones(8)),
+        lambda: pairs.dora_expand(x, None, None, q, torch.randn(8, 2), torch.ones(7), torch.ones(8)),
+        lambda: pairs.dora_output_grads(
+            x, x, None, q, torch.randn(8, 3), torch.ones(8), torch.ones(8), one, False, x.clone()
+        ),
+        lambda: pairs.dora_output_grads(
+            x, x, None, q, torch.randn(8, 2), torch.ones(8), torch.ones(8), one, False, x.clone()[:3]
+        ),
     ):
         with pytest.raises(RuntimeError, match="expected"):
             call()
-
-
-@needs_pairs
-def test_a_part_of_each_row_is_read_where_it_lies(monkeypatch):
-    x, A, scale = torch.randn(2, 5, 24).to(BF16), torch.randn(3, 8), torch.ones(1, dtype=torch.float64)
-    want = pairs.shrink(x[..., :8].contiguous(), [A], [scale])[0]
-    monkeypatch.setattr(torch.Tensor, "contiguous", None)
-    assert torch.equal(pairs.shrink(x[..., :8], [A], [scale])[0], want)
 
 
 def test_what_the_kernels_do_not_take_is_left_to_torch(monkeypatch):
@@ -185,18 +261,56 @@ def test_what_the_kernels_do_not_take_is_left_to_torch(monkeypatch):
     assert not pairs.takes(x, 3)
 
 
-@pytest.mark.parametrize("name", ["lora_shrink", "lora_factor_grads", "lora_input_grads", "lora_bottleneck_grads"])
-def test_without_the_instructions_the_bodies_run(name, monkeypatch):
-    x, q, A = torch.randn(5, 8).to(BF16), [torch.randn(5, 3).to(BF16)], [torch.randn(3, 8)]
-    args = {
-        "lora_shrink": (x, A, [torch.ones(1)], [], []),
+def arguments_of(name, dtype):
+    x, q, A = torch.randn(5, 8).to(dtype), [torch.randn(5, 3).to(dtype)], [torch.randn(3, 8)]
+    one, columns = torch.ones(1, dtype=torch.float64), torch.rand(8) + 0.5
+    return {
+        "lora_shrink": (x, A, [one], [], []),
         "lora_factor_grads": (q, x, torch.float32, [], []),
         "lora_input_grads": (x, q, A, [], []),
-        "lora_bottleneck_grads": (x, q[0], A[0].t(), torch.ones(1), torch.float32),
+        "lora_bottleneck_grads": (x, q[0], A[0].t(), one, torch.float32),
+        "dora_expand": (x, None, None, q[0], A[0].t(), columns, columns.flip(0)),
+        "dora_output_grads": (x, x, None, q[0], A[0].t(), columns, columns.flip(0), one, False),
+        dora.DORA_ROW_NORM.name: (x, A[0], torch.randn(5, 3), one, False),
     }[name]
+
+
+def flat(results):
+    return [results] if isinstance(results, torch.Tensor) else list(results)
+
+
+NAMES = ["lora_shrink", "lora_factor_grads", "lora_input_grads", "lora_bottleneck_grads", "dora_expand",
+         "dora_output_grads"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_the_instructions_the_bodies_run(name, monkeypatch):
+    args = arguments_of(name, BF16)
     assert (dialect.get(name).kernel(*args) is not None) == (pairs.library() is not None)
     with_kernel = dialect.get(name).overload(*args)
     monkeypatch.setattr(pairs, "library", lambda: None)
     monkeypatch.setattr(lora_split, "cpu_emulates", lambda dtype: False)
     assert dialect.get(name).kernel(*args) is None
-    torch.testing.assert_close(with_kernel, dialect.get(name).overload(*args), rtol=2e-2, atol=2e-2)
+    python = getattr(torch.ops.adaptc_python, name)
+    torch.testing.assert_close(flat(with_kernel), flat(python(*args)), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("name", [*NAMES, "dora_row_norm"])
+def test_what_the_library_does_not_take_python_does(name, dtype):
+    """After the library has taken the ops over."""
+    pairs.library()
+    args = arguments_of(name, dtype)
+    got, want = (flat(run(*args)) for run in (dialect.get(name).overload, dialect.get(name).body))
+    assert [t.dtype for t in got] == [t.dtype for t in want]
+    torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
+
+
+@needs_pairs
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_dropouts_go_to_python(name):
+    seed, rates = [torch.tensor([5])], [0.5]
+    *args, _, _ = arguments_of(name, BF16)
+    got, want = (flat(run(*args, seed, rates)) for run in (dialect.get(name).overload, dialect.get(name).body))
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+    assert not torch.allclose(got[0], flat(dialect.get(name).overload(*args, [], []))[0])

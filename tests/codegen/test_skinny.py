@@ -107,7 +107,7 @@ def test_row_norms(case, scale, wide):
     B = torch.randn(W.shape[0], rank, generator=torch.Generator().manual_seed(rank)).to(A.dtype)
     if W.stride(1) != 1:
         W = W.contiguous()
-    got = skinny.row_norms(W, A, B, scale)
+    got = skinny.row_norms(W, A, B, torch.tensor([scale]))
     corrected = W.double() + scale * B.double() @ A.double()
     want = corrected.square().sum(1)
     # The square of a row in which the correction cancels the weight has the rounding of either.
@@ -119,7 +119,7 @@ def test_row_norms(case, scale, wide):
 def test_a_row_norm_tells_a_weight_that_is_not_finite():
     W = torch.ones(3, 9)
     W[1, 4], W[2, 8] = float("nan"), float("inf")
-    norms = skinny.row_norms(W, torch.zeros(2, 9), torch.zeros(3, 2), 1.0)
+    norms = skinny.row_norms(W, torch.zeros(2, 9), torch.zeros(3, 2), torch.ones(1))
     assert float(norms[0]) == 3.0 and bool(norms[1].isnan()) and bool(norms[2].isinf() or norms[2].isnan())
 
 
@@ -132,7 +132,7 @@ def test_the_defaults_of_the_process_do_not_matter(dtype):
         sums = total.clone()
         skinny.update(sums, [h], [A])
         return [*skinny.shrink(x, [A, A2], [scale, None]), *skinny.gradient([h], x), sums,
-                skinny.row_norms(x, A, B, 0.5)]  # fmt: skip
+                skinny.row_norms(x, A, B, scale)]  # fmt: skip
 
     want = run()
     torch.set_default_dtype(dtype)

@@ -282,7 +282,8 @@ def test_values_and_gradients_are_the_formulas(data):
 
 @pytest.mark.parametrize(
     "name",
-    ["dora_linear", "dora_row_norm", "dora_linear_backward", "dora_rescale", "dora_rescale_grad", "dora_factor"],
+    ["dora_linear", "dora_row_norm", "dora_expand", "dora_output_grads", "dora_rescale", "dora_rescale_grad",
+     "dora_factor"],
 )
 @given(data=st.data())
 @settings(max_examples=30)
@@ -359,6 +360,13 @@ def test_second_derivatives_of_the_factor_per_column(has_bias):
     assert torch.autograd.gradcheck(rescale, (y, m)) and torch.autograd.gradgradcheck(rescale, (y, m))
 
 
+def test_a_factor_of_one_keeps_every_bit_in_16_bits():
+    y, norm = torch.randn(3, 5).bfloat16(), torch.rand(5) + 0.5
+    args = y, None, torch.randn(5).bfloat16(), torch.zeros(3, 2).bfloat16(), torch.randn(5, 2), norm, norm
+    assert torch.equal(dialect.get("dora_expand").overload(*args), y)
+    assert torch.equal(dialect.get("dora_expand").body(*args), y)
+
+
 def test_a_factor_of_one_keeps_every_bit():
     y, bias, n = torch.randn(3, 5), torch.randn(5), torch.rand(5) + 0.5
     assert torch.equal(dialect.get("dora_rescale").overload(y, bias, n, n), y)
@@ -366,13 +374,21 @@ def test_a_factor_of_one_keeps_every_bit():
         dialect.get("dora_rescale").overload(y, bias.requires_grad_(), n, n)
 
 
-def test_sites_that_read_one_value_share_it():
-    model = adaptc.compile(hosts.short("llama", train=True), adaptc.LoRA(**OPTIONS), backend="aot_eager")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sites_that_read_one_value_share_it(dtype):
+    model = hosts.short("llama", train=True).to(dtype)
+    model = adaptc.compile(model, adaptc.LoRA(**OPTIONS), backend="aot_eager", verify="raise")
     model(**hosts.batch("llama")).loss.backward()
     (graph,) = model.adaptc.graphs
     gm = graph.graph_module("share")
-    shrinks = gm.graph.find_nodes(op="call_function", target=dialect.get("lora_shrink").overload)
-    assert [len(node.args[1]) for node in shrinks] == [3, 2]
+    shrinks, grads, inputs = (
+        gm.graph.find_nodes(op="call_function", target=dialect.get(name).overload)
+        for name in ("lora_shrink", "lora_factor_grads", "lora_input_grads")
+    )
+    # In 16 bits the two sites that share with none have their bottleneck as a node of its own too.
+    assert sorted(len(node.args[1]) for node in shrinks) == [1] * (2 * (dtype == torch.bfloat16)) + [2, 3]
+    assert sorted(len(node.args[0]) for node in grads) == [2, 3]
+    assert max(len(node.args[1]) for node in inputs) == 2, "nothing below the first layer needs a gradient"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

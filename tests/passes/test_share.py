@@ -348,3 +348,32 @@ def test_only_seeds_are_drawn_together():
     assert share(seeded([BOUND, (2**61,)]), Context()).applied == [], "drawn from different ranges"
     stopped = share(seeded([BOUND] * 2), Context(budget=0))
     assert stopped.applied == [] and [reason for _, reason in stopped.refused] == ["limit reached"] * 2
+
+
+def kept_between(function, *inputs):
+    """The targets of what the backward makes again, in a graph of one adapter that reads what ``function`` makes."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.up, self.gate, self.down = (torch.nn.Linear(6, 8, bias=False) for _ in range(3))
+            self.down = torch.nn.Linear(8, 6, bias=False)
+
+        def forward(self, x):
+            return self.down(function(self.gate(x), self.up(x)))
+
+    net = Net()
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    model = adaptc.compile(net, adaptc.LoRA(r=2, targets=["down"], init="random"), backend="aot_eager")
+    model(torch.randn(3, 6).requires_grad_()).sum().backward()
+    (graph,) = model.adaptc.graphs
+    gm = graph.graph_module("share")
+    return [n.target for n in gm.graph.nodes if n.meta.get("recompute") is not None]
+
+
+def test_what_a_loop_makes_for_an_adapter_alone_is_made_again():
+    assert kept_between(lambda gate, up: gate.sin() * up)[-1] is torch.ops.aten.mul.Tensor
+    assert not kept_between(lambda gate, up: torch.tanh(gate + up)), "the base's own backward reads it"
+    assert not kept_between(lambda gate, up: gate + up), "two tensors of its size are not kept for others"

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from adaptc.codegen.cpp.elements import ELEMENTS
+from adaptc.codegen.cpp.native_source import NATIVE
+from adaptc.codegen.cpp.pairs_dora_source import DORA
+from adaptc.codegen.cpp.pairs_ops_source import OPS
 
 #: Without the instructions ``lanes`` is 0 and nothing else is there.
-SOURCE = ELEMENTS + r"""
+SOURCE = (
+    ELEMENTS
+    + r"""
 #if !(defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__))
 extern "C" int lanes() { return 0; }
 #else
-#include <algorithm>
 #include <immintrin.h>
-#include <vector>
 
 typedef uint16_t half;  // the bits of a bf16
 typedef uint32_t pair;  // two of them, the first in the low bits
@@ -36,6 +39,10 @@ static inline half rounded(float v) {
     bf16 out;
     store(&out, v);
     return out.bits;
+}
+static inline float value(const Factor& f, int64_t rank, int64_t other) {
+    const int64_t at = rank * f.along + other * f.across;
+    return f.is_bf16 ? load(static_cast<const bf16*>(f.data) + at) : static_cast<const float*>(f.data)[at];
 }
 static inline half element(const Factor& f, int64_t rank, int64_t other) {
     const int64_t at = rank * f.along + other * f.across;
@@ -258,17 +265,10 @@ static inline int64_t share_of(int64_t count, int64_t unit, int part, int parts)
     return std::min(count, (count + unit - 1) / unit * part / parts * unit);
 }
 
-// One pass over x (rows, width): its products with ``count`` factors of ``width`` on the other side, if ``shrinks_it``,
-// and the gradients of as many of ``rows`` there, if ``sums_up``. ``given``: for each of the two the factors, then the
-// results.
-extern "C" void products(const half* x, int64_t rows, int64_t width, int64_t ldx, int64_t count, const char* given,
-                         int shrinks_it, int sums_up, int threads) {
-    static_assert(sizeof(Factor) == 40 && sizeof(Part) == 40, "as the caller writes them");
-    const char* second = shrinks_it ? given + 80 * count : given;
-    const Factor* shrinks = shrinks_it ? reinterpret_cast<const Factor*>(given) : nullptr;
-    const Part* shrunk = reinterpret_cast<const Part*>(given + 40 * count);
-    const Factor* grads = sums_up ? reinterpret_cast<const Factor*>(second) : nullptr;
-    const Part* summed_up = reinterpret_cast<const Part*>(second + 40 * count);
+// One pass over x (rows, width): its products with ``count`` factors of ``width`` on the other side, ``shrinks``, and
+// the gradients of as many of ``rows`` there, ``grads``; null: none. The results of each go to the parts behind them.
+static void products(const half* x, int64_t rows, int64_t width, int64_t ldx, int64_t count, const Factor* shrinks,
+                     const Part* shrunk, const Factor* grads, const Part* summed_up, int threads) {
     const int64_t pairs = (width + 1) / 2, stride = padded(width, STRIP);
     const int64_t columns = shrinks == nullptr ? 0 : padded(all_ranks(shrinks, count), W);
     const int64_t ranks = grads == nullptr ? 0 : padded(all_ranks(grads, count), TILE);
@@ -319,29 +319,69 @@ extern "C" void products(const half* x, int64_t rows, int64_t width, int64_t ldx
     }
 }
 
-// total[R, V*W] += pairs of q's ranks times pairs of the factors' ranks
-template <int R>
-static inline void update_tile(half* total, int64_t ldt, const pair* q, int64_t depth, const pair* a, int64_t lda,
-                               __mmask32 mask) {
+// What a sum is given to: it is added to a row; or y + (c - 1) z + c * it, where z is another row, or y - bias.
+struct Columns {
+    const half* z;
+    const float *bias, *c;
+    Columns from(int64_t element, int64_t column) const {
+        return {z == nullptr ? z : z + element, bias == nullptr ? bias : bias + column, c + column};
+    }
+};
+static inline __m512 wide_half(__m512i row, int v) {
+    return widened(v == 0 ? _mm512_castsi512_si256(row) : _mm512_extracti64x4_epi64(row, 1));
+}
+static inline __m512 finished(__m512 sum, __m512 y, __m512 z, __m512 bias, __m512 c) {
+    const __m512 less = _mm512_sub_ps(c, _mm512_set1_ps(1.0f));
+    return _mm512_fmadd_ps(c, sum, _mm512_fmadd_ps(less, _mm512_sub_ps(z, bias), y));
+}
+
+// out[R, 2 * W] = from, and pairs of q's ranks times pairs of the factors' ranks
+template <int R, bool RESCALES>
+static inline void update_tile(const half* from, half* out, int64_t ld, const pair* q, int64_t depth, const pair* a,
+                               int64_t lda, __mmask32 mask, const Columns& at) {
     __m512 sum[R][2];
     for (int i = 0; i < R; ++i) {
-        const __m512i row = _mm512_maskz_loadu_epi16(mask, total + i * ldt);
-        sum[i][0] = widened(_mm512_castsi512_si256(row));
-        sum[i][1] = widened(_mm512_extracti64x4_epi64(row, 1));
+        const __m512i row = RESCALES ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(mask, from + i * ld);
+        for (int v = 0; v < 2; ++v) sum[i][v] = wide_half(row, v);
     }
     for (int64_t k = 0; k < depth; ++k)
         for (int v = 0; v < 2; ++v) {
             const __m512i b = _mm512_loadu_si512(a + k * lda + v * W);
             for (int i = 0; i < R; ++i) sum[i][v] = summed(sum[i][v], q[i * depth + k], b);
         }
+    __m512 c[2], bias[2];
+    for (int v = 0; v < 2 && RESCALES; ++v) {
+        const __mmask16 columns = static_cast<__mmask16>(mask >> v * W);
+        c[v] = _mm512_maskz_loadu_ps(columns, at.c + v * W);
+        bias[v] = at.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(columns, at.bias + v * W);
+    }
     for (int i = 0; i < R; ++i) {
+        if (RESCALES) {
+            const __m512i y = _mm512_maskz_loadu_epi16(mask, from + i * ld);
+            const __m512i z = at.z == nullptr ? y : _mm512_maskz_loadu_epi16(mask, at.z + i * ld);
+            for (int v = 0; v < 2; ++v)
+                sum[i][v] = finished(sum[i][v], wide_half(y, v), wide_half(z, v), bias[v], c[v]);
+        }
         const __m512i row = _mm512_castsi256_si512(narrowed(sum[i][0]));
-        _mm512_mask_storeu_epi16(total + i * ldt, mask, _mm512_inserti64x4(row, narrowed(sum[i][1]), 1));
+        _mm512_mask_storeu_epi16(out + i * ld, mask, _mm512_inserti64x4(row, narrowed(sum[i][1]), 1));
+    }
+}
+template <bool RESCALES>
+static void update_rows(const half* from, half* out, int64_t ld, int64_t rows, const pair* q, int64_t depth,
+                        const pair* a, int64_t lda, __mmask32 mask, Columns at) {
+    if (rows == ROWS) return update_tile<ROWS, RESCALES>(from, out, ld, q, depth, a, lda, mask, at);
+    for (int64_t i = 0; i < rows; ++i) {
+        update_tile<1, RESCALES>(from, out, ld, q, depth, a, lda, mask, at);
+        from += ld, out += ld, q += depth;
+        if (at.z != nullptr) at.z += ld;
     }
 }
 
-// total (rows, width) += sum over ``count`` q (rows, rank) and as many factors (rank, width), the q given first
-extern "C" void update(half* total, int64_t rows, int64_t width, int64_t count, const Factor* q, int threads) {
+// The sum over ``count`` q (rows, rank) times as many factors (rank, width), the q given first, is added to ``from``
+// (rows, width), or with ``columns`` what those say.
+template <bool RESCALES>
+static void update_all(const half* from, half* out, int64_t rows, int64_t width, int64_t count, const Factor* q,
+                       const Columns& columns, int threads) {
     const Factor* a = q + count;
     const int64_t lda = padded(width, STRIP), blocks = (rows + ROWS - 1) / ROWS;
     int64_t depth = 0;
@@ -360,20 +400,21 @@ extern "C" void update(half* total, int64_t rows, int64_t width, int64_t count, 
             const int64_t i0 = block * ROWS, n = std::min<int64_t>(ROWS, rows - i0);
             for (int64_t g = 0, r0 = 0; g < count; r0 += (q[g++].rank + 1) / 2)
                 for (int64_t i = 0; i < n; ++i) pack_row(q[g], i0 + i, left + i * depth + r0);
-            for (int64_t c = 0; c < width; c += STRIP) {
-                const int64_t cols = std::min<int64_t>(STRIP, width - c);
+            for (int64_t j = 0; j < width; j += STRIP) {
+                const int64_t cols = std::min<int64_t>(STRIP, width - j), at = i0 * width + j;
                 const __mmask32 mask = cols == STRIP ? ~0u : (1u << cols) - 1;
-                half* to = total + i0 * width + c;
-                if (n == ROWS) {
-                    update_tile<ROWS>(to, width, left, depth, packed + c, lda, mask);
-                } else {
-                    for (int64_t i = 0; i < n; ++i)
-                        update_tile<1>(to + i * width, width, left + i * depth, depth, packed + c, lda, mask);
-                }
+                update_rows<RESCALES>(from + at, out + at, width, n, left, depth, packed + j, lda, mask,
+                                      RESCALES ? columns.from(at, j) : columns);
             }
         }
     }
 }
+"""
+    + DORA
+    + NATIVE
+    + OPS
+    + """
 extern "C" int lanes() { return W; }
 #endif
 """
+)

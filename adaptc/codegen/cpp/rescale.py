@@ -12,16 +12,30 @@ from typing import Any
 import torch
 
 from adaptc.codegen import torch_internals
+from adaptc.codegen.cpp.elements import VECTORS
 
-SOURCE = r"""
-#include <algorithm>
-#include <cstdint>
-#include <vector>
+SOURCE = (
+    VECTORS
+    + r"""
 #ifdef _OPENMP
 #include <omp.h>
 #else
 static inline int omp_get_thread_num() { return 0; }
 #endif
+
+static void row_gradient(const float* g, const float* y, const float* bias, const float* c, float* dy, float* sums,
+                         int64_t width) {
+    int64_t j = 0;
+    for (; j + W <= width; j += W) {
+        const vec v = read(g + j), z = read(y + j);
+        write(sums + j, read(sums + j) + v * (bias == nullptr ? z : z - read(bias + j)));
+        write(dy + j, read(c + j) * v);
+    }
+    for (; j < width; ++j) {
+        sums[j] += g[j] * (bias == nullptr ? y[j] : y[j] - bias[j]);
+        dy[j] = c[j] * g[j];
+    }
+}
 
 // dy = c * g, where dy may be g;  sums_j = sum_i g_ij (y_ij - bias_j), from partial sums of 64 rows in fp32. The
 // threads' sums are added in the order of the threads: the same numbers in every run.
@@ -38,25 +52,8 @@ extern "C" void rescale_gradient(const float* g, const float* y, const float* bi
         for (int64_t block = 0; block < blocks; ++block) {
             std::fill(part.begin(), part.end(), 0.0f);
             const int64_t end = std::min(rows, (block + 1) * BLOCK);
-            for (int64_t i = block * BLOCK; i < end; ++i) {
-                const float *from = g + i * width, *value = y + i * width;
-                float *to = dy + i * width, *sum = part.data();
-                if (bias == nullptr) {
-                    #pragma omp simd
-                    for (int64_t j = 0; j < width; ++j) {
-                        const float v = from[j];
-                        sum[j] += v * value[j];
-                        to[j] = c[j] * v;
-                    }
-                } else {
-                    #pragma omp simd
-                    for (int64_t j = 0; j < width; ++j) {
-                        const float v = from[j];
-                        sum[j] += v * (value[j] - bias[j]);
-                        to[j] = c[j] * v;
-                    }
-                }
-            }
+            for (int64_t i = block * BLOCK; i < end; ++i)
+                row_gradient(g + i * width, y + i * width, bias, c, dy + i * width, part.data(), width);
             for (int64_t j = 0; j < width; ++j) own[j] += part[j];
         }
     }
@@ -65,6 +62,7 @@ extern "C" void rescale_gradient(const float* g, const float* y, const float* bi
         for (int64_t j = 0; j < width; ++j) sums[j] += all[t * width + j];
 }
 """
+)
 #: Elements below which a second thread costs more than it does.
 _GRAIN = 1 << 15
 

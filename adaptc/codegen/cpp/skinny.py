@@ -53,9 +53,6 @@ def library() -> Any:
             "shrink": (pointer, size, size, size, pointer, size, pointer, pointer, size, threads),
             "gradient": (pointer, size, pointer, size, size, size, pointer, size, threads),
             "update": (pointer, size, size, pointer, size, pointer, size, pointer, size, threads),
-            "row_norm": (
-                pointer, size, size, size, pointer, pointer, size, size, pointer, ctypes.c_double, pointer, threads,
-            ),
         }.items():
             function = getattr(found, f"{kind}_{name}")
             function.argtypes, function.restype = types, None
@@ -125,17 +122,10 @@ def update(
     )  # fmt: skip
 
 
-def row_norms(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
-    """n (N,) in fp32; ``W``'s rows are contiguous."""
-    _, columns = _places([A.shape[0]], library().lanes())
-    packed = _columns([A], [0], columns)
-    A, B = (t.detach().to(torch.float32).contiguous() for t in (A, B))
-    gram, out = A @ A.t(), _empty(W.shape[0])
-    getattr(library(), f"row_norm_{DTYPES[W.dtype]}")(
-        W.data_ptr(), *W.shape, W.stride(0), packed.data_ptr(), B.data_ptr(), columns, B.shape[1], gram.data_ptr(),
-        scale, out.data_ptr(), _threads(W, columns),
-    )  # fmt: skip
-    return out
+def row_norms(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """n (N,) in fp32; ``scale`` is one number."""
+    assert library() is not None
+    return torch.ops.adaptc_skinny.row_norms(W.detach(), A.detach(), B.detach(), scale)  # type: ignore[no-any-return]
 
 
 def _by_rows(x: torch.Tensor) -> torch.Tensor:

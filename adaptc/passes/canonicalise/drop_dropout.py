@@ -3,6 +3,8 @@
 before:  %d = dropout(%x, 0.05, False);  %t = lora_linear(%d, ...)
 after:   %t = lora_linear(%x, ...)
 
+and the same for ``dora_linear``.
+
 Exact. Only dropouts that adapters read: the base model's own graph is left as it is.
 """
 
@@ -11,13 +13,15 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import fx
 
+from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.sites import lora_nodes, site_of
 from adaptc.passes.contract import Context
 
 
 def drop_dropout(gm: fx.GraphModule, context: Context, result: Result) -> None:
-    for node in lora_nodes(gm):
+    dora = gm.graph.find_nodes(op="call_function", target=dialect.get("dora_linear").overload)
+    for node in (*lora_nodes(gm), *dora):
         dropout = node.args[0]
         if not (isinstance(dropout, fx.Node) and dropout.target is F.dropout):
             continue

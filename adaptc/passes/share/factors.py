@@ -7,7 +7,8 @@ before:  %d = seeded_dropout(%x, %seed, p);  %dA = lora_factor_grad(%q, %d, f32)
 after:   %dA = lora_factor_grads([%q], %x, f32, [%seed], [p])
 
 Where %x is made by a loop over elements it is marked to be made again in the backward, as the dropped input was: what
-the loop reads, such as the input of a norm, is mostly kept for other reasons. A sum of two tensors is not.
+the loop reads, such as the input of a norm, is mostly kept for other reasons. A sum of two tensors is not, and neither
+is a value that the base model's backward reads too. Without dropout on a CPU alone, where it was measured.
 
 Reassociates nothing. The new node stands where the last of the old ones did; a gradient that something reads before
 that keeps its own product.
@@ -20,12 +21,17 @@ from typing import cast
 import torch
 from torch import fx
 
-from adaptc.codegen.torch_internals import OpOverload, mark_recomputed, node_value
+from adaptc.codegen.torch_internals import OpOverload, is_backward, mark_recomputed, node_value
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
+from adaptc.ir.products import VIEWS
 from adaptc.ir.sites import site_of
 from adaptc.passes.contract import Context
 from adaptc.passes.share.dropped import Dropped, dropouts_of, dropped, seeds_of
+
+aten = torch.ops.aten
+#: What a value is read through: autograd keeps results behind the second two.
+_SAME = (*VIEWS, aten.alias.default, aten.detach.default)
 
 
 def share_factors(gm: fx.GraphModule, context: Context, result: Result) -> None:
@@ -37,6 +43,9 @@ def share_factors(gm: fx.GraphModule, context: Context, result: Result) -> None:
             result.refuse(site_of(node), "the gradient of its first factor is read before the others are known")
         values = [cast(Dropped, dropped(node.args[1])) for node in late]
         seeds = seeds_of(values)
+        x = values[0].source
+        if (seeds[0] or node_value(x).device.type == "cpu") and _is_cheap(x) and not _is_read_by_others(x):
+            mark_recomputed(x)
         if len(late) < (1 if seeds[0] else 2) or products[-1] not in late:
             continue
         if not context.spend():
@@ -44,9 +53,7 @@ def share_factors(gm: fx.GraphModule, context: Context, result: Result) -> None:
             continue
         matched = sorted({*dropouts_of(values), *late}, key=order.__getitem__)
         edit = Edit(gm, site_of(late[0]), matched, late, record=context.record)
-        left, dtype, x = [node.args[0] for node in late], late[0].args[2], values[0].source
-        if seeds[0] and _is_cheap(x):
-            mark_recomputed(x)
+        left, dtype = [node.args[0] for node in late], late[0].args[2]
         wide = edit.call(dialect.get("lora_factor_grads").overload, left, x, dtype, *seeds)
         result.applied.append(edit.finish(*(edit.item(wide, i) for i in range(len(late)))))
 
@@ -58,7 +65,18 @@ def _groups(gm: fx.GraphModule) -> list[list[fx.Node]]:
     for node in gm.graph.find_nodes(op="call_function", target=target):
         if (x := dropped(node.args[1])) is not None:
             found.setdefault((x.dropout is not None, x.source, node.args[2]), []).append(node)
-    return [nodes for (is_dropped, *_), nodes in found.items() if is_dropped or len(nodes) > 1]
+    return list(found.values())
+
+
+def _is_read_by_others(x: fx.Node) -> bool:
+    """Whether the backward reads ``x`` for more than the gradients of first factors."""
+    readers: list[fx.Node] = []
+    left = [x]
+    while left:
+        for user in left.pop().users:
+            (left if user.target in _SAME else readers).append(user)
+    ours = dialect.get("lora_factor_grad").overload
+    return any(is_backward(reader) and reader.target is not ours for reader in readers)
 
 
 def _is_cheap(x: fx.Node) -> bool:
@@ -67,4 +85,4 @@ def _is_cheap(x: fx.Node) -> bool:
         return False
     size = node_value(x).numel()
     whole = [n for n in x.all_input_nodes if isinstance(v := node_value(n), torch.Tensor) and v.numel() >= size]
-    return len(whole) < 2 or x.target is torch.ops.aten.mul.Tensor
+    return len(whole) < 2 or x.target is aten.mul.Tensor

@@ -4,6 +4,9 @@ before:  %q:q, %h1 = lora_linear(%x, %y1, A:q, B:q, s:q, "r");   %q:k, %h2 = lor
 after:   %h1, %h2 = lora_shrink(%x, [A:q, A:k], [s:q, s:k], [], [])
          %q:q = lora_expand(%y1, %h1, B:q);   %q:k = lora_expand(%y2, %h2, B:k)
 
+before:  %h1 = lora_shrink(%x, [A:q], [s:q], [], []);   %h2 = lora_shrink(%x, [A:k], [s:k], [], [])
+after:   %h1, %h2 = lora_shrink(%x, [A:q, A:k], [s:q, s:k], [], [])
+
 before:  %d = seeded_dropout(%x, %seed, p);  %q:q, %h = lora_linear(%d, %y, A:q, B:q, s:q, "r")
 after:   %h = lora_shrink(%x, [A:q], [s:q], [%seed], [p]);  %q:q = lora_expand(%y, %h, B:q)
 
@@ -21,7 +24,7 @@ from torch import fx
 
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result, Rewrite
-from adaptc.ir.sites import lora_nodes, site_of
+from adaptc.ir.sites import LORA_LINEAR, site_of
 from adaptc.passes.contract import Context
 from adaptc.passes.share.dropped import Dropped, dropouts_of, dropped, seeds_of
 
@@ -50,25 +53,41 @@ def _share(gm: fx.GraphModule, readers: list[fx.Node], context: Context, result:
 
 
 def _groups(gm: fx.GraphModule) -> list[tuple[bool, list[fx.Node]]]:
-    """The adapters with their scale at the bottleneck that read one value, in graph order; whether they drop some of
-    it. Without dropout two at least."""
+    """The adapters with their scale at the bottleneck that read one value, and bottlenecks alone that do, in graph
+    order; whether they drop some of it. Without dropout two at least."""
     readers: dict[tuple[bool, fx.Node], list[fx.Node]] = {}
-    for node in lora_nodes(gm):
-        x = dropped(node.args[0])
-        if x is not None and node.args[5] == "r":
+    for node in gm.graph.nodes:
+        if not (_is_bottleneck(node) or (node.target is LORA_LINEAR() and node.args[5] == "r")):
+            continue
+        if (x := _read_by(node)) is not None:
             readers.setdefault((x.dropout is not None, x.source), []).append(node)
     return [(is_dropped, nodes) for (is_dropped, _), nodes in readers.items() if is_dropped or len(nodes) > 1]
 
 
+def _is_bottleneck(node: fx.Node) -> bool:
+    """Whether the node makes one bottleneck and nothing else."""
+    return node.target is dialect.get("lora_shrink").overload and len(cast(Any, node.args[1])) == 1
+
+
+def _read_by(node: fx.Node) -> Dropped | None:
+    return Dropped(cast(fx.Node, node.args[0])) if _is_bottleneck(node) else dropped(node.args[0])
+
+
 def _is_known(node: fx.Node, place: int, order: Mapping[fx.Node, int]) -> bool:
     """Whether the first factor, the scale and the seed stand before ``place``."""
-    needed = [cast(fx.Node, node.args[i]) for i in (2, 4)]
-    seeds, _ = seeds_of([cast(Dropped, dropped(node.args[0]))])
-    return all(order[one] < place for one in (*needed, *seeds))
+    if _is_bottleneck(node):
+        needed = node.all_input_nodes
+    else:
+        needed = [cast(fx.Node, node.args[i]) for i in (2, 4)]
+        needed += seeds_of([cast(Dropped, dropped(node.args[0]))])[0]
+    return all(order[one] < place for one in needed)
 
 
 def _split(gm: fx.GraphModule, node: fx.Node, context: Context, result: Result) -> fx.Node:
     """Write the two products of a site as two nodes; returns the bottleneck."""
+    if _is_bottleneck(node):
+        (h,) = node.users
+        return h
     x, y, A, B, scale, _ = node.args
     read = cast(Dropped, dropped(x))
     outputs = [user for user in node.users if user.target is operator.getitem]
