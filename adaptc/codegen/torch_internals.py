@@ -217,6 +217,20 @@ def gradient_inputs(joint: fx.GraphModule) -> list[fx.Node | None] | None:
     return [inputs.get(getattr(one, "grad_of", None)) for one in described]
 
 
+def keeps_inputs(joint: fx.GraphModule) -> bool:
+    """Whether the backward of AOTAutograd's joint graph finds its inputs as the forward did: the forward writes to none
+    of them, in the graph or, by a result that is copied, behind it. False where nothing is known. 2.11 to 2.15."""
+    calls = (n.target for n in joint.graph.nodes if isinstance(n.target, OpOverload))
+    output = next(n for n in joint.graph.nodes if n.op == "output")
+    described, results = output.meta.get("desc"), output.args[0]
+    if any(target._schema.is_mutable for target in calls) or not isinstance(described, list | tuple):
+        return False
+    if not isinstance(results, list | tuple) or len(results) != len(described):
+        return False
+    kinds = {type(one).__name__ for one, result in zip(described, results, strict=True) if result is not None}
+    return kinds <= {"PlainAOTOutput", "GradAOTOutput"}
+
+
 def mark_backward(joint: fx.GraphModule) -> None:
     """Note on the nodes of a joint graph that AOTAutograd leaves without a mark which half they belong to.
 

@@ -236,6 +236,17 @@ def test_row_norms_of_a_16_bit_weight_are_exact_to_fp32():
     assert float((got / want - 1).abs().max()) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_norms_are_not_cast_by_autocast(dtype):
+    """Neither by the first call, which runs through Python, nor by those behind it."""
+    W, A, B, scale = torch.randn(20, 30).to(dtype), torch.randn(4, 30), torch.randn(20, 4), torch.tensor([0.5]).double()
+    op = dialect.get("dora_row_norm").overload
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [op(W, A, B, scale, False) for _ in range(2)]
+    for got in found:
+        torch.testing.assert_close(got.double(), norm_formula(W, A, B, scale, False), rtol=1e-6, atol=0)
+
+
 def test_row_norms_under_the_transforms_of_torch_func():
     W, A, B, scale = torch.randn(5, 7), torch.randn(3, 2, 7), torch.randn(3, 5, 2), torch.tensor([0.5])
     got = torch.func.vmap(lambda a, b: row_norm(W, a, b, scale, False))(A, B)

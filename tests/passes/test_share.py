@@ -377,3 +377,35 @@ def test_what_a_loop_makes_for_an_adapter_alone_is_made_again():
     assert kept_between(lambda gate, up: gate.sin() * up)[-1] is torch.ops.aten.mul.Tensor
     assert not kept_between(lambda gate, up: torch.tanh(gate + up)), "the base's own backward reads it"
     assert not kept_between(lambda gate, up: gate + up), "two tensors of its size are not kept for others"
+
+
+class Writes(torch.nn.Module):
+    """Reads a buffer, or its input, in a loop before it writes to it."""
+
+    def __init__(self, what):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.what = nn.Linear(6, 6), nn.Linear(6, 6), what
+        self.register_buffer("c", torch.full((3, 6), 1.5))
+
+    def forward(self, x):
+        if self.what == "a buffer":
+            h = x * self.c
+            self.c.add_(x)
+        else:
+            h = torch.relu(x)
+            x.mul_(3)
+        return self.q(h) * 2 + self.k(h)
+
+
+@pytest.mark.parametrize("what", ["a buffer", "its input"])
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])
+def test_what_reads_a_tensor_that_the_forward_writes_to_is_kept(what, dropout):
+    base, found = Writes(what), []
+    for backend in ("eager", "aot_eager"):
+        torch.manual_seed(1)
+        lora = adaptc.LoRA(r=2, init="random", targets="all-linear", dropout=dropout)
+        model = adaptc.compile(copy.deepcopy(base), lora, backend=backend)
+        model(torch.linspace(-1, 2, 18).view(3, 6).clone()).square().sum().backward()
+        found.append([p.grad for p in model.adaptc.parameters()])
+    assert all(torch.allclose(got, want, rtol=1e-5, atol=1e-6) for got, want in zip(*found, strict=True))

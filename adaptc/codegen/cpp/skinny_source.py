@@ -226,15 +226,14 @@ static inline double square_sum(const bf16* p, float* to, int64_t n) {
     return total;
 }
 
-// a (rank, width), b (rows, rank); gram (rank, rank), a's products with itself; packed: room for (width, columns), with
-// as many columns as ranks or up to W more.
+// a (rank, width), b (rows, rank); packed: room for (width, columns), with as many columns as ranks or up to W more.
 template <typename T>
 static void row_norm(const T* w, int64_t rows, int64_t width, int64_t ldw, const float* a, const float* b,
-                     float* packed, int64_t columns, int64_t rank, const float* gram, double s, float* out,
-                     int threads) {
+                     float* packed, int64_t columns, int64_t rank, double s, float* out, int threads) {
     constexpr int64_t DEPTH = 256;
     constexpr bool direct = sizeof(T) == 4;
     const int64_t blocks = (rows + ROWS - 1) / ROWS;
+    std::vector<double> gram(rank * rank);
     #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         std::vector<float> copy(direct ? 0 : ROWS * DEPTH), h(ROWS * columns);
@@ -244,6 +243,15 @@ static void row_norm(const T* w, int64_t rows, int64_t width, int64_t ldw, const
             for (int64_t c = 0; c < columns; ++c)
                 for (int64_t j = k; j < std::min<int64_t>(width, k + W); ++j)
                     packed[j * columns + c] = c < rank ? a[c * width + j] : 0.0f;
+        #pragma omp for schedule(static)
+        for (int64_t c = 0; c < rank; ++c)  // a's products with itself
+            for (int64_t d = 0; d < rank; ++d) {
+                double sum = 0;
+                #pragma omp simd reduction(+ : sum)
+                for (int64_t k = 0; k < width; ++k)
+                    sum += static_cast<double>(a[c * width + k]) * static_cast<double>(a[d * width + k]);
+                gram[c * rank + d] = sum;
+            }
         #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; ++block) {
             const int64_t i0 = block * ROWS, n = std::min<int64_t>(ROWS, rows - i0);
@@ -313,13 +321,12 @@ static Tensor row_norms(const Tensor& weight, const Tensor& A, const Tensor& B, 
     const int64_t rows = w.size(0), width = w.size(1), rank = a.size(0), columns = (rank + W - 1) / W * W;
     STD_TORCH_CHECK(a.size(1) == width && b.size(0) == rows && b.size(1) == rank && a.is_cpu() && b.is_cpu(),
                     "row norms of a weight (", rows, ", ", width, "): expected factors of these sizes and one rank");
-    const Tensor gram = dense(torch::stable::matmul(a, torch::stable::transpose(a, 0, 1)));
     const Tensor packed = empty({width, columns}, ScalarType::Float), out = empty({rows}, ScalarType::Float);
     const double s = *data_of<double>(scales_of(scale, 1));
     const int threads = threads_for(rows * width * columns);
     const auto run = [&](auto* data) {
         row_norm(data, rows, width, w.stride(0), data_of<float>(a), data_of<float>(b), data_of<float>(packed), columns,
-                 rank, data_of<float>(gram), s, data_of<float>(out), threads);
+                 rank, s, data_of<float>(out), threads);
     };
     if (w.scalar_type() == ScalarType::BFloat16) run(data_of<bf16>(w));
     else run(data_of<float>(w));

@@ -8,7 +8,8 @@ after:   %dA = lora_factor_grads([%q], %x, f32, [%seed], [p])
 
 Where %x is made by a loop over elements it is marked to be made again in the backward, as the dropped input was: what
 the loop reads, such as the input of a norm, is mostly kept for other reasons. A sum of two tensors is not, and neither
-is a value that the base model's backward reads too. Without dropout on a CPU alone, where it was measured.
+is a value that the base model's backward reads too, nor one in a graph that writes to its inputs, of which the backward
+would see the new values. Without dropout on a CPU alone, where it was measured.
 
 Reassociates nothing. The new node stands where the last of the old ones did; a gradient that something reads before
 that keeps its own product.
@@ -21,7 +22,7 @@ from typing import cast
 import torch
 from torch import fx
 
-from adaptc.codegen.torch_internals import OpOverload, is_backward, mark_recomputed, node_value
+from adaptc.codegen.torch_internals import OpOverload, is_backward, keeps_inputs, mark_recomputed, node_value
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.products import VIEWS
@@ -36,6 +37,8 @@ _SAME = (*VIEWS, aten.alias.default, aten.detach.default)
 
 def share_factors(gm: fx.GraphModule, context: Context, result: Result) -> None:
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    # What makes %x again in the backward may read an input of the graph.
+    may_read_again = keeps_inputs(gm)
     for products in _groups(gm):
         last = order[products[-1]]
         late = [node for node in products if all(order[user] > last for user in node.users)]
@@ -44,7 +47,8 @@ def share_factors(gm: fx.GraphModule, context: Context, result: Result) -> None:
         values = [cast(Dropped, dropped(node.args[1])) for node in late]
         seeds = seeds_of(values)
         x = values[0].source
-        if (seeds[0] or node_value(x).device.type == "cpu") and _is_cheap(x) and not _is_read_by_others(x):
+        measured = bool(seeds[0]) or node_value(x).device.type == "cpu"
+        if may_read_again and measured and _is_cheap(x) and not _is_read_by_others(x):
             mark_recomputed(x)
         if len(late) < (1 if seeds[0] else 2) or products[-1] not in late:
             continue

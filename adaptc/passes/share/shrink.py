@@ -65,8 +65,11 @@ def _groups(gm: fx.GraphModule) -> list[tuple[bool, list[fx.Node]]]:
 
 
 def _is_bottleneck(node: fx.Node) -> bool:
-    """Whether the node makes one bottleneck and nothing else."""
-    return node.target is dialect.get("lora_shrink").overload and len(cast(Any, node.args[1])) == 1
+    """Whether the node makes one bottleneck, without dropout, and nothing else."""
+    if node.target is not dialect.get("lora_shrink").overload:
+        return False
+    _, A, _, seeds, _ = cast(tuple[Any, ...], node.args)
+    return len(A) == 1 and not seeds and len(node.users) == 1
 
 
 def _read_by(node: fx.Node) -> Dropped | None:
