@@ -394,9 +394,9 @@ def cache_dir() -> str:
     return inductors()
 
 
-def load_cpp(source: str) -> Any:
-    """C++ code as a ``ctypes.CDLL``, compiled by Inductor's compiler with its flags and cache; None without one. 2.11
-    to 2.15."""
+def load_cpp(source: str, *others: str) -> Any:
+    """C++ code as a ``ctypes.CDLL``, compiled by Inductor's compiler with its flags and cache; None without one.
+    ``others`` are tried in their order where it does not compile. 2.11 to 2.15."""
     if inductor_missing() is not None:
         return None
     from torch._inductor.codecache import CppCodeCache
@@ -404,6 +404,8 @@ def load_cpp(source: str) -> Any:
     try:
         return CppCodeCache.load(source)
     except Exception as error:  # of a compiler that fails; torch raises several types
+        if others:
+            return load_cpp(*others)
         first = str(error).strip().split("\n")[0]
         message = f"adaptc's own C++ kernels are left out, and slower ones run: they do not compile ({first})"
         warnings.warn(AdaptcWarning(message), stacklevel=2)

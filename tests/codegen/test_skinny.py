@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -142,6 +144,27 @@ def test_the_defaults_of_the_process_do_not_matter(dtype):
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
+def test_without_torchs_stable_interface_the_body_makes_row_norms(monkeypatch):
+    from torch._inductor.codecache import CppCodeCache
+
+    load = CppCodeCache.load
+
+    def older(source):
+        if "torch/csrc/stable" in source:
+            raise RuntimeError("no such file")
+        return load(source)
+
+    monkeypatch.setattr(CppCodeCache, "load", older)
+    monkeypatch.setattr(torch.ops, "adaptc_skinny", types.SimpleNamespace(), raising=False)
+    skinny.library.cache_clear()
+    try:
+        x, h = torch.randn(7, 20), torch.randn(7, 3)
+        torch.testing.assert_close(skinny.gradient([h], x)[0], h.t() @ x)
+        assert skinny.row_norms(x, torch.randn(3, 20), h, torch.ones(1)) is None
+    finally:
+        skinny.library.cache_clear()
 
 
 def test_a_compiler_that_fails_is_told_of_and_does_without(monkeypatch):

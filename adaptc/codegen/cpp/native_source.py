@@ -13,6 +13,10 @@ NATIVE = r"""
 #include <optional>
 #include <tuple>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // since 2.13; before it the message of an error is lost
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 typedef std::vector<Tensor> Tensors;

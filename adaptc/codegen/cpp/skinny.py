@@ -21,7 +21,7 @@ import torch
 
 from adaptc.codegen import torch_internals
 from adaptc.codegen.cpp.elements import kept_scale, threshold
-from adaptc.codegen.cpp.skinny_source import SOURCE
+from adaptc.codegen.cpp.skinny_source import KERNELS, SOURCE
 
 #: What x, h and total may be made of -> how the functions of this dtype are called.
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -44,7 +44,7 @@ class _Group(ctypes.Structure):
 @functools.cache
 def library() -> Any:
     """The compiled kernels; None without a C++ compiler, or with one that has no vector types."""
-    found = torch_internals.load_cpp(SOURCE)
+    found = torch_internals.load_cpp(SOURCE, KERNELS)
     if found is None:
         return None
     pointer, size, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -122,9 +122,10 @@ def update(
     )  # fmt: skip
 
 
-def row_norms(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """n (N,) in fp32; ``scale`` is one number."""
-    assert library() is not None
+def row_norms(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:
+    """n (N,) in fp32; ``scale`` is one number. None where torch's stable interface is too old for it."""
+    if library() is None or not hasattr(torch.ops.adaptc_skinny, "row_norms"):
+        return None
     return torch.ops.adaptc_skinny.row_norms(W.detach(), A.detach(), B.detach(), scale)  # type: ignore[no-any-return]
 
 

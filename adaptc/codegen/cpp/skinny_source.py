@@ -6,7 +6,7 @@ from adaptc.codegen.cpp.elements import VECTORS
 from adaptc.codegen.cpp.native_source import NATIVE
 
 #: The constants of the hash are those of ``adaptc.ir.dropout``.
-SOURCE = (
+KERNELS = (
     VECTORS
     + r"""
 
@@ -313,6 +313,10 @@ extern "C" int lanes() { return W; }
 EXPORT(float, f32)
 EXPORT(bf16, bf16)
 """
+)
+#: With what needs torch's stable interface, of which older versions have less.
+SOURCE = (
+    KERNELS
     + NATIVE
     + r"""
 static Tensor row_norms(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor& scale) {
