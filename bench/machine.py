@@ -51,8 +51,8 @@ def results_folder(device: torch.device) -> Path:
 
 ALLOCATOR_METHOD = (
     "glibc's malloc keeps what is freed, for every contender (other allocators as they are): by default it gives the "
-    "top of its memory back to the system whenever enough of it is free, and who has to fault it in again, at about a "
-    "microsecond for 4 KiB, depends on the order of the contenders"
+    "top of its memory back to the system whenever enough of it is free, and who has to fault it in again depends on "
+    "the order of the contenders"
 )
 
 

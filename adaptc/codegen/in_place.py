@@ -104,7 +104,7 @@ def accumulate_in_place(graph: fx.Graph) -> int:
         graph.erase_node(node)
         _erase_views(graph, views, product)
         count += 1
-    return count + _rescale_in_place(graph) + _output_grads_in_place(graph)
+    return count + _scale_in_place(graph)
 
 
 def _sum_products(graph: fx.Graph) -> int:
@@ -136,36 +136,30 @@ def _sum_products(graph: fx.Graph) -> int:
     return count
 
 
-def _rescale_in_place(graph: fx.Graph) -> int:
+#: Op -> the same in place, and which of its results that one leaves in the memory of the gradient.
+_SCALED = {
+    dialect.get("dora_rescale_grad").overload: (RESCALE_GRAD, 0),
+    dialect.get("dora_output_grads").overload: (OUTPUT_GRADS, 2),
+}
+
+
+def _scale_in_place(graph: fx.Graph) -> int:
     count = 0
-    for node in graph.find_nodes(op="call_function", target=dialect.get("dora_rescale_grad").overload):
+    for node in [n for n in graph.nodes if n.target in _SCALED]:
         found = _owned_gradient(node)
         if found is None:
             continue
         memory, outputs = found
-        with graph.inserting_before(node):
-            dm = _call(graph, RESCALE_GRAD, (memory, *node.args[1:]), node, node_value(node)[1])
-            dy = _scaled_gradient(graph, node, memory)
-        _replace(graph, node, outputs, {0: dy, 1: dm}, memory)
-        count += 1
-    return count
-
-
-def _output_grads_in_place(graph: fx.Graph) -> int:
-    count = 0
-    for node in graph.find_nodes(op="call_function", target=dialect.get("dora_output_grads").overload):
-        found = _owned_gradient(node)
-        if found is None:
-            continue
-        memory, outputs = found
+        op, scaled = _SCALED[node.target]
         values = node_value(node)
+        others = [i for i in range(len(values)) if i != scaled]
         with graph.inserting_before(node):
-            others = tuple(values[i] for i in (0, 1, 3))
-            made = _call(graph, OUTPUT_GRADS, (memory, *node.args[1:]), node, others)
-            results = {2: _scaled_gradient(graph, node, memory)}
-            for place, index in enumerate((0, 1, 3)):
-                results[index] = graph.call_function(operator.getitem, (made, place))
-                results[index].meta = {**node.meta, "val": values[index]}
+            value = tuple(values[i] for i in others) if len(others) > 1 else values[others[0]]
+            made = _call(graph, op, (memory, *node.args[1:]), node, value)
+            results = {scaled: _scaled_gradient(graph, node, memory)}
+            for place, index in enumerate(others):
+                results[index] = graph.call_function(operator.getitem, (made, place)) if len(others) > 1 else made
+                results[index].meta = {**made.meta, "val": values[index]}
         _replace(graph, node, outputs, results, memory)
         count += 1
     return count

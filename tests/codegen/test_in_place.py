@@ -389,6 +389,25 @@ def test_a_loop_that_inductor_lays_out_in_another_order_is_written_to_in_the_ord
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("make", [torch.clone, lambda x: x + 0, lambda x: x * 1, lambda x: x / 1, lambda x: x + 2])
+def test_a_loop_that_changes_nothing_is_not_the_memory_of_what_it_reads(make):
+    joined = dialect.get("lora_input_grads").overload
+
+    def function(x, q, A):
+        return joined(make(x), [q], [A], [], []).sin(), x.cos()
+
+    torch.manual_seed(0)
+    given = torch.randn(3, 4, 32), torch.randn(3, 4, 2), torch.randn(2, 32)
+    before = given[0].clone()
+    rewrite = InPlace()
+    torch.compiler.reset()
+    with inductor.patch(post_grad_custom_post_pass=rewrite, fx_graph_cache=False), torch.no_grad():
+        got = torch.compile(function)(*given)
+    assert torch.equal(given[0], before)
+    torch.testing.assert_close(got, function(*given), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_a_transposed_weight_is_read_where_it_lies():
     def function(g, w, k, v):
         return g @ w.t() + k @ v.t()
