@@ -72,7 +72,7 @@ class Base:
 
 
 def build_base(settings: Settings, case: Case) -> Base:
-    """A Llama with random weights, drawn in fp32 from the seed and rounded to the case's dtype."""
+    """A Llama with random weights, drawn in fp32 from the seed on the device and rounded to the case's dtype."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     heads = settings.hidden // settings.head_dim
@@ -87,14 +87,14 @@ def build_base(settings: Settings, case: Case) -> Base:
         use_cache=False,
     )
     torch.manual_seed(settings.seed)
-    model = LlamaForCausalLM(config)
     shape = (settings.batch, settings.tokens)
-    embeds = torch.randn(*shape, settings.hidden) * config.initializer_range
-    labels = torch.randint(settings.vocab, shape)
+    with torch.device(settings.device):
+        model = LlamaForCausalLM(config)
+        embeds = torch.randn(*shape, settings.hidden) * config.initializer_range
+        labels = torch.randint(settings.vocab, shape)
     model.train().requires_grad_(False)
     plain: nn.Module = model
-    plain = plain.to(settings.device, case.torch_dtype)
-    return Base(plain, embeds.to(settings.device, case.torch_dtype), labels.to(settings.device))
+    return Base(plain.to(case.torch_dtype), embeds.to(case.torch_dtype), labels)
 
 
 def fill_adapter(adapter: Mapping[str, nn.Parameter], seed: int) -> None:

@@ -42,11 +42,14 @@ def _adaptc_version() -> str:
 
 
 def results_folder(device: torch.device) -> Path:
-    """Where results go by default: a folder for each kind of device, of CPUs for each set of instructions."""
+    """Where results go by default: a folder for each kind of GPU, and for each set of instructions of CPUs."""
+    if device.type != "cpu":
+        kind = torch.get_device_module(device).get_device_name(device)
+        return Path(__file__).parent / "results" / kind.lower().replace(" ", "-")
     capability = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "-")
     if multiplies_bf16_pairs():
         capability = f"{capability}-bf16"
-    return Path(__file__).parent / "results" / (f"cpu-{capability}" if device.type == "cpu" else device.type)
+    return Path(__file__).parent / "results" / f"cpu-{capability}"
 
 
 ALLOCATOR_METHOD = (

@@ -16,7 +16,8 @@ after:   %g = mul(...);  %dm = rescale_grad_(%g, %y, ...);  f(%g)
 and the same for ``dora_output_grads``,
 
 where %g is new memory, as that of a product or of what a loop writes. Where nothing else reads it, and it has the shape
-of the result; on the CPU, where it was measured. After partitioning, because what runs before that must be functional.
+of the result. On a GPU only where a copy takes longer than Python does around the call, and where Inductor does not
+write products itself, which add as they write. After partitioning, because what runs before that must be functional.
 The ops return none of their arguments: Inductor takes the result of ``addmm_`` for another buffer than its argument,
 and gives its memory away while the other is still read.
 """
@@ -32,7 +33,14 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from adaptc.codegen.torch_internals import OpOverload, demand_layouts, node_value, tree_leaves
+from adaptc.codegen.torch_internals import (
+    OpOverload,
+    demand_layouts,
+    node_value,
+    size_hint,
+    tree_leaves,
+    writes_products,
+)
 from adaptc.ir import dialect
 from adaptc.ir.dora_grads import grads_in_place
 from adaptc.ir.dora_rescale import grad_in_place
@@ -41,6 +49,8 @@ from adaptc.ir.lora_split import add_input_grads
 aten = torch.ops.aten
 _PRODUCTS = (aten.mm.default, aten.addmm.default, dialect.get("onednn_linear").overload)
 _LOOPS = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.clone.default)
+#: Bytes on a GPU that take about as long to copy, some 10 microseconds, as Python takes around a call of an op.
+_WORTH_A_CALL = 1 << 24
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
@@ -239,15 +249,23 @@ def _is_dense(node: fx.Node) -> bool:
 
 
 def _same_memory(product: fx.Node, total: fx.Node) -> bool:
-    """Whether both are contiguous on the CPU, of one dtype, and of one shape or the first of that of the second as
-    rows."""
+    """Whether both are contiguous where sums in place are worth it, of one dtype, and of one shape or the first of that
+    of the second as rows."""
     first, second = node_value(product), node_value(total)
     if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)) or second.dim() == 0:
         return False
-    if first.device.type != "cpu" or not (first.is_contiguous() and second.is_contiguous()):
+    if not (_is_worth_it(first) and first.is_contiguous() and second.is_contiguous()):
         return False
     rows = torch.Size((math.prod(second.shape[:-1]), second.shape[-1]))
     return first.dtype == second.dtype and any(_equal(first.shape, shape) for shape in (second.shape, rows))
+
+
+def _is_worth_it(total: torch.Tensor) -> bool:
+    """Whether adding to ``total`` where it is saves time."""
+    if total.device.type == "cpu":
+        return True
+    size = math.prod(size_hint(s) for s in total.shape) * total.dtype.itemsize
+    return total.device.type == "cuda" and size >= _WORTH_A_CALL and not writes_products()
 
 
 def _same_shape(one: fx.Node, other: fx.Node) -> bool:

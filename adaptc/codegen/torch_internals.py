@@ -369,9 +369,22 @@ def may_call_onednn() -> bool:
     and Inductor is not to choose among templates or pack weights itself. 2.11 to 2.15."""
     from torch._inductor import config
 
-    inductors = config.max_autotune or config.max_autotune_gemm or config.freezing
+    inductors = writes_products() or config.freezing
     on = torch._C._has_mkldnn and torch._C._get_mkldnn_enabled() and torch._C.has_mkl
     return bool(on) and not inductors and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def writes_products() -> bool:
+    """Whether Inductor is to choose among templates of its own for products on a GPU. 2.11 to 2.15."""
+    from torch._inductor import config
+
+    return bool(config.max_autotune or config.max_autotune_gemm)
+
+
+def sums_bf16_in_fp32(device: torch.device) -> bool:
+    """Whether ``torch.mm`` of matrices in bf16 gives its sums in fp32 when asked to: NVIDIA's libraries. 2.11 to
+    2.15."""
+    return device.type == "cuda" and torch.version.hip is None
 
 
 def product_precision(device: str, dtype: torch.dtype = torch.float32) -> str:

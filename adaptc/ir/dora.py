@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from adaptc.codegen.cpp import skinny
-from adaptc.codegen.torch_internals import is_wrapped, node_value
+from adaptc.codegen.torch_internals import is_wrapped, node_value, sums_bf16_in_fp32
 from adaptc.errors import UnsupportedError
 from adaptc.ir import dialect
 from adaptc.ir.derive import inline
@@ -45,15 +45,45 @@ def row_norm_body(
     dtype = norm_dtype(weight, A)
     W = weight.detach().t() if transposed else weight.detach()
     A, B, s = A.detach().to(dtype), B.detach().to(dtype), scale.detach().to(dtype)
-    squares, products = [], []
-    for block in torch.split(W, -(-W.shape[0] // BLOCKS)):
-        wide = block.to(dtype)
-        squares.append((wide * wide).sum(1))
-        products.append(wide @ A.t())
-    cross = (torch.cat(products) * B).sum(1)
+    in_bf16 = W.dtype == torch.bfloat16 and dtype == torch.float32 and sums_bf16_in_fp32(W.device)
+    squares, products = (_reads_bf16 if in_bf16 else _reads_blocks)(W, A)
     gram = (B @ (A @ A.t()) * B).sum(1)
     # Rounding can take a row that the correction cancels below zero.
-    return (torch.cat(squares) + 2 * s * cross + s * s * gram).clamp_min(0).sqrt()
+    return (squares + 2 * s * (products * B).sum(1) + s * s * gram).clamp_min(0).sqrt()
+
+
+def _reads_blocks(W: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The squares of the rows of W (N, K), and W A^T, in the dtype of A."""
+    squares, products = [], []
+    for block in torch.split(W, -(-W.shape[0] // BLOCKS)):
+        wide = block.to(A.dtype)
+        squares.append((wide * wide).sum(1))
+        products.append(wide @ A.t())
+    return torch.cat(squares), torch.cat(products)
+
+
+def _reads_bf16(W: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of a W in bf16 and an A in fp32: units for products of bf16 sum in fp32, so that only A is split."""
+    length = torch.linalg.vector_norm(W, dim=1, dtype=A.dtype)
+    products = torch.mm(W, torch.cat(bf16_parts(A)).t(), out_dtype=A.dtype)
+    return length * length, products.view(W.shape[0], PARTS, A.shape[0]).sum(1)
+
+
+#: Of eight significant bits each: as many as an fp32 has. A bf16 is the upper half of one.
+PARTS, _UPPER_HALF = 3, -(1 << 16)
+
+
+def bf16_parts(t: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors in bf16 whose sum is ``t`` in fp32, but for what is below the smallest normal number.
+
+    Cut by bits: generated code need not round where a value is cast and read again.
+    """
+    parts: list[torch.Tensor] = []
+    for _ in range(PARTS):
+        upper = (t.view(torch.int32) & _UPPER_HALF).view(torch.float32)
+        parts.append(upper.to(torch.bfloat16))
+        t = t - upper
+    return parts
 
 
 def row_norm_kernel(

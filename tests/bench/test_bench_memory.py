@@ -108,6 +108,7 @@ def test_what_dropout_adds_is_two_tensors_per_site() -> None:
     assert saved[1] - saved[0] == added
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_counts_from_the_allocator() -> None:
     device = torch.device("cuda")

@@ -179,6 +179,7 @@ def test_flags_that_make_no_run_are_refused(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_table_on_cuda() -> None:
     settings = Settings(**TINY, backend="aot_eager", device="cuda")

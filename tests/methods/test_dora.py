@@ -16,7 +16,7 @@ from torch import nn
 import adaptc
 from adaptc.errors import SiteError, UnsupportedError
 from adaptc.ir import dialect
-from adaptc.ir.dora import row_norm
+from adaptc.ir.dora import bf16_parts, row_norm
 from tests.models import hosts
 from tests.passes.graphs import ops
 from tests.passes.models import adapted, trained_graph
@@ -226,6 +226,17 @@ def test_row_norms_are_those_of_the_corrected_weight(data):
     assert got.dtype == (torch.float64 if weight.dtype == torch.float64 else torch.float32)
     eps = torch.finfo(got.dtype).eps
     assert bool(((got.double() ** 2 - want**2).abs() <= 8 * eps * size**2).all())
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("compiled", [False, True])
+def test_parts_in_bf16_add_up_to_an_fp32(compiled):
+    """In generated code too, which computes in fp32 what is cast to bf16 and back."""
+    t = torch.randn(3, 1000) * torch.exp(10 * torch.randn(3, 1000))
+    t[0, :3] = torch.tensor([0.0, -0.0, 2.0**-100])
+    parts = (torch.compile(bf16_parts) if compiled else bf16_parts)(t)
+    assert all(part.dtype == torch.bfloat16 for part in parts)
+    assert torch.equal(sum(part.double() for part in parts), t.double())
 
 
 def test_row_norms_of_a_16_bit_weight_are_exact_to_fp32():

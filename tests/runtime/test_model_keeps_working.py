@@ -116,6 +116,22 @@ def test_checkpointing_with_dropout_draws_the_same_mask_in_recomputation():
         torch.testing.assert_close(plain, recomputed, rtol=1e-6, atol=1e-8)
 
 
+def test_a_checkpoint_saves_a_seed_and_not_the_state_that_it_was_drawn_with():
+    plan = adaptc.LoRA(r=3, dropout=0.3, init="random", targets=["layers.0.self_attn.q_proj"])
+    _, model = compiled(plan=plan)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    saved = []
+
+    def note(tensor):
+        saved.append((tensor.dtype, tensor.numel()))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(**hosts.batch("llama")).loss.backward()
+    states = [numel for dtype, numel in saved if dtype is torch.uint8]
+    assert (torch.int64, 1) in saved and len(states) == 1, "that of the attention, which torch takes for random"
+
+
 def test_generate_with_a_cache_needs_at_most_three_graphs():
     base, model = compiled(train=False)
     ids = hosts.batch("llama")["input_ids"][:1]

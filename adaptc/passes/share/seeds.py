@@ -1,4 +1,4 @@
-"""Draw the seeds of all dropouts of a graph at once, on the CPU.
+"""Draw the seeds of all dropouts of a graph once: on the CPU all of them together, and in no checkpoint again.
 
 before:  %s1 = randint(2^62, (1,));  %d1 = seeded_dropout(%x, %s1, p);  %s2 = randint(2^62, (1,));  ...
 after:   %s = randint(2^62, (n,));   %d1 = seeded_dropout(%x, %s[0:1], p);  %d2 = seeded_dropout(%x2, %s[1:2], p);  ...
@@ -6,6 +6,9 @@ after:   %s = randint(2^62, (n,));   %d1 = seeded_dropout(%x, %s[0:1], p);  %d2 
 The generator gives the numbers that it would give one by one, if nothing else draws in between. Inductor's C++ has
 where a number stands in the generator's stream as a constant, so that every draw is a kernel of its own to compile.
 Elsewhere it is an argument, and a seed with a place in a larger tensor would be the constant.
+
+A checkpoint saves the seeds that it would draw again, on any device: the state of a generator is larger, and on a GPU
+AOTAutograd draws what is drawn again from generators of its own, which ``torch.manual_seed`` does not reach.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from torch import fx
 
 from adaptc.codegen.torch_internals import node_value
 from adaptc.ir import dialect
-from adaptc.ir.edit import Edit, Result
+from adaptc.ir.edit import Edit, Result, Rewrite
+from adaptc.ir.origin import checkpoint_marks
 from adaptc.ir.sites import site_of
 from adaptc.passes.contract import Context
 
@@ -24,24 +28,42 @@ _DRAWS = (aten.randint.default, aten.randint.low)
 
 
 def share_seeds(gm: fx.GraphModule, context: Context, result: Result) -> None:
-    found = [node for node in gm.graph.nodes if node.target in _DRAWS and _is_seed(node)]
+    seeds = [node for node in gm.graph.nodes if node.target in _DRAWS and _is_seed(node)]
+    found = [node for node in seeds if node_value(node).device.type == "cpu"]
     draws = [node for node in found if (node.args, node.kwargs) == (found[0].args, found[0].kwargs)]
-    if len(draws) < 2:
-        return
-    if not context.spend():
-        result.refused += [(site_of(node), "limit reached") for node in draws]
-        return
-    first = draws[0]
-    edit = Edit(gm, site_of(first), draws, draws, at=first, record=context.record)
+    together = draws if len(draws) > 1 else []
+    alone = [[node] for node in seeds if node not in together and checkpoint_marks(node)]
+    for group in ([together] if together else []) + alone:
+        if context.spend():
+            result.applied.append(_draw(gm, group, context))
+        else:
+            result.refused += [(site_of(node), "limit reached") for node in group]
+
+
+def _draw(gm: fx.GraphModule, draws: list[fx.Node], context: Context) -> Rewrite:
+    """One draw for all of ``draws``, which is in no checkpoint."""
+    first, same = draws[0], {node for draw in draws for node in (draw, *_detached(draw))}
+    old = [node for node in gm.graph.nodes if node in same]
+    edit = Edit(gm, site_of(first), old, old, at=first, record=context.record)
     *bounds, _ = first.args
-    together = edit.call(first.target, *bounds, [len(draws)], **first.kwargs)
-    result.applied.append(
-        edit.finish(*(edit.call(aten.slice.Tensor, together, 0, i, i + 1) for i in range(len(draws))))
-    )
+    drawn = edit.call(first.target, *bounds, [len(draws)], **first.kwargs)
+    new: dict[fx.Node, fx.Node] = {}
+    for i, draw in enumerate(draws):
+        seed = drawn if len(draws) == 1 else edit.call(aten.slice.Tensor, drawn, 0, i, i + 1)
+        new |= dict.fromkeys((draw, *_detached(draw)), seed)
+    return edit.finish(*(new[node] for node in old))
 
 
 def _is_seed(node: fx.Node) -> bool:
-    """Whether a draw is the seed of dropouts on the CPU, and of nothing else."""
-    value, dropout = node_value(node), dialect.get("seeded_dropout").overload
-    readers = [user.target is dropout and user.args[1] is node for user in node.users]
-    return value.device.type == "cpu" and tuple(value.shape) == (1,) and all(readers) and bool(readers)
+    """Whether a draw is the seed of dropouts, and of nothing else."""
+    dropout = dialect.get("seeded_dropout").overload
+    same = (node, *_detached(node))
+    readers = [user for source in same for user in source.users if user not in same]
+    reads = [user.target is dropout and user.args[1] in same for user in readers]
+    return tuple(node_value(node).shape) == (1,) and all(reads) and bool(reads)
+
+
+def _detached(node: fx.Node) -> list[fx.Node]:
+    """What the dropouts of a checkpoint save of a seed: the same number."""
+    found = [user for user in node.users if user.target is aten.detach.default]
+    return found + [further for one in found for further in _detached(one)]
