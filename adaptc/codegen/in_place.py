@@ -16,8 +16,9 @@ after:   %g = mul(...);  %dm = rescale_grad_(%g, %y, ...);  f(%g)
 and the same for ``dora_output_grads``,
 
 where %g is new memory, as that of a product or of what a loop writes. Where nothing else reads it, and it has the shape
-of the result. On a GPU only where a copy takes longer than Python does around the call, and where Inductor does not
-write products itself, which add as they write. After partitioning, because what runs before that must be functional.
+of the result. On a GPU only the first, where a copy takes longer than Python does around the call, and where Inductor
+does not write products itself, which add as they write. After partitioning, because what runs before that must be
+functional.
 The ops return none of their arguments: Inductor takes the result of ``addmm_`` for another buffer than its argument,
 and gives its memory away while the other is still read.
 """
@@ -132,7 +133,8 @@ def _sum_products(graph: fx.Graph) -> int:
         alike = _same_shape(views, node) and _same_memory(total, node) and _same_memory(folded, node)
         if not (is_plain and alike):
             continue
-        if node_value(node).dtype.itemsize < 4:  # rounded once each, as without an adapter
+        value = node_value(node)
+        if value.dtype.itemsize < 4 or value.device.type != "cpu":  # rounded once each, as without an adapter
             continue
         with graph.inserting_before(folded):
             _call(graph, ADD_PRODUCT, (total, *folded.args), folded, None)

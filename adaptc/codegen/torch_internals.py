@@ -261,6 +261,17 @@ def mark_recomputed(node: fx.Node) -> None:
     node.meta.setdefault("ac_graph_id", 0)
 
 
+def mark_drawn_once(node: fx.Node) -> None:
+    """Have the backward get the very numbers that a forward node of a joint graph draws, in a checkpointed block too:
+    they are saved, or where nothing may be, drawn again from a generator in the state that it had. 2.11 to 2.15."""
+    from torch._functorch import config
+
+    if config.activation_memory_budget == 0:
+        return mark_recomputed(node)
+    node.meta["recompute"] = torch.utils.checkpoint.CheckpointPolicy.MUST_SAVE
+    node.meta.setdefault("ac_graph_id", 0)
+
+
 def node_value(node: fx.Node) -> Any:
     """The fake value of a node: ``example_value`` on Dynamo's graph, ``val`` on AOTAutograd's."""
     return node.meta["val"] if "val" in node.meta else node.meta.get("example_value")
@@ -384,7 +395,9 @@ def writes_products() -> bool:
 def sums_bf16_in_fp32(device: torch.device) -> bool:
     """Whether ``torch.mm`` of matrices in bf16 gives its sums in fp32 when asked to: NVIDIA's libraries. 2.11 to
     2.15."""
-    return device.type == "cuda" and torch.version.hip is None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def product_precision(device: str, dtype: torch.dtype = torch.float32) -> str:

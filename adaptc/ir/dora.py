@@ -15,6 +15,7 @@ written. At ``magnitude`` = ``norm`` without a correction, y' is y to the bit.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,11 +43,22 @@ def norm_dtype(weight: torch.Tensor, A: torch.Tensor) -> torch.dtype:
 def row_norm_body(
     weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, transposed: bool
 ) -> torch.Tensor:
+    return _norms(weight, A, B, scale, transposed, _reads_bf16 if _is_read_in_bf16(weight, A) else _reads_blocks)
+
+
+def _is_read_in_bf16(weight: torch.Tensor, A: torch.Tensor) -> bool:
+    fits = weight.dtype == torch.bfloat16 and norm_dtype(weight, A) == torch.float32
+    return fits and sums_bf16_in_fp32(weight.device)
+
+
+def _norms(
+    weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, transposed: bool,
+    reads: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+) -> torch.Tensor:  # fmt: skip
     dtype = norm_dtype(weight, A)
     W = weight.detach().t() if transposed else weight.detach()
     A, B, s = A.detach().to(dtype), B.detach().to(dtype), scale.detach().to(dtype)
-    in_bf16 = W.dtype == torch.bfloat16 and dtype == torch.float32 and sums_bf16_in_fp32(W.device)
-    squares, products = (_reads_bf16 if in_bf16 else _reads_blocks)(W, A)
+    squares, products = reads(W, A)
     gram = (B @ (A @ A.t()) * B).sum(1)
     # Rounding can take a row that the correction cancels below zero.
     return (squares + 2 * s * (products * B).sum(1) + s * s * gram).clamp_min(0).sqrt()
@@ -103,7 +115,7 @@ def row_norm(
     given = weight, A, B, scale
     # Of a subclass the memory may be elsewhere, and under torch.func's transforms a tensor has none.
     plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and not is_wrapped(t) for t in given)
-    return DORA_ROW_NORM.overload(*given, transposed) if plain else row_norm_body(*given, transposed)
+    return DORA_ROW_NORM.overload(*given, transposed) if plain else _norms(*given, transposed, _reads_blocks)
 
 
 def row_norm_fake(
@@ -204,11 +216,12 @@ def _elements(*sizes: Any) -> int:
 def row_norm_cost(
     weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, transposed: bool
 ) -> Cost:
-    """W is read for its squares and for its product with A^T, and a 16-bit W is written and read in fp32 once."""
+    """W is read for its squares and for its product with A^T, and a 16-bit W that units for its dtype do not multiply
+    is written and read in fp32 once."""
     size, (r, k), n = _elements(*weight.shape), A.shape, int(B.shape[0])
-    dtype = norm_dtype(weight, A)
-    wide = 0 if weight.dtype == dtype else size * dtype.itemsize
-    flops = 2 * size * (1 + r) + 2 * int(r) * int(r) * (int(k) + n)
+    dtype, in_bf16 = norm_dtype(weight, A), _is_read_in_bf16(weight, A)
+    wide = 0 if weight.dtype == dtype or in_bf16 else size * dtype.itemsize
+    flops = 2 * size * (1 + (PARTS if in_bf16 else 1) * r) + 2 * int(r) * int(r) * (int(k) + n)
     return Cost(flops=flops, read=2 * nbytes(weight) + wide + nbytes(A, B), written=wide + n * dtype.itemsize)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from adaptc.codegen import torch_internals
+from adaptc.codegen.cpp import onednn
 from adaptc.ir import dialect
 from adaptc.ir.derive import inline
 from adaptc.ir.dialect import Cost, DialectOp, nbytes
@@ -34,6 +35,7 @@ def kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in given)
     if not plain or {t.dtype for t in given} != {torch.float32} or not x.numel() or not weight.numel():
         return None
+    onednn.library()  # takes the calls after this one
     bias = None if bias is None else bias.detach()
     return torch_internals.onednn_linear(x.detach(), weight.detach(), bias)
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 
 @pytest.fixture(scope="session")
-def device() -> torch.device:
+def device() -> Iterator[torch.device]:
     """The accelerator, with products in full fp32."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    return torch.device("cuda")
+    owners = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [owner.allow_tf32 for owner in owners]
+    for owner in owners:
+        owner.allow_tf32 = False
+    yield torch.device("cuda")
+    for owner, value in zip(owners, before, strict=True):
+        owner.allow_tf32 = value

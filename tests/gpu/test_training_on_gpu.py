@@ -8,6 +8,8 @@ import peft
 import pytest
 import torch
 import transformers
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
 import adaptc
 from adaptc.codegen import in_place
@@ -25,6 +27,11 @@ from tests.reference import (
 
 pytestmark = pytest.mark.gpu
 LORA = {"r": 3, "alpha": 6, "init": "random", "targets": "all-linear"}
+
+
+@pytest.fixture(autouse=True)
+def counted():
+    counters.clear()
 
 
 def lora(**options):
@@ -168,10 +175,12 @@ def test_sums_in_place(device, mode, monkeypatch):
     """At any size, as otherwise where the copy of a product takes longer than a call."""
     monkeypatch.setattr(in_place, "_WORTH_A_CALL", 0)
     base, batch = hosts.short("llama", train=True), hosts.batch("llama")
-    model = adaptc.compile(copy.deepcopy(base).to(device), lora(), mode=mode)
-    for _ in range(3):
-        torch.compiler.cudagraph_mark_step_begin()
-        got = gpu_step(model, batch, device)
+    with fresh_cache():  # the constant is in no key
+        model = adaptc.compile(copy.deepcopy(base).to(device), lora(), mode=mode)
+        for _ in range(3):
+            torch.compiler.cudagraph_mark_step_begin()
+            got = gpu_step(model, batch, device)
+    assert counters["inductor"]["cudagraph_skips"] == 0
     (graph,) = model.adaptc.graphs
     assert graph.in_place >= 7, "the corrected output of every site"
     check_steps_agree(got, reference_step(model.cpu(), base, batch), loss=2e-5, gradient=1e-4)
@@ -184,6 +193,7 @@ def test_cuda_graphs(device):
     for _ in range(4):
         torch.compiler.cudagraph_mark_step_begin()
         steps.append(gpu_step(model, batch, device))
+    assert counters["inductor"]["cudagraph_skips"] == 0
     want = reference_step(model.cpu(), base, batch)
     for got in steps:
         check_steps_agree(got, want, loss=2e-5, gradient=1e-4)
@@ -196,7 +206,7 @@ def test_cuda_graphs_draw_new_masks(device):
     for _ in range(6):
         torch.compiler.cudagraph_mark_step_begin()
         losses.append(float(gpu_step(model, batch, device)[0]))
-    assert len(set(losses)) == len(losses)
+    assert len(set(losses)) == len(losses) and counters["inductor"]["cudagraph_skips"] == 0
 
 
 def test_autocast(device):

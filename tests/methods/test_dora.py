@@ -15,7 +15,7 @@ from torch import nn
 
 import adaptc
 from adaptc.errors import SiteError, UnsupportedError
-from adaptc.ir import dialect
+from adaptc.ir import dialect, dora
 from adaptc.ir.dora import bf16_parts, row_norm
 from tests.models import hosts
 from tests.passes.graphs import ops
@@ -226,6 +226,36 @@ def test_row_norms_are_those_of_the_corrected_weight(data):
     assert got.dtype == (torch.float64 if weight.dtype == torch.float64 else torch.float32)
     eps = torch.finfo(got.dtype).eps
     assert bool(((got.double() ** 2 - want**2).abs() <= 8 * eps * size**2).all())
+
+
+#: Of a row norm that is a tenth of its terms, whose squares so lose two digits; with two parts of an A it is 7e-4.
+CANCELLED = 1e-4
+
+
+def nearly_cancelled():
+    """A weight in bf16 that the correction takes to about a tenth, row by row."""
+    torch.manual_seed(0)
+    A, B, scale = torch.randn(16, 1000) / 32, torch.randn(300, 16), torch.tensor([0.5])
+    return (-0.9 * scale * B @ A).bfloat16(), A, B, scale
+
+
+@pytest.mark.parametrize("parts, exact", [(3, True), (2, False)])
+def test_row_norms_of_a_16_bit_weight_where_its_products_are_summed_in_fp32(parts, exact, monkeypatch):
+    """As a GPU does it: what is multiplied is rounded to bf16, what is summed is not."""
+    mm = torch.mm
+
+    def of_bf16(left, right, out_dtype):
+        assert left.dtype == right.dtype == torch.bfloat16
+        return mm(left.to(out_dtype), right.to(out_dtype))
+
+    monkeypatch.setattr(dora, "sums_bf16_in_fp32", lambda device: True)
+    monkeypatch.setattr(dora, "PARTS", parts)
+    monkeypatch.setattr(torch, "mm", of_bf16)
+    W, A, B, scale = nearly_cancelled()
+    got = dialect.get("dora_row_norm").body(W, A, B, scale, False)
+    want = (W.double() + scale.double() * B.double() @ A.double()).norm(dim=1)
+    assert got.dtype == torch.float32
+    assert (float(((got - want) / want).abs().max()) < CANCELLED) == exact
 
 
 @pytest.mark.inductor

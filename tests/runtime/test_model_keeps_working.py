@@ -14,7 +14,7 @@ import adaptc
 from adaptc.errors import AdapterNameError, NewSignatureWarning
 from adaptc.passes.manager import op_counts
 from tests.models import hosts
-from tests.reference import check_against_reference, loss_of
+from tests.reference import check_against_reference, loss_of, relative_errors, step
 
 LORA = adaptc.LoRA(r=3, alpha=6, init="random", targets="all-linear")
 
@@ -114,6 +114,33 @@ def test_checkpointing_with_dropout_draws_the_same_mask_in_recomputation():
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for plain, recomputed in zip(*grads, strict=True):
         torch.testing.assert_close(plain, recomputed, rtol=1e-6, atol=1e-8)
+
+
+#: Under Inductor with the other two torch draws again what it drew for its own dropouts, checkpointed or not.
+HALF = {"activation_memory_budget": 0.5}
+SAVING = {
+    "aot_eager": [HALF, {"aggressive_recomputation": True}, {"activation_memory_budget": 0.0}], "inductor": [HALF]
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])]
+)
+def test_masks_are_those_of_the_forward_however_little_is_saved(backend, checkpointed):
+    base, batch, found = hosts.build("llama", train=True, use_cache=False), hosts.batch("llama"), []
+    for options in ({}, *SAVING[backend]):
+        torch.compiler.reset()
+        torch.manual_seed(1)
+        plan = adaptc.LoRA(r=3, dropout=0.3, init="random", targets="all-linear")
+        model = adaptc.compile(copy.deepcopy(base), plan, backend=backend)
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with torch._functorch.config.patch(options):
+            found.append(step(model, batch))
+    for loss, gradients in found[1:]:
+        assert loss == found[0][0]
+        assert max(relative_errors(gradients, found[0][1]).values()) < 1e-5
 
 
 def test_a_checkpoint_saves_a_seed_and_not_the_state_that_it_was_drawn_with():

@@ -7,8 +7,9 @@ The generator gives the numbers that it would give one by one, if nothing else d
 where a number stands in the generator's stream as a constant, so that every draw is a kernel of its own to compile.
 Elsewhere it is an argument, and a seed with a place in a larger tensor would be the constant.
 
-A checkpoint saves the seeds that it would draw again, on any device: the state of a generator is larger, and on a GPU
-AOTAutograd draws what is drawn again from generators of its own, which ``torch.manual_seed`` does not reach.
+Seeds are saved, whatever else is computed again. A checkpoint would draw them again: the state of a generator is
+larger, and on a GPU AOTAutograd draws what is drawn again from generators of its own, which ``torch.manual_seed`` does
+not reach. The partitioner, asked to save less, would draw other ones.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from adaptc.codegen.torch_internals import node_value
+from adaptc.codegen.torch_internals import mark_drawn_once, node_value
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result, Rewrite
 from adaptc.ir.origin import checkpoint_marks
@@ -25,14 +26,18 @@ from adaptc.passes.contract import Context
 
 aten = torch.ops.aten
 _DRAWS = (aten.randint.default, aten.randint.low)
+_SAME = (aten.detach.default, aten.alias.default)
 
 
 def share_seeds(gm: fx.GraphModule, context: Context, result: Result) -> None:
     seeds = [node for node in gm.graph.nodes if node.target in _DRAWS and _is_seed(node)]
+    for node in seeds:
+        if not checkpoint_marks(node):
+            mark_drawn_once(node)
     found = [node for node in seeds if node_value(node).device.type == "cpu"]
     draws = [node for node in found if (node.args, node.kwargs) == (found[0].args, found[0].kwargs)]
     together = draws if len(draws) > 1 else []
-    alone = [[node] for node in seeds if node not in together and checkpoint_marks(node)]
+    alone = [[node] for node in seeds if node not in together and _detached(node)]
     for group in ([together] if together else []) + alone:
         if context.spend():
             result.applied.append(_draw(gm, group, context))
@@ -41,15 +46,17 @@ def share_seeds(gm: fx.GraphModule, context: Context, result: Result) -> None:
 
 
 def _draw(gm: fx.GraphModule, draws: list[fx.Node], context: Context) -> Rewrite:
-    """One draw for all of ``draws``, which is in no checkpoint."""
+    """One draw for all of ``draws``, of which the backward needs what is saved."""
     first, same = draws[0], {node for draw in draws for node in (draw, *_detached(draw))}
     old = [node for node in gm.graph.nodes if node in same]
     edit = Edit(gm, site_of(first), old, old, at=first, record=context.record)
     *bounds, _ = first.args
     drawn = edit.call(first.target, *bounds, [len(draws)], **first.kwargs)
+    mark_drawn_once(drawn)
     new: dict[fx.Node, fx.Node] = {}
     for i, draw in enumerate(draws):
         seed = drawn if len(draws) == 1 else edit.call(aten.slice.Tensor, drawn, 0, i, i + 1)
+        mark_drawn_once(seed)
         new |= dict.fromkeys((draw, *_detached(draw)), seed)
     return edit.finish(*(new[node] for node in old))
 
@@ -65,5 +72,5 @@ def _is_seed(node: fx.Node) -> bool:
 
 def _detached(node: fx.Node) -> list[fx.Node]:
     """What the dropouts of a checkpoint save of a seed: the same number."""
-    found = [user for user in node.users if user.target is aten.detach.default]
+    found = [user for user in node.users if user.target in _SAME]
     return found + [further for one in found for further in _detached(one)]
