@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from adaptc.codegen.cpp import rescale
+from adaptc.codegen.in_place import RESCALE_GRAD
 
 
 @pytest.fixture(params=[1, 3])
@@ -39,3 +40,32 @@ def test_what_it_does_not_take_is_left_to_torch():
     assert rescale.gradient(g.double(), g.double(), None, c) is None
     assert rescale.gradient(g, g.double(), None, c) is None
     assert rescale.gradient(g[:0], g[:0], None, c) is None
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [lambda t: t, lambda t: t.mT.contiguous().mT], ids=["dense", "transposed"])
+def test_the_ops_in_cpp_give_what_python_gives(has_bias, dtype, layout):
+    """To the bit, and they are what torch calls once the kernels are there."""
+    assert rescale._library() is not None
+    torch.manual_seed(0)
+    g, y = (layout(torch.randn(2, 30, 257, dtype=dtype)) for _ in range(2))
+    bias = torch.randn(2 * 257, dtype=dtype)[::2] if has_bias else None
+    magnitude, norm = (torch.rand(257, dtype=dtype) + 0.5 for _ in range(2))
+    ops, python = torch.ops.adaptc, torch.ops.adaptc_python
+    for name in ("adaptc::dora_factor", "adaptc::dora_rescale_grad", "adaptc_lowered::rescale_grad_"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"), name
+    assert torch.equal(ops.dora_factor(magnitude, norm), python.dora_factor(magnitude, norm))
+    want = python.dora_rescale_grad(g, y, bias, magnitude, norm)
+    for got, one in zip(ops.dora_rescale_grad(g, y, bias, magnitude, norm), want, strict=True):
+        assert torch.equal(got, one) and got.is_contiguous() and got.shape == one.shape
+    rows = g.contiguous().view(-1, 257).clone()
+    last = RESCALE_GRAD(rows, y, bias, magnitude, norm)
+    assert torch.equal(last, want[1]) and torch.equal(rows.view(g.shape), want[0])
+
+
+def test_an_op_in_cpp_names_what_does_not_fit():
+    rescale._library()
+    g = torch.randn(3, 4)
+    with pytest.raises(RuntimeError, match="12"):
+        torch.ops.adaptc.dora_rescale_grad(g[:2], g, None, torch.rand(4), torch.rand(4))

@@ -10,6 +10,7 @@ NATIVE = r"""
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <array>
 #include <optional>
 #include <tuple>
 
