@@ -50,7 +50,7 @@ from adaptc.ir.lora_split import add_input_grads
 aten = torch.ops.aten
 _PRODUCTS = (aten.mm.default, aten.addmm.default, dialect.get("onednn_linear").overload)
 _LOOPS = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.clone.default)
-#: Bytes on a GPU that take about as long to copy, some 10 microseconds, as Python takes around a call of an op.
+#: Bytes on a GPU below which the copy may cost less than Python does around a call of an op.
 _WORTH_A_CALL = 1 << 24
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 

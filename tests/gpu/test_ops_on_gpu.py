@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import adaptc
 from adaptc.ir import dialect
 from adaptc.ir.dropout import keep_mask
 from adaptc.ir.sites import dialect_nodes
@@ -19,9 +18,6 @@ from tests.methods.test_dora import CANCELLED, nearly_cancelled
 
 pytestmark = pytest.mark.gpu
 
-assert adaptc.methods  # the methods' own ops are in the table once they are imported
-for _name in ("Hydra", "IA3", "VeRA", "SSF", "Bottleneck", "AdaptFormer", "ConvAdapter", "Prompt", "Prefix", "LoRA"):
-    getattr(adaptc, _name)
 #: One computes nothing but a library call of CPUs.
 OPS = [name for name in dialect.names() if name != "onednn_linear"]
 

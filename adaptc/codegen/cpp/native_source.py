@@ -42,6 +42,9 @@ static Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
     return Tensor(made);
 }
 static Tensor as(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
+[[maybe_unused]] static bool is_plain(const Tensor& t) {
+    return t.is_cpu() && t.scalar_type() == ScalarType::Float && t.numel() > 0;
+}
 static Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 static Tensor flat(const Tensor& t) {  // (..., r) as (rows, r)
     return t.dim() == 2 ? t : torch::stable::reshape(t, {-1, t.size(t.dim() - 1)});

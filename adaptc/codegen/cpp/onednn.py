@@ -11,15 +11,12 @@ from adaptc.codegen.cpp.native_source import NATIVE
 SOURCE = (
     """
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <vector>
 #include <torch/csrc/inductor/aoti_torch/c/shim_cpu.h>
 """
     + NATIVE
     + r"""
-static bool is_plain(const Tensor& t) { return t.is_cpu() && t.scalar_type() == ScalarType::Float && t.numel() > 0; }
-
 static Tensor onednn_linear(const Tensor& x, const Tensor& weight, const Maybe& bias) {
     if (!is_plain(x) || !is_plain(weight) || (bias && !is_plain(*bias)))
         return taken<Tensor>(in_python("adaptc_python::onednn_linear", x, weight, bias)[0]);

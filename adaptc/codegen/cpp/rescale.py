@@ -71,7 +71,6 @@ SOURCE = (
     KERNELS
     + NATIVE
     + r"""
-static bool is_plain(const Tensor& t) { return t.is_cpu() && t.scalar_type() == ScalarType::Float && t.numel() > 0; }
 static bool are_plain(const Tensor& y, const Maybe& bias, const Tensor& magnitude, const Tensor& norm) {
     return is_plain(y) && is_plain(magnitude) && is_plain(norm) && (!bias || is_plain(*bias));
 }
@@ -124,6 +123,8 @@ STABLE_TORCH_LIBRARY_IMPL(adaptc, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(adaptc_lowered, CPU, m) { m.impl("rescale_grad_", TORCH_BOX(&rescale_grad_in_place)); }
 """.replace("@GRAIN@", str(_GRAIN))
 )
+
+
 @functools.cache
 def _library() -> Any:
     found = torch_internals.load_cpp(SOURCE, KERNELS)
