@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.codegen.cpp import pairs
+from adaptc.codegen.cpp import pairs, products, skinny
 from adaptc.codegen.torch_internals import has_avx512_bf16, node_value
 from adaptc.ir import dialect
 from adaptc.ir.dialect import Cost, DialectOp, nbytes
@@ -39,7 +39,14 @@ from adaptc.ir.lora import (
     factor_grad_fake,
     rows,
 )
-from adaptc.ir.lora_split import Tensors, expand_body, expand_cost, input_grads_body, input_grads_cost
+from adaptc.ir.lora_split import (
+    Tensors,
+    expand_body,
+    expand_cost,
+    goes_to_skinny,
+    input_grads_body,
+    input_grads_cost,
+)
 
 
 def linear_expand_body(
@@ -72,13 +79,18 @@ def bottleneck_grads_body(
 def bottleneck_grads_kernel(
     grad: torch.Tensor, h: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    return pairs.both(grad, h, B, scale, dtype) if pairs.takes(grad, h.shape[-1]) else None
+    if pairs.takes(grad, h.shape[-1]):
+        return pairs.both(grad, h, B, scale, dtype)
+    if products.are_few([h.shape[-1]]) and goes_to_skinny(grad, (), [h.shape[-1]]):
+        return skinny.both(grad, h, B, scale, dtype)
+    return None
 
 
-def has_kernel(device: str, x: fx.Node, small: fx.Node) -> bool:
-    """Whether kernels for pairs of bf16 take ``x`` with an operand of the rank of ``small``, its last dimension."""
-    is_small = node_value(small).shape[-1] <= pairs.MOST_RANKS
-    return device == "cpu" and node_value(x).dtype == torch.bfloat16 and is_small and has_avx512_bf16()
+def has_kernel(device: str, x: fx.Node, small: fx.Node, *also: torch.dtype) -> bool:
+    """Whether kernels take ``x`` with an operand of the rank of ``small``, its last dimension: those for pairs of bf16,
+    or of the dtypes ``also``."""
+    dtype, is_small = node_value(x).dtype, node_value(small).shape[-1] <= products.MOST_RANKS
+    return device == "cpu" and is_small and (dtype in also or (dtype == torch.bfloat16 and has_avx512_bf16()))
 
 
 def bottleneck_grads_fake(
@@ -186,7 +198,7 @@ LORA_BOTTLENECK_GRADS = dialect.define(
         schema="(Tensor grad, Tensor h, Tensor B, Tensor scale, ScalarType dtype) -> (Tensor, Tensor)",
         body=bottleneck_grads_body, fake=bottleneck_grads_fake, cost=bottleneck_grads_cost,
         sample=bottleneck_grads_sample, kernel=bottleneck_grads_kernel,
-        whole=lambda device, grad, h, *others: has_kernel(device, grad, h),
+        whole=lambda device, grad, h, *others: has_kernel(device, grad, h, torch.float32),
     )
 )  # fmt: skip
 LORA_LINEAR_INPUT_GRADS = dialect.define(

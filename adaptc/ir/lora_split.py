@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from adaptc.codegen.cpp import pairs, skinny
+from adaptc.codegen.cpp import pairs, products, skinny
 from adaptc.codegen.torch_internals import cpu_emulates, node_value
 from adaptc.ir import dialect, dropout
 from adaptc.ir.dialect import Cost, DialectOp, nbytes
@@ -52,10 +52,9 @@ def shrink_kernel(
 ) -> list[torch.Tensor] | None:
     if _goes_in_pairs(x, seeds, (a.shape[0] for a in A)):
         return pairs.shrink(x, A, scale)
-    if not _has_kernel(x, seeds):
+    if not goes_to_skinny(x, seeds, (a.shape[0] for a in A)):
         return None
-    found = skinny.shrink(rows(x), A, scale, list(zip(seeds, p, strict=True)))
-    return [h.view(*x.shape[:-1], h.shape[1]) for h in found]
+    return skinny.shrink(x, A, scale, seeds, p)
 
 
 def expand_body(y: torch.Tensor, h: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
@@ -87,10 +86,9 @@ def factor_grads_kernel(
 ) -> list[torch.Tensor] | None:
     if _goes_in_pairs(right, seeds, (t.shape[-1] for t in left)):
         return pairs.gradient(left, right, dtype)
-    if not _has_kernel(right, seeds):
+    if not goes_to_skinny(right, seeds, (t.shape[-1] for t in left)):
         return None
-    found = skinny.gradient([rows(t) for t in left], rows(right), list(zip(seeds, p, strict=True)))
-    return [d.to(dtype) for d in found]
+    return skinny.gradient(left, right, dtype, seeds, p)
 
 
 def input_grads_body(dx: torch.Tensor, q: Tensors, A: Tensors, seeds: Tensors, p: Sequence[float]) -> torch.Tensor:
@@ -104,7 +102,8 @@ def input_grads_body(dx: torch.Tensor, q: Tensors, A: Tensors, seeds: Tensors, p
 def input_grads_kernel(
     dx: torch.Tensor, q: Tensors, A: Tensors, seeds: Tensors, p: Sequence[float]
 ) -> torch.Tensor | None:
-    if not (_has_kernel(dx, seeds) or _goes_in_pairs(dx, seeds, (a.shape[0] for a in A))):
+    ranks = [a.shape[0] for a in A]
+    if not (goes_to_skinny(dx, seeds, ranks) or _goes_in_pairs(dx, seeds, ranks)):
         return None
     total = dx.detach().clone(memory_format=torch.contiguous_format)
     add_input_grads(total, q, A, seeds, p)
@@ -113,24 +112,26 @@ def input_grads_kernel(
 
 def add_input_grads(dx: torch.Tensor, q: Tensors, A: Tensors, seeds: Tensors, p: Sequence[float]) -> None:
     """The same in the memory of ``dx``, which is contiguous."""
-    if _goes_in_pairs(dx, seeds, (a.shape[0] for a in A)):
-        return pairs.update(dx, q, A)
-    dx = rows(dx)
-    if _has_kernel(dx, seeds):
-        skinny.update(dx, [rows(t) for t in q], A, list(zip(seeds, p, strict=True)))
+    ranks = [a.shape[0] for a in A]
+    if _goes_in_pairs(dx, seeds, ranks):
+        pairs.update(dx, q, A)
+    elif goes_to_skinny(dx, seeds, ranks):
+        skinny.update(dx, q, A, seeds, p)
     elif seeds:
-        dx.copy_(input_grads_body(dx, [rows(t) for t in q], A, seeds, p))
+        dx.copy_(input_grads_body(dx, q, A, seeds, p))
     else:
-        dx.addmm_(*_joined(dx, q, A))
+        rows(dx).addmm_(*_joined(dx, q, A))
 
 
 def _joined(dx: torch.Tensor, q: Tensors, A: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.cat([rows(t) for t in q], dim=1), torch.cat([a.to(dx.dtype) for a in A])
+    left, right = [rows(t) for t in q], [a.to(dx.dtype) for a in A]
+    return (left[0], right[0]) if len(left) == 1 else (torch.cat(left, dim=1), torch.cat(right))
 
 
-def _has_kernel(x: torch.Tensor, seeds: Tensors) -> bool:
+def goes_to_skinny(x: torch.Tensor, seeds: Tensors, ranks: Iterable[int]) -> bool:
     """Whether our own kernel is faster than the libraries: it drops as it reads, and sums bf16 in fp32."""
-    return (bool(seeds) or cpu_emulates(x.dtype)) and skinny.takes(x)
+    known = bool(seeds) or cpu_emulates(x.dtype) or (x.dtype == torch.float32 and products.are_few(ranks))
+    return known and skinny.takes(x)
 
 
 def _goes_in_pairs(x: torch.Tensor, seeds: Tensors, ranks: Iterable[int]) -> bool:

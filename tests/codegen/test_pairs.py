@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptc.codegen.cpp import pairs
+from adaptc.codegen.cpp import pairs, products
 from adaptc.ir import dialect, dora, dora_expand, dora_grads, lora_fused, lora_split
 from tests.codegen.test_skinny import check
 
@@ -256,7 +256,7 @@ def test_what_the_kernels_do_not_take_is_left_to_torch(monkeypatch):
     assert pairs.takes(x, 3) == (pairs.library() is not None)
     assert not pairs.takes(x.float(), 3) and not pairs.takes(x.half(), 3) and not pairs.takes(x[:0], 3)
     assert not pairs.takes(x.to("meta"), 3)
-    assert not pairs.takes(x, 0) and not pairs.takes(x, pairs.MOST_RANKS + 1), "wide enough for the libraries"
+    assert not pairs.takes(x, 0) and not pairs.takes(x, products.MOST_RANKS + 1), "wide enough for the libraries"
     monkeypatch.setattr(pairs, "library", lambda: None)
     assert not pairs.takes(x, 3)
 
@@ -308,7 +308,7 @@ def test_what_the_library_does_not_take_python_does(name, dtype):
 
 @needs_pairs
 @pytest.mark.parametrize("name", NAMES[:2])
-def test_dropouts_go_to_python(name):
+def test_dropouts_go_elsewhere(name):
     seed, rates = [torch.tensor([5])], [0.5]
     *args, _, _ = arguments_of(name, BF16)
     got, want = (flat(run(*args, seed, rates)) for run in (dialect.get(name).overload, dialect.get(name).body))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import types
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +9,7 @@ from hypothesis import strategies as st
 
 from adaptc.codegen.cpp import skinny
 from adaptc.errors import AdaptcWarning
-from adaptc.ir import lora_split
+from adaptc.ir import lora_fused, lora_split
 from adaptc.ir.dropout import keep_mask
 
 SIZES = st.sampled_from([1, 2, 5, 6, 7, 12, 13, 31, 64, 65, 130])
@@ -57,16 +55,12 @@ def check(got, body, want, size):
         )
 
 
-def dropouts(seeds, p):
-    return list(zip(seeds, p, strict=True))
-
-
 @given(case=cases())
 @settings(max_examples=150)
 def test_shrink(case):
     x, _, A, seeds, p = case
     scale = [torch.tensor([0.5 + i], dtype=torch.float64) for i in range(len(A))]
-    got = skinny.shrink(x, A, scale, dropouts(seeds, p))
+    got = skinny.shrink(x, A, scale, seeds, p)
     pairs = list(zip(masks(x, len(A), seeds, p), A, scale, strict=True))
     want = [s * (x.double() * m) @ a.double().t() for m, a, s in pairs]
     size = [s * (x.double() * m).abs() @ a.double().abs().t() for m, a, s in pairs]
@@ -82,7 +76,7 @@ def test_gradient(case):
     want = [one.double().t() @ (x.double() * m) for m, one in pairs]
     size = [one.double().abs().t() @ (x.double() * m).abs() for m, one in pairs]
     body = lora_split.factor_grads_body(h, x, torch.float32, seeds, p)
-    got = skinny.gradient(h, x, dropouts(seeds, p))
+    got = skinny.gradient(h, x, torch.float32, seeds, p)
     check(got, body, want, size)
 
 
@@ -96,8 +90,22 @@ def test_update(case):
     size = total.double().abs() + sum(m * (one.double().abs() @ a.double().abs()) for m, one, a in pairs)
     body = lora_split.input_grads_body(total, q, A, seeds, p)
     got = total.clone()
-    skinny.update(got, q, A, dropouts(seeds, p))
+    skinny.update(got, q, A, seeds, p)
     check([got], [body], [want], [size])
+
+
+@given(case=cases(), wide=st.booleans(), turned=st.booleans())
+@settings(max_examples=150)
+def test_both(case, wide, turned):
+    g, (h, *_), (A, *_), _, _ = case
+    dtype = torch.float32 if wide else g.dtype
+    B = A.t().to(dtype) if turned else A.t().to(dtype).contiguous()
+    scale = torch.linspace(0.5, 2, B.shape[1], dtype=torch.float64)
+    got = skinny.both(g, h, B, scale, dtype)
+    want = scale * (g.double() @ B.double()), g.double().t() @ h.double()
+    size = scale * (g.double().abs() @ B.double().abs()), g.double().abs().t() @ h.double().abs()
+    check(got, lora_fused.bottleneck_grads_body(g, h, B, scale, dtype), want, size)
+    assert [t.dtype for t in got] == [g.dtype, dtype]
 
 
 @given(case=cases(), scale=st.sampled_from([0.0, 0.5, 3.0]), wide=st.booleans())
@@ -133,8 +141,8 @@ def test_the_defaults_of_the_process_do_not_matter(dtype):
     def run():
         sums = total.clone()
         skinny.update(sums, [h], [A])
-        return [*skinny.shrink(x, [A, A2], [scale, None]), *skinny.gradient([h], x), sums,
-                skinny.row_norms(x, A, B, scale)]  # fmt: skip
+        return [*skinny.shrink(x, [A, A2], [scale, scale]), *skinny.gradient([h], x, torch.float32), sums,
+                *skinny.both(x, h, A.t(), scale, torch.float32), skinny.row_norms(x, A, B, scale)]  # fmt: skip
 
     want = run()
     torch.set_default_dtype(dtype)
@@ -144,27 +152,6 @@ def test_the_defaults_of_the_process_do_not_matter(dtype):
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
-
-
-def test_without_torchs_stable_interface_the_body_makes_row_norms(monkeypatch):
-    from torch._inductor.codecache import CppCodeCache
-
-    load = CppCodeCache.load
-
-    def older(source):
-        if "torch/csrc/stable" in source:
-            raise RuntimeError("no such file")
-        return load(source)
-
-    monkeypatch.setattr(CppCodeCache, "load", older)
-    monkeypatch.setattr(torch.ops, "adaptc_skinny", types.SimpleNamespace(), raising=False)
-    skinny.library.cache_clear()
-    try:
-        x, h = torch.randn(7, 20), torch.randn(7, 3)
-        torch.testing.assert_close(skinny.gradient([h], x)[0], h.t() @ x)
-        assert skinny.row_norms(x, torch.randn(3, 20), h, torch.ones(1)) is None
-    finally:
-        skinny.library.cache_clear()
 
 
 def test_a_compiler_that_fails_is_told_of_and_does_without(monkeypatch):
@@ -181,6 +168,24 @@ def test_a_compiler_that_fails_is_told_of_and_does_without(monkeypatch):
         assert not skinny.takes(torch.randn(3, 4))  # asked once
     finally:
         skinny.library.cache_clear()
+
+
+def test_what_does_not_fit_is_named():
+    x, q, one, seed = torch.randn(5, 8), torch.randn(5, 2), torch.ones(1), torch.tensor([3])
+    for call in (
+        lambda: skinny.shrink(x, [torch.randn(2, 4)], [one]),
+        lambda: skinny.shrink(x, [torch.randn(4, 8)], [torch.ones(2)]),
+        lambda: skinny.shrink(x, [torch.randn(2, 8)] * 2, [one] * 2, [seed], [0.5]),
+        lambda: skinny.shrink(x, [torch.randn(2, 8)], [one], [seed.int()], [0.5]),
+        lambda: skinny.shrink(x.double(), [torch.randn(2, 8)], [one]),
+        lambda: skinny.gradient([q[:1]], x, torch.float32),
+        lambda: skinny.both(x, q, torch.randn(7, 2), one, torch.float32),
+        lambda: skinny.both(x, q, torch.randn(8, 3), one, torch.float32),
+        lambda: skinny.update(x, [q], [torch.randn(3, 8)]),
+        lambda: skinny.update(x.t(), [torch.randn(8, 2)], [torch.randn(2, 5)]),
+    ):
+        with pytest.raises(RuntimeError, match="expected"):
+            call()
 
 
 def test_what_the_kernels_do_not_take_is_left_to_torch():

@@ -153,6 +153,7 @@ def test_behind_lower_it_is_the_step_that_it_was(name, monkeypatch):
     """To the bit where an op has no kernel; the base model's nodes are its own and in their order, and the backward
     keeps what it kept."""
     monkeypatch.setattr(lora_fused, "has_avx512_bf16", lambda: False)
+    monkeypatch.setattr(lora_fused, "has_kernel", lambda *args: False)
     (got, graph), (want, plain) = (
         step(gated(passes, **SAME[name])) for passes in ({"limit": {"fuse": 5}} if name == "a budget" else None, PLAIN)
     )
@@ -420,3 +421,12 @@ def test_both_readers_of_a_gradient_stay_one_op_where_a_kernel_takes_them(monkey
         stays = [n for n in graph.graph_module("lower").graph.nodes if op_name(n) == "lora_bottleneck_grads"]
         assert len(stays) == (SITES if has_it else 0)
     check_steps_agree(found[True], found[False], loss=1e-6, gradient=2e-2)
+
+
+def test_in_fp32_they_stay_one_op_on_any_cpu(monkeypatch):
+    found, graph = step(gated())
+    assert len([n for n in graph.graph_module("lower").graph.nodes if op_name(n) == "lora_bottleneck_grads"]) == SITES
+    monkeypatch.setattr(lora_fused, "has_kernel", lambda *args: False)
+    want, graph = step(gated())
+    assert not [n for n in graph.graph_module("lower").graph.nodes if op_name(n) == "lora_bottleneck_grads"]
+    check_steps_agree(found, want, loss=1e-6, gradient=1e-5)

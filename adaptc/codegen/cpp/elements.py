@@ -48,6 +48,7 @@ constexpr int W = 4;
 #endif
 typedef float vec __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef uint32_t words __attribute__((vector_size(W * 4)));
+typedef int32_t ints __attribute__((vector_size(W * 4)));
 
 static inline vec read(const float* p) { return *reinterpret_cast<const vec*>(p); }
 static inline void write(float* p, vec v) { *reinterpret_cast<vec*>(p) = v; }

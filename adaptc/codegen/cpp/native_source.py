@@ -69,13 +69,61 @@ static Tensor scales_of(const Tensor& t, int64_t rank) {
     return dense(as(t, ScalarType::Double));
 }
 
-// The op of this name in Python, for what a kernel does not take; the results stand first.
+// The op of this name; the results stand first. Those of ``adaptc_python`` are for what a kernel does not take.
 template <typename... Arguments>
-static auto in_python(const char* name, const Arguments&... arguments) {
+static auto called(const char* name, const Arguments&... arguments) {
     constexpr size_t most = std::max<size_t>(sizeof...(Arguments), 4);
     std::array<StableIValue, most> stack{torch::stable::detail::from(arguments)...};
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
     return stack;
 }
 template <typename T> static T taken(StableIValue value) { return torch::stable::detail::to<T>(value); }
+"""
+#: And operands with a small side (a rank), which kernels read where they are.
+OPERANDS = r"""
+// A matrix whose rows are contiguous, at any distance from each other.
+template <typename T> struct RowsOf {
+    Tensor held;
+    T* data;
+    int64_t rows, width, distance;
+};
+template <typename T> static RowsOf<T> rows_of(const Tensor& t) {
+    const int64_t width = width_of(t), rows = t.numel() / width;
+    if (t.is_contiguous()) return {t, data_of<T>(t), rows, width, width};
+    Tensor two = flat(t);
+    if (two.stride(1) != 1 && width != 1) two = torch::stable::contiguous(two);
+    return {two, data_of<T>(two), rows, width, two.stride(0)};
+}
+struct Factor {  // fp32 or bf16, of any strides
+    const void* data;
+    int64_t rank, along, across, is_bf16;  // strides along the small side and along the other
+};
+// What the kernels read as a factor or write as a gradient: fp32 or bf16.
+static ScalarType plain(ScalarType type) { return type == ScalarType::BFloat16 ? type : ScalarType::Float; }
+
+// Operands with a small side, and what has to live as long as they do.
+struct Factors {
+    Tensors held;
+    std::vector<Factor> all;
+    int64_t ranks = 0;
+
+    // ``t`` (2-d, or more that are rows) with its small side at dimension ``small`` and ``size`` on the other
+    void add(const Tensor& t, int small, int64_t size) {
+        const Tensor two = as(flat(t), plain(t.scalar_type()));
+        STD_TORCH_CHECK(two.size(1 - small) == size && two.is_cpu(), "a factor of shape (", two.size(0), ", ",
+                        two.size(1), "): expected ", size, " at dimension ", 1 - small, ", on the CPU");
+        const bool is_bf16 = two.scalar_type() == ScalarType::BFloat16;
+        all.push_back({two.data_ptr(), two.size(small), two.stride(small), two.stride(1 - small), is_bf16});
+        held.push_back(two);
+        ranks += two.size(small);
+    }
+    // Each of the first ``count`` with one of those behind them.
+    void check_pairs(size_t count) const {
+        STD_TORCH_CHECK(all.size() == 2 * count, "expected as many factors on either side, found ", count, " of ",
+                        all.size());
+        for (size_t g = 0; g < count; ++g)
+            STD_TORCH_CHECK(all[g].rank == all[count + g].rank, "factors of one product: expected one rank, found ",
+                            all[g].rank, " and ", all[count + g].rank);
+    }
+};
 """

@@ -10,7 +10,8 @@ For CPUs with AVX512_BF16. x, g and total are read once, where their rows lie at
 may be fp32 or bf16 and have any strides: they are rounded to bf16 as they are packed. Numbers below the smallest normal
 one may come out as zero.
 
-Once the library is there, it does what the dialect's ops do on a CPU, and calls Python for what it does not take.
+Once the library is there, it does what the dialect's ops of DoRA do on a CPU, and calls Python for what it does not
+take; ``adaptc.codegen.cpp.products`` has it do the others.
 """
 
 from __future__ import annotations
@@ -22,10 +23,8 @@ from typing import Any
 import torch
 
 from adaptc.codegen import torch_internals
-from adaptc.codegen.cpp.pairs_ops_source import MOST_RANKS
+from adaptc.codegen.cpp import products
 from adaptc.codegen.cpp.pairs_source import SOURCE
-
-__all__ = ["MOST_RANKS", "both", "dora_expand", "dora_output_grads", "gradient", "library", "shrink", "takes", "update"]
 
 
 @functools.cache
@@ -34,7 +33,10 @@ def library() -> Any:
     if not torch_internals.has_avx512_bf16():
         return None
     found = torch_internals.load_cpp(SOURCE)
-    return torch.ops.adaptc_pairs if found is not None and found.lanes() else None
+    if found is None or not found.lanes():
+        return None
+    products.found("pairs")
+    return torch.ops.adaptc_pairs
 
 
 def takes(x: torch.Tensor, ranks: int) -> bool:
@@ -42,7 +44,7 @@ def takes(x: torch.Tensor, ranks: int) -> bool:
     are fast for so many ``ranks``."""
     # Of a subclass the memory may be elsewhere, or nowhere.
     plain = type(x) is torch.Tensor and x.dtype == torch.bfloat16 and x.device.type == "cpu"
-    return plain and 0 < ranks <= MOST_RANKS and x.numel() > 0 and library() is not None
+    return plain and products.are_few([ranks]) and x.numel() > 0 and library() is not None
 
 
 def shrink(x: torch.Tensor, A: Sequence[torch.Tensor], scale: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-#: Ranks, of all sites together, up to which the libraries were slower wherever it was measured.
-MOST_RANKS = 64
+from adaptc.codegen.cpp.products import MOST_RANKS
 
 OPS = r"""
 constexpr int64_t MOST_RANKS = @MOST_RANKS@;
 // How many rows a thread has at least where each sums up by itself what it reads.
 constexpr int64_t ROWS_OF_A_THREAD = 96;
 
-// A matrix whose rows are contiguous, at any distance from each other.
-struct Rows {
-    Tensor held;
-    half* data;
-    int64_t rows, width, distance;
-};
-static Rows rows_of(const Tensor& t) {
-    const int64_t width = width_of(t), rows = t.numel() / width;
-    if (t.is_contiguous()) return {t, data_of<half>(t), rows, width, width};
-    Tensor two = flat(t);
-    if (two.stride(1) != 1 && width != 1) two = torch::stable::contiguous(two);
-    return {two, data_of<half>(two), rows, width, two.stride(0)};
-}
+typedef RowsOf<half> Rows;
 // The memory of ``t``, contiguous and in any shape, as rows of those of ``like``.
 static Rows dense_rows(const Tensor& t, const Rows& like) {
     const Tensor held = dense(t);
@@ -30,34 +17,6 @@ static Rows dense_rows(const Tensor& t, const Rows& like) {
                     "expected ", like.rows * like.width, " numbers of bf16 on the CPU, found ", t.numel());
     return {held, data_of<half>(held), like.rows, like.width, like.width};
 }
-// What the kernels read as a factor or write as a gradient: fp32 or bf16.
-static ScalarType plain(ScalarType type) { return type == ScalarType::BFloat16 ? type : ScalarType::Float; }
-
-// Operands with a small side, and what has to live as long as they do.
-struct Factors {
-    Tensors held;
-    std::vector<Factor> all;
-    int64_t ranks = 0;
-
-    // ``t`` (2-d, or more that are rows) with its small side at dimension ``small`` and ``size`` on the other
-    void add(const Tensor& t, int small, int64_t size) {
-        const Tensor two = as(flat(t), plain(t.scalar_type()));
-        STD_TORCH_CHECK(two.size(1 - small) == size && two.is_cpu(), "a factor of shape (", two.size(0), ", ",
-                        two.size(1), "): expected ", size, " at dimension ", 1 - small, ", on the CPU");
-        const bool is_bf16 = two.scalar_type() == ScalarType::BFloat16;
-        all.push_back({two.data_ptr(), two.size(small), two.stride(small), two.stride(1 - small), is_bf16});
-        held.push_back(two);
-        ranks += two.size(small);
-    }
-    // Each of the first ``count`` with one of those behind them.
-    void check_pairs(size_t count) const {
-        STD_TORCH_CHECK(all.size() == 2 * count, "expected as many factors on either side, found ", count, " of ",
-                        all.size());
-        for (size_t g = 0; g < count; ++g)
-            STD_TORCH_CHECK(all[g].rank == all[count + g].rank, "factors of one product: expected one rank, found ",
-                            all[g].rank, " and ", all[count + g].rank);
-    }
-};
 static Part part_of(const Tensor& t, const Maybe& scale = {}, bool by_rank = false) {
     const bool is_bf16 = t.scalar_type() == ScalarType::BFloat16;
     return {t.data_ptr(), data_of<double>(scale), scale ? scale->numel() : 0, is_bf16, by_rank};
@@ -69,7 +28,7 @@ static int threads_of(const Rows& x, int64_t ranks, bool sums_alone = false) {
 }
 
 static Tensors shrink(const Tensor& x, const Tensors& A, const Tensors& scale) {
-    const Rows from = rows_of(x);
+    const Rows from = rows_of<half>(x);
     Factors factors;
     Tensors made, scales;
     std::vector<Part> parts;
@@ -85,7 +44,7 @@ static Tensors shrink(const Tensor& x, const Tensors& A, const Tensors& scale) {
 }
 
 static Tensors gradient(const Tensors& h, const Tensor& x, ScalarType type) {
-    const Rows from = rows_of(x);
+    const Rows from = rows_of<half>(x);
     Factors factors;
     Tensors made;
     std::vector<Part> parts;
@@ -102,7 +61,7 @@ static Tensors gradient(const Tensors& h, const Tensor& x, ScalarType type) {
 
 static std::tuple<Tensor, Tensor> both(const Tensor& g, const Tensor& h, const Tensor& B, const Tensor& scale,
                                        ScalarType type) {
-    const Rows from = rows_of(g);
+    const Rows from = rows_of<half>(g);
     Factors factors;
     factors.add(B, 1, from.width);
     factors.add(h, 1, from.rows);
@@ -118,7 +77,7 @@ static std::tuple<Tensor, Tensor> both(const Tensor& g, const Tensor& h, const T
 
 static void update_in_place(const Tensor& total, const Tensors& q, const Tensors& A) {
     STD_TORCH_CHECK(total.is_contiguous(), "a sum in place: expected contiguous memory");
-    const Rows to = rows_of(total);
+    const Rows to = rows_of<half>(total);
     Factors factors;
     for (const Tensor& one : q) factors.add(one, 1, to.rows);
     const int64_t ranks = factors.ranks;
@@ -129,7 +88,7 @@ static void update_in_place(const Tensor& total, const Tensors& q, const Tensors
 
 static Tensor dora_expanded(const Tensor& y, const Maybe& base, const Maybe& bias, const Tensor& h, const Tensor& B,
                             const Tensor& magnitude, const Tensor& norm) {
-    const Rows from = rows_of(dense(y));
+    const Rows from = rows_of<half>(dense(y));
     const Rows z = base ? dense_rows(*base, from) : Rows{from.held, nullptr, 0, 0, 0};
     const Maybe centre = base ? Maybe() : of_columns(bias, from.width);
     const Tensor wide = of_columns(magnitude, from.width), norms = of_columns(norm, from.width);
@@ -147,7 +106,7 @@ static Tensor dora_expanded(const Tensor& y, const Maybe& base, const Maybe& bia
 static std::tuple<Tensor, Tensor, Tensor> dora_grads(
     const Tensor& g, const Tensor& z, const Maybe& bias, const Tensor& h, const Tensor& B, const Tensor& magnitude,
     const Tensor& norm, const Tensor& scale, bool of_base, const Tensor& dz) {
-    const Rows values = rows_of(dense(z)), from = dense_rows(g, values), to = dense_rows(dz, values);
+    const Rows values = rows_of<half>(dense(z)), from = dense_rows(g, values), to = dense_rows(dz, values);
     STD_TORCH_CHECK(to.data == data_of<half>(dz), "a gradient in place: expected contiguous memory");
     const Maybe centre = of_columns(bias, from.width);
     const Tensor wide = of_columns(magnitude, from.width), norms = of_columns(norm, from.width);
@@ -184,48 +143,15 @@ STABLE_TORCH_LIBRARY_IMPL(adaptc_pairs, CPU, m) {
     m.impl("dora_output_grads", TORCH_BOX(&dora_grads));
 }
 
-// The dialect's ops, on a CPU: what the kernels take; Python does the rest.
+// The dialect's ops that are no mere products, on a CPU: what the kernels take; Python does the rest.
 static bool takes(const Tensor& x, int64_t ranks) {
     return x.scalar_type() == ScalarType::BFloat16 && x.is_cpu() && 0 < ranks && ranks <= MOST_RANKS && x.numel() > 0;
-}
-static int64_t ranks_of(const Tensors& all, bool last) {
-    int64_t total = 0;
-    for (const Tensor& one : all) total += one.size(last ? one.dim() - 1 : 0);
-    return total;
-}
-typedef std::vector<double> Rates;
-
-static Tensors lora_shrink(const Tensor& x, const Tensors& A, const Tensors& scale, const Tensors& seeds,
-                           const Rates& p) {
-    if (seeds.empty() && takes(x, ranks_of(A, false))) return shrink(x, A, scale);
-    return taken<Tensors>(in_python("adaptc_python::lora_shrink", x, A, scale, seeds, p)[0]);
-}
-static Tensors lora_factor_grads(const Tensors& left, const Tensor& right, ScalarType type, const Tensors& seeds,
-                                 const Rates& p) {
-    if (seeds.empty() && takes(right, ranks_of(left, true))) return gradient(left, right, type);
-    return taken<Tensors>(in_python("adaptc_python::lora_factor_grads", left, right, type, seeds, p)[0]);
-}
-static std::tuple<Tensor, Tensor> lora_bottleneck_grads(const Tensor& g, const Tensor& h, const Tensor& B,
-                                                        const Tensor& scale, ScalarType type) {
-    if (takes(g, B.size(1))) return both(g, h, B, scale, type);
-    const auto found = in_python("adaptc_python::lora_bottleneck_grads", g, h, B, scale, type);
-    return {taken<Tensor>(found[0]), taken<Tensor>(found[1])};
-}
-static void add_products(const Tensor& total, const Tensors& q, const Tensors& A, const Tensors& seeds,
-                         const Rates& p) {
-    if (seeds.empty() && takes(total, ranks_of(A, false))) return update_in_place(total, q, A);
-    in_python("adaptc_python::add_products_", total, q, A, seeds, p);
-}
-static void add_product(const Tensor& total, const Tensor& left, const Tensor& right) {
-    const bool few = takes(total, right.size(0)) && left.scalar_type() == ScalarType::BFloat16;
-    if (few && right.scalar_type() == ScalarType::BFloat16) return update_in_place(total, {left}, {right});
-    in_python("adaptc_python::add_product_", total, left, right);
 }
 static Tensor op_dora_expand(const Tensor& y, const Maybe& base, const Maybe& bias, const Tensor& h, const Tensor& B,
                              const Tensor& magnitude, const Tensor& norm) {
     const int64_t rank = B.size(1);
     if (takes(y, rank) && (!base || takes(*base, rank))) return dora_expanded(y, base, bias, h, B, magnitude, norm);
-    return taken<Tensor>(in_python("adaptc_python::dora_expand", y, base, bias, h, B, magnitude, norm)[0]);
+    return taken<Tensor>(called("adaptc_python::dora_expand", y, base, bias, h, B, magnitude, norm)[0]);
 }
 static std::tuple<Tensor, Tensor, Tensor, Tensor> op_dora_output_grads(
     const Tensor& g, const Tensor& z, const Maybe& bias, const Tensor& h, const Tensor& B, const Tensor& magnitude,
@@ -236,7 +162,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> op_dora_output_grads(
         return {q, dB, dz, dm};
     }
     const auto found =
-        in_python("adaptc_python::dora_output_grads", g, z, bias, h, B, magnitude, norm, scale, of_base);
+        called("adaptc_python::dora_output_grads", g, z, bias, h, B, magnitude, norm, scale, of_base);
     return {taken<Tensor>(found[0]), taken<Tensor>(found[1]), taken<Tensor>(found[2]), taken<Tensor>(found[3])};
 }
 static std::tuple<Tensor, Tensor, Tensor> op_dora_output_grads_in_place(
@@ -245,20 +171,15 @@ static std::tuple<Tensor, Tensor, Tensor> op_dora_output_grads_in_place(
     if (takes(g, B.size(1)) && takes(z, B.size(1)))
         return dora_grads(g, z, bias, h, B, magnitude, norm, scale, of_base, g);
     const auto found =
-        in_python("adaptc_python::dora_output_grads_", g, z, bias, h, B, magnitude, norm, scale, of_base);
+        called("adaptc_python::dora_output_grads_", g, z, bias, h, B, magnitude, norm, scale, of_base);
     return {taken<Tensor>(found[0]), taken<Tensor>(found[1]), taken<Tensor>(found[2])};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(adaptc, CPU, m) {
-    m.impl("lora_shrink", TORCH_BOX(&lora_shrink));
-    m.impl("lora_factor_grads", TORCH_BOX(&lora_factor_grads));
-    m.impl("lora_bottleneck_grads", TORCH_BOX(&lora_bottleneck_grads));
     m.impl("dora_expand", TORCH_BOX(&op_dora_expand));
     m.impl("dora_output_grads", TORCH_BOX(&op_dora_output_grads));
 }
 STABLE_TORCH_LIBRARY_IMPL(adaptc_lowered, CPU, m) {
-    m.impl("add_product_", TORCH_BOX(&add_product));
-    m.impl("add_products_", TORCH_BOX(&add_products));
     m.impl("dora_output_grads_", TORCH_BOX(&op_dora_output_grads_in_place));
 }
 """.replace("@MOST_RANKS@", str(MOST_RANKS))

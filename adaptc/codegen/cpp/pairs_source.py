@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from adaptc.codegen.cpp.elements import ELEMENTS
-from adaptc.codegen.cpp.native_source import NATIVE
+from adaptc.codegen.cpp.native_source import NATIVE, OPERANDS
 from adaptc.codegen.cpp.pairs_dora_source import DORA
 from adaptc.codegen.cpp.pairs_ops_source import OPS
 
@@ -15,7 +15,10 @@ SOURCE = (
 extern "C" int lanes() { return 0; }
 #else
 #include <immintrin.h>
-
+"""
+    + NATIVE
+    + OPERANDS
+    + r"""
 typedef uint16_t half;  // the bits of a bf16
 typedef uint32_t pair;  // two of them, the first in the low bits
 constexpr int W = 16;
@@ -23,11 +26,6 @@ constexpr int W = 16;
 // them than it has ways for.
 constexpr int64_t ROWS = 12, BLOCK = 96, STRIP = 2 * W, TILE = 8;
 
-// An operand with a small side, of any strides: fp32 or bf16.
-struct Factor {
-    const void* data;
-    int64_t rank, along, across, is_bf16;  // strides along the small side and along the other
-};
 // A result, dense: (other side, rank), or (rank, other side).
 struct Part {
     void* data;
@@ -411,7 +409,6 @@ static void update_all(const half* from, half* out, int64_t rows, int64_t width,
 }
 """
     + DORA
-    + NATIVE
     + OPS
     + """
 extern "C" int lanes() { return W; }
