@@ -34,6 +34,8 @@ class Method:
     quantised: ClassVar[bool] = False
     #: True when the method acts on a model as a whole: a plan names no modules for it.
     on_model: ClassVar[bool] = False
+    #: Options that the model itself answers where they are None: adapters may differ in what they say of it.
+    of_model: ClassVar[tuple[str, ...]] = ()
 
     targets: tuple[str, ...] | str | None = None
     exclude: tuple[str, ...] | str | None = None

@@ -7,6 +7,10 @@ projection T = W_2 tanh(W_1 E + b_1) + b_2, E (n, d), which is a matter of train
 
 It acts in the backbone, so heads of every kind compute with it. A model that drops its cache is an error: gradient
 checkpointing does so.
+
+A language model with an encoder and a decoder gets it as in PEFT: in the decoder's attention to itself only, and in
+PEFT's order. Layer i of the decoder reads entry (2 i) mod L of the table, so that where L is even every second entry
+never acts and gets no gradient. L is the number of the encoder's layers, or of the decoder's where these are more.
 """
 
 from __future__ import annotations
@@ -46,12 +50,15 @@ class Prefix(TokenMethod):
 
     Args:
         num_virtual_tokens: n.
+        num_transformer_submodules: PEFT's number of stacks: 2 for models with an encoder and a decoder, 1 for others;
+            None is the model's.
         prefix_projection: train E and a two-layer network of ``encoder_hidden_size`` instead of the table.
         init: "default" (the table or E normal; the network as torch's linear layers) or "zero" (the table is zero).
     """
 
     kind: ClassVar[str] = "prefix"
     peft_kind: ClassVar[str | None] = "PREFIX_TUNING"
+    of_model: ClassVar[tuple[str, ...]] = (*tokens.MODEL_KEYS, "num_transformer_submodules")
 
     prefix_projection: bool = False
     encoder_hidden_size: int | None = None
@@ -66,11 +73,19 @@ class Prefix(TokenMethod):
         self.require("encoder_hidden_size", known, "a positive integer, with prefix_projection")
 
     def place(self, model: nn.Module) -> str:
-        return tokens.backbone(model)
+        return "" if tokens.has_decoder(model) else tokens.backbone(model)
 
     def shape(self, model: nn.Module) -> tuple[int, int, int]:
-        """Keys and values may have fewer heads than queries: those are the heads here, and token_dim their width."""
+        """Keys and values may have fewer heads than queries: those are the heads here, and token_dim their width.
+
+        PEFT finds heads and layers of an encoder and the width of hidden states: where a decoder has others, its users
+        must say them, and our files do. ``num_layers`` may be any number that the decoder's layers do not exceed.
+        """
         config: Any = model.config
+        if tokens.has_decoder(model):
+            heads, layers = _decoder_sizes(config)
+            width = getattr(config, "d_kv", None) or config.hidden_size // heads
+            return heads * width, heads, max(self.num_layers or config.num_hidden_layers, layers)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return heads * size, heads, config.num_hidden_layers
@@ -81,8 +96,30 @@ class Prefix(TokenMethod):
             return f"{type(module).__name__} takes no past_key_values"
         return reason
 
+    def refusal_of_decoder(self, path: str, module: nn.Module) -> str | None:
+        name, parameters = type(module).__name__, inspect.signature(type(module).forward).parameters
+        if not tokens.has_language_head(module):
+            return f"{name} has an encoder and a decoder and no language model's head: PEFT has no prefix for it"
+        if not {"input_ids", "decoder_attention_mask"} <= parameters.keys():
+            return f"{name} has an encoder that does not read tokens (input_ids): PEFT has no prefix for it"
+        if self.num_transformer_submodules == 1:
+            return "num_transformer_submodules is 1, and the model has 2: an encoder and a decoder"
+        decoder: Any = module.get_decoder()  # type: ignore[operator]
+        if "decoder_causal_mask" in inspect.signature(type(decoder).forward).parameters:
+            return f"{name} makes its decoder's mask without the cache, which the prefix is in"
+        if hasattr(module.config, "ngram"):
+            return f"{name} computes with a cache, which the prefix is in, for one token at a time only"
+        return None
+
     def build(self, path: str, module: nn.Module, *, dtype: torch.dtype | None, site_id: int) -> PrefixAdapter:
         return PrefixAdapter(self, module, dtype=dtype, site_id=site_id)
+
+
+def _decoder_sizes(config: Any) -> tuple[int, int]:
+    """Heads and layers of the decoder that has an encoder; its config may say them as those of all layers."""
+    layers = getattr(config, "decoder_layers", None) or getattr(config, "num_decoder_layers", None)
+    heads = getattr(config, "decoder_attention_heads", None)
+    return heads or config.num_attention_heads, layers or config.num_hidden_layers
 
 
 def _no_cache(module: nn.Module, found: str) -> UnsupportedError:
@@ -95,6 +132,7 @@ def _no_cache(module: nn.Module, found: str) -> UnsupportedError:
 class PrefixAdapter(TokenAdapter):
     """``prefix`` (n, 2 L h d_h); with a projection ``embedding`` (n, d), ``first`` and ``second`` (weights and biases).
 
+    ``entries``: for each layer that gets keys and values, which of the L of the table they are.
     Values loaded from a file are a table: the projection is gone then, in this adapter.
     """
 
@@ -105,14 +143,19 @@ class PrefixAdapter(TokenAdapter):
     ) -> None:
         super().__init__(method, module, site_id)
         weight = next(module.parameters())
-        dim, self.heads, self.layers = method.shape(module)
+        self.dim, self.heads, self.layers = method.shape(module)
+        self.of_decoder = tokens.has_decoder(module)
+        self.entries = tuple(range(self.layers))
+        if self.of_decoder:
+            self.entries = tuple(2 * i % self.layers for i in range(_decoder_sizes(module.config)[1]))
         options: dict[str, Any] = {"dtype": storage_dtype(weight, dtype), "device": weight.device}
-        width = 2 * self.layers * dim
+        width = 2 * self.layers * self.dim
         if method.prefix_projection:
             hidden = method.encoder_hidden_size
             assert hidden is not None  # asked by __post_init__
-            self.embedding = nn.Parameter(torch.empty(method.num_virtual_tokens, dim, **options))
-            self.first, self.second = nn.Linear(dim, hidden, **options), nn.Linear(hidden, width, **options)
+            self.embedding = nn.Parameter(torch.empty(method.num_virtual_tokens, self.dim, **options))
+            self.first = nn.Linear(self.dim, hidden, **options)
+            self.second = nn.Linear(hidden, width, **options)
             self.register_parameter("prefix", None)
         else:
             self.prefix = nn.Parameter(torch.empty(method.num_virtual_tokens, width, **options))
@@ -140,44 +183,58 @@ class PrefixAdapter(TokenAdapter):
     def run_inside(self, module: nn.Module, adapters: Sequence[Adapter], *args: Any, **kwargs: Any) -> Any:
         given = tokens.named_arguments(self, args, kwargs)
         count = sum(a.count for a in adapters if isinstance(a, TokenAdapter))
-        tokens.lengthen_mask(given, count)
-        if given.get("position_ids") is not None:
-            given["position_ids"] = given["position_ids"] + count
+        mask, positions = "attention_mask", "position_ids"
+        if self.of_decoder:
+            mask, positions = f"{tokens.DECODER}_{mask}", f"{tokens.DECODER}_{positions}"
+        tokens.lengthen_mask(given, count, mask)
+        if given.get(positions) is not None:
+            given[positions] = given[positions] + count
         if tokens.is_begun(given, adapters):
             return type(module).forward(module, **given)
         config: Any = module.config
         use_cache = given.get("use_cache")
         asked = config.use_cache if use_cache is None else use_cache
         keeps = given.get("past_key_values") is not None or asked
-        if module.training and getattr(module, "gradient_checkpointing", False):
+        stack: Any = module.get_decoder() if self.of_decoder else module  # type: ignore[operator]
+        if module.training and getattr(stack, "gradient_checkpointing", False):
             raise _no_cache(module, "gradient checkpointing, which drops it")
         cache = given["past_key_values"] = self._fill(module, adapters, given)
         tokens.begin(cache, adapters)
+        as_tuple = given.pop("return_dict", None) is False
         output = type(module).forward(module, **given)
         if cache.get_seq_length() == count:
             raise _no_cache(module, "a forward that did not add to it")
         if not keeps and hasattr(output, "past_key_values"):
             output["past_key_values"] = None
-        return output
+        return tuple(value for value in output.values() if value is not None) if as_tuple else output
 
     def _fill(self, module: nn.Module, adapters: Sequence[Adapter], given: Mapping[str, Any]) -> Any:
         """The cache of a call, with the tables of ``adapters`` in it."""
-        from transformers import DynamicCache
+        from transformers import DynamicCache, EncoderDecoderCache
 
         cache = given.get("past_key_values")
         if cache is None:
             cache = DynamicCache(config=module.config)
-        ids = given.get("input_ids")
-        batch = (given["inputs_embeds"] if ids is None else ids).shape[0]
+            if self.of_decoder:
+                cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        batch = self._rows(given)
         weight = module.get_input_embeddings().weight  # type: ignore[operator]
         like = torch.empty(batch, dtype=weight.dtype, device=weight.device)
         for adapter in adapters:
             assert isinstance(adapter, PrefixAdapter)
             table = adapter.table()
             states = prefix_site(adapter.site_id, table, like, adapter.layers, adapter.heads)
-            for layer in range(adapter.layers):
-                cache.update(states[2 * layer], states[2 * layer + 1], layer)
+            for layer, entry in enumerate(adapter.entries):
+                tokens.own_attention(cache).update(states[2 * entry], states[2 * entry + 1], layer)
         return cache
+
+    def _rows(self, given: Mapping[str, Any]) -> int:
+        """The batch size of a call."""
+        names = ["input_ids", "inputs_embeds"]
+        if self.of_decoder:  # generation has called the encoder before; labels may stand for the decoder's tokens
+            names = [*(f"{tokens.DECODER}_{name}" for name in names), "labels", *names]
+        found = next((given[name] for name in names if given.get(name) is not None), None)
+        return int((given["encoder_outputs"][0] if found is None else found).shape[0])
 
     def peft_tensors(self) -> dict[str, torch.Tensor]:
         return {"prompt_embeddings": self.table()}
@@ -201,16 +258,20 @@ class PrefixAdapter(TokenAdapter):
             self.prefix.data.copy_(table)
 
     def method_now(self) -> Method:
-        return self.method if self.projects else without_projection(self.method)
+        """Of a model with an encoder and a decoder it says the dimensions: PEFT would find others in some configs."""
+        method = self.method if self.projects else without_projection(self.method)
+        if not self.of_decoder:
+            return tokens.without_dimensions(method)
+        said: dict[str, Any] = dict(zip(self.method.of_model, (self.dim, self.heads, self.layers, 2), strict=True))
+        return dataclasses.replace(method, **said)
 
     def signature(self) -> tuple[object, ...]:
         return (*super().signature(), self.projects)
 
 
 def without_projection(method: Method) -> Method:
-    """The method whose parameters a file has: the table, and no dimensions that the model itself says."""
-    plain = tokens.without_dimensions(method)
-    return dataclasses.replace(plain, prefix_projection=False, encoder_hidden_size=None)  # type: ignore[call-arg]
+    """The method whose parameters a file has: the table."""
+    return dataclasses.replace(method, prefix_projection=False, encoder_hidden_size=None)  # type: ignore[call-arg]
 
 
 def body(table: torch.Tensor, like: torch.Tensor, layers: int, heads: int) -> torch.Tensor:

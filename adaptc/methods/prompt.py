@@ -49,16 +49,11 @@ class Prompt(TokenMethod):
     kind: ClassVar[str] = "prompt"
     peft_kind: ClassVar[str | None] = "PROMPT_TUNING"
 
-    in_encoders: ClassVar[bool] = True
-
     init: str = "random"
     init_ids: tuple[int, ...] | None = None
-    num_transformer_submodules: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        count = self.num_transformer_submodules
-        self.require("num_transformer_submodules", count is None or count in (1, 2), "1, 2 or None")
         self.require("init", self.init in INITS, " or ".join(INITS))
         ids: Any = self.init_ids
         if isinstance(ids, list):
@@ -80,8 +75,6 @@ class Prompt(TokenMethod):
         reason = super().refusal(path, module)
         if reason is not None:
             return reason
-        if self.num_transformer_submodules == 2 and not tokens.is_encoder(path):
-            return "num_transformer_submodules is 2, which is for models with an encoder and a decoder"
         if getattr(module, "embed_scale", 1.0) not in (None, 1.0):
             return (
                 f"{type(module).__name__} scales its tokens' embeddings after looking them up: PEFT's prompts leave the"
@@ -96,20 +89,18 @@ class Prompt(TokenMethod):
                 return f"init_ids has {max(self.init_ids)}, the model's vocabulary {size} tokens"
         return None
 
+    def refusal_of_decoder(self, path: str, module: nn.Module) -> str | None:
+        return None if tokens.is_encoder(path) else super().refusal_of_decoder(path, module)
+
     def place(self, model: nn.Module) -> str:
         encoder = tokens.encoder(model)
         if encoder is not None:
             return encoder
-        return "" if _has_language_head(model) else tokens.backbone(model)
+        return "" if tokens.has_language_head(model) else tokens.backbone(model)
 
     def build(self, path: str, module: nn.Module, *, dtype: torch.dtype | None, site_id: int) -> PromptAdapter:
         cls = EncoderPromptAdapter if tokens.is_encoder(path) else PromptAdapter
         return cls(self, module, dtype=dtype, site_id=site_id)
-
-
-def _has_language_head(model: nn.Module) -> bool:
-    can_generate = getattr(model, "can_generate", None)
-    return bool(callable(can_generate) and can_generate())
 
 
 class PromptAdapter(TokenAdapter):
@@ -124,7 +115,7 @@ class PromptAdapter(TokenAdapter):
     ) -> None:
         super().__init__(method, module, site_id)
         weight: torch.Tensor = module.get_input_embeddings().weight  # type: ignore[operator]
-        self.shifts_labels = _has_language_head(module)
+        self.shifts_labels = tokens.has_language_head(module)
         size = self.rows(method), method.shape(module)[0]
         self.prompt = nn.Parameter(torch.empty(size, dtype=storage_dtype(weight, dtype), device=weight.device))
         self.reset_parameters(weight)
@@ -259,17 +250,10 @@ _ANCHOR = anchor_of(PROMPT)
 prompt_site = _ANCHOR.function
 ANCHORS = (_ANCHOR,)
 
-def _is_count(value: Any) -> bool:
-    return value in (None, 1, 2)
-
-
 CODEC = Codec(
     peft_type="PROMPT_TUNING", kind="prompt", label="prompt tuning", on_model=True, stored=tokens.without_dimensions,
     options={
         **tokens.OPTIONS,
-        "num_transformer_submodules": Option(
-            None, "used", "1, 2 or null", _is_count, field="num_transformer_submodules"
-        ),
         # Texts and tokenizers are made token ids of before there is a plan: Prompt.from_text.
         "prompt_tuning_init": Option("RANDOM", "init"),
         "prompt_tuning_init_text": Option(None, "init"),

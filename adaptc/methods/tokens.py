@@ -32,13 +32,13 @@ class TokenMethod(Method):
 
     on_model: ClassVar[bool] = True
     quantised: ClassVar[bool] = True
-    #: Whether the method acts in the encoder of a model that has a decoder too.
-    in_encoders: ClassVar[bool] = False
+    of_model: ClassVar[tuple[str, ...]] = MODEL_KEYS
 
     num_virtual_tokens: int = 20
     token_dim: int | None = None
     num_attention_heads: int | None = None
     num_layers: int | None = None
+    num_transformer_submodules: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,6 +47,7 @@ class TokenMethod(Method):
         for name in MODEL_KEYS:
             value = getattr(self, name)
             self.require(name, value is None or (type(value) is int and value > 0), "a positive integer")
+        self.require("num_transformer_submodules", _is_stacks(self.num_transformer_submodules), "1, 2 or None")
 
     def require(self, name: str, ok: bool, expected: str) -> None:
         """Raise PlanError unless the option ``name`` is legal."""
@@ -64,16 +65,35 @@ class TokenMethod(Method):
         sizes = ("hidden_size", "num_attention_heads", "num_hidden_layers")
         if config is None or not all(isinstance(getattr(config, name, None), int) for name in sizes):
             return f"{type(module).__name__} is not a transformer of transformers with one stack of layers"
-        if getattr(config, "is_encoder_decoder", False) and not (self.in_encoders and is_encoder(path)):
-            return "models with an encoder and a decoder are not supported"
+        if has_decoder(module):
+            reason = self.refusal_of_decoder(path, module)
+            if reason is not None:
+                return reason
+        elif self.num_transformer_submodules == 2:
+            return "num_transformer_submodules is 2, which is for models with an encoder and a decoder"
         own = dict(zip(MODEL_KEYS, self.shape(module), strict=True))
         for name, value in own.items():
             if getattr(self, name) not in (None, value):
                 return f"{name} is {getattr(self, name)}, the model's is {value}"
         return None
 
+    def refusal_of_decoder(self, path: str, module: nn.Module) -> str | None:
+        """Why this method cannot act at ``path`` of a model with an encoder and a decoder, or None when it can."""
+        return "models with an encoder and a decoder are not supported"
+
 
 _ENCODER, DECODER = "encoder", "decoder"
+
+
+def has_decoder(model: nn.Module) -> bool:
+    """Whether ``model`` (of transformers, or a part of one) has an encoder and a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def has_language_head(model: nn.Module) -> bool:
+    """Whether ``model`` generates."""
+    can_generate = getattr(model, "can_generate", None)
+    return bool(callable(can_generate) and can_generate())
 
 
 def is_encoder(path: str) -> bool:
@@ -83,7 +103,7 @@ def is_encoder(path: str) -> bool:
 
 def encoder(model: nn.Module) -> str | None:
     """Path of the encoder of tokens that has its decoder beside it, or None."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if not has_decoder(model):
         return None
     modules = dict(model.named_modules())
     for path, module in modules.items():
@@ -120,19 +140,19 @@ def named_arguments(adapter: TokenAdapter, args: Sequence[Any], kwargs: Mapping[
     return {**dict(zip(adapter.parameter_names, args, strict=False)), **kwargs}
 
 
-def lengthen_mask(given: dict[str, Any], count: int) -> None:
-    """Let every row see ``count`` tokens more.
+def lengthen_mask(given: dict[str, Any], count: int, name: str = "attention_mask") -> None:
+    """Let every row see ``count`` tokens more, by the mask called ``name``.
 
     Raises:
         UnsupportedError: a mask other than (batch, tokens), or boundaries of packed sequences.
     """
-    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "block_mask"):
-        if given.get(name) is not None:
+    for packed in ("cu_seq_lens_q", "cu_seq_lens_k", "block_mask"):
+        if given.get(packed) is not None:
             raise UnsupportedError(
-                f"virtual tokens and {name}", found="packed sequences in one row",
+                f"virtual tokens and {packed}", found="packed sequences in one row",
                 do="one sequence per row, padded; or no prompt and prefix adapters",
             )  # fmt: skip
-    mask = given.get("attention_mask")
+    mask = given.get(name)
     if mask is None:
         return
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
@@ -141,10 +161,10 @@ def lengthen_mask(given: dict[str, Any], count: int) -> None:
             "virtual tokens need an attention mask that they can lengthen",
             expected="(batch, tokens), or none", found=found, do="generate without a static cache",
         )  # fmt: skip
-    given["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], count), mask], dim=1)
-    everywhere = given.get("global_attention_mask")
+    given[name] = torch.cat([mask.new_ones(mask.shape[0], count), mask], dim=1)
+    everywhere = given.get(f"global_{name}")
     if everywhere is not None:  # which tokens attend to all others: of the caller's
-        given["global_attention_mask"] = torch.cat([everywhere.new_zeros(mask.shape[0], count), everywhere], dim=1)
+        given[f"global_{name}"] = torch.cat([everywhere.new_zeros(mask.shape[0], count), everywhere], dim=1)
 
 
 #: On a cache: ``TokenMethod.kind`` and count of the tokens that it begins with.
@@ -153,8 +173,14 @@ _BEGUN = "_adaptc_begun_with"
 
 def begin(cache: Any, adapters: Sequence[Adapter]) -> None:
     """Remember on a cache (None: nobody asked for one) that it begins with the tokens of ``adapters``."""
-    if cache is not None and hasattr(cache, "layers"):
-        setattr(cache, _BEGUN, _mark(adapters))
+    own = own_attention(cache)
+    if own is not None and hasattr(own, "layers"):
+        setattr(own, _BEGUN, _mark(adapters))
+
+
+def own_attention(cache: Any) -> Any:
+    """The part of a cache that grows by the tokens of a call: a decoder's has the encoder's output in another."""
+    return getattr(cache, "self_attention_cache", cache)
 
 
 def _mark(adapters: Sequence[Adapter]) -> tuple[tuple[str, int], ...]:
@@ -167,7 +193,7 @@ def is_begun(given: Mapping[str, Any], adapters: Sequence[Adapter]) -> bool:
     Raises:
         UnsupportedError: a cache of a fixed size, or one that was filled without the tokens.
     """
-    past = given.get("past_key_values")
+    past = own_attention(given.get("past_key_values"))
     if past is None:
         return False
     if not hasattr(past, "layers") or getattr(past, "is_compileable", False):
@@ -184,15 +210,17 @@ def is_begun(given: Mapping[str, Any], adapters: Sequence[Adapter]) -> bool:
     return True
 
 
-def _one_stack(value: Any) -> bool:
-    return value in (None, 1)
+def _is_stacks(value: Any) -> bool:
+    return value is None or (type(value) is int and value in (1, 2))
 
 
 #: Keys of every config of PEFT's prompt learning.
 OPTIONS = {
     "num_virtual_tokens": Option(None, "used", "a positive integer", is_rank, field="num_virtual_tokens"),
     **{key: Option(None, "used", "a positive integer or null", optional(is_rank), field=key) for key in MODEL_KEYS},
-    "num_transformer_submodules": Option(None, "ignored", "1 or null", _one_stack),
+    "num_transformer_submodules": Option(
+        None, "used", "1, 2 or null", _is_stacks, field="num_transformer_submodules"
+    ),
 }
 
 

@@ -21,10 +21,12 @@ from adaptc.runtime.peft_options import check_config
 
 
 def comparable(method: Method) -> Method:
-    """What must agree between two adapters' methods: not how they were initialised, nor dropout."""
+    """What must agree between two adapters' methods: not how they were initialised, nor dropout, nor what they say of
+    the model, which has been compared with it."""
     codec = codec_of(method.kind)
     method = method if codec is None else codec.stored(method)
-    names: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(method) if f.name in ("init", "dropout")}
+    left_out = ("init", "dropout", *method.of_model)
+    names: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(method) if f.name in left_out}
     return dataclasses.replace(method, **names)
 
 
