@@ -204,9 +204,7 @@ def is_begun(given: Mapping[str, Any], adapters: Sequence[Adapter]) -> bool:
     if past.get_seq_length() == 0:
         return False
     if getattr(past, _BEGUN, None) != _mark(adapters):
-        raise UnsupportedError(
-            "this cache was filled without these virtual tokens", do="start from an empty cache"
-        )
+        raise UnsupportedError("this cache was filled without these virtual tokens", do="start from an empty cache")
     return True
 
 
@@ -218,9 +216,7 @@ def _is_stacks(value: Any) -> bool:
 OPTIONS = {
     "num_virtual_tokens": Option(None, "used", "a positive integer", is_rank, field="num_virtual_tokens"),
     **{key: Option(None, "used", "a positive integer or null", optional(is_rank), field=key) for key in MODEL_KEYS},
-    "num_transformer_submodules": Option(
-        None, "used", "1, 2 or null", _is_stacks, field="num_transformer_submodules"
-    ),
+    "num_transformer_submodules": Option(None, "used", "1, 2 or null", _is_stacks, field="num_transformer_submodules"),
 }
 
 

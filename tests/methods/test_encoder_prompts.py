@@ -194,5 +194,3 @@ def test_what_it_refuses():
         compiled(pegasus)
     with pytest.raises(SiteError, match="num_transformer_submodules is 2, which is for models with an encoder"):
         compiled(hosts.build("llama"), num_transformer_submodules=2)
-    with pytest.raises(SiteError, match="models with an encoder and a decoder are not supported"):
-        adaptc.compile(build("t5"), adaptc.Prefix(num_virtual_tokens=ROWS), backend="eager")
