@@ -9,8 +9,8 @@ It acts in the backbone, so heads of every kind compute with it. A model that dr
 checkpointing does so.
 
 A language model with an encoder and a decoder gets it as in PEFT: in the decoder's attention to itself only, and in
-PEFT's order. Layer i of the decoder reads entry (2 i) mod L of the table, so that where L is even every second entry
-never acts and gets no gradient. L is the number of the encoder's layers, or of the decoder's where these are more.
+PEFT's order: layer i of the decoder reads entry (2 i) mod L of the table, L the number of the encoder's layers, or of
+the decoder's where these are more. An entry that no layer reads gets no gradient: every second one where L is even.
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ class Prefix(TokenMethod):
 
     Args:
         num_virtual_tokens: n.
-        num_transformer_submodules: PEFT's number of stacks: 2 for models with an encoder and a decoder, 1 for others;
-            None is the model's.
+        num_transformer_submodules: stacks of the model: 2 with an encoder and a decoder, else 1. None is the model's.
         prefix_projection: train E and a two-layer network of ``encoder_hidden_size`` instead of the table.
         init: "default" (the table or E normal; the network as torch's linear layers) or "zero" (the table is zero).
     """
