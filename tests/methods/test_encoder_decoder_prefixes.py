@@ -104,7 +104,7 @@ def by_hand(base, table, rows, order):
     return cache
 
 
-@pytest.mark.parametrize("host", FIRST)
+@pytest.mark.parametrize("host", slow(FIRST, "t5"))
 def test_it_is_the_formula_in_fp64(host):
     """T5's heads are not d_model / heads wide here, which PEFT takes them for."""
     base, batch = build(host, **({"d_kv": 12} if host == "t5" else {})), batch_of()
@@ -181,6 +181,7 @@ def test_generation_reads_the_prefix_with_and_without_a_cache(host):
             assert torch.equal(model.generate(**given, **options), plain)
 
 
+@pytest.mark.slow
 def test_decoding_with_a_cache_is_computing_the_whole():
     base, batch = build("bart", (3, 2)), batch_of()
     model = compiled(base).eval()
