@@ -25,7 +25,7 @@ import torch
 from torch import fx
 
 from adaptc.codegen.cpp import pairs, products, skinny
-from adaptc.codegen.torch_internals import has_avx512_bf16, node_value
+from adaptc.codegen.torch_internals import has_avx512_bf16, node_value, size_hint
 from adaptc.ir import dialect
 from adaptc.ir.dialect import Cost, DialectOp, nbytes
 from adaptc.ir.lora import (
@@ -88,9 +88,11 @@ def bottleneck_grads_kernel(
 
 def has_kernel(device: str, x: fx.Node, small: fx.Node, *also: torch.dtype) -> bool:
     """Whether kernels take ``x`` with an operand of the rank of ``small``, its last dimension: those for pairs of bf16,
-    or of the dtypes ``also``."""
-    dtype, is_small = node_value(x).dtype, node_value(small).shape[-1] <= products.MOST_RANKS
-    return device == "cpu" and is_small and (dtype in also or (dtype == torch.bfloat16 and has_avx512_bf16()))
+    or of the dtypes ``also`` for as many rows as those are fast for."""
+    value, is_small = node_value(x), node_value(small).shape[-1] <= products.MOST_RANKS
+    rows = math.prod(size_hint(s) for s in value.shape[:-1])
+    known = value.dtype in also and rows >= products.FEWEST_ROWS
+    return device == "cpu" and is_small and (known or (value.dtype == torch.bfloat16 and has_avx512_bf16()))
 
 
 def bottleneck_grads_fake(
@@ -125,9 +127,9 @@ def linear_input_grads_cost(
     grad: Tensors, right: Tensors, q: Tensors, A: Tensors, seeds: Tensors, p: Sequence[float]
 ) -> Cost:
     dx = linear_input_grads_fake(grad, right, q, A, seeds, p)
-    products = sum(2 * _elements(dx) * int(w.shape[0]) for w in right)
+    sizes = sum(2 * _elements(dx) * int(w.shape[0]) for w in right)
     sums = (len(right) - 1) * _elements(dx)
-    flops = products + sums + input_grads_cost(dx, q, A, seeds, p).flops
+    flops = sizes + sums + input_grads_cost(dx, q, A, seeds, p).flops
     return Cost(flops=flops, read=nbytes(*grad, *right, *q, *A), written=nbytes(dx))
 
 

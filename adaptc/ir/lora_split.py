@@ -129,8 +129,11 @@ def _joined(dx: torch.Tensor, q: Tensors, A: Tensors) -> tuple[torch.Tensor, tor
 
 
 def goes_to_skinny(x: torch.Tensor, seeds: Tensors, ranks: Iterable[int]) -> bool:
-    """Whether our own kernel is faster than the libraries: it drops as it reads, and sums bf16 in fp32."""
-    known = bool(seeds) or cpu_emulates(x.dtype) or (x.dtype == torch.float32 and products.are_few(ranks))
+    """Whether our own kernel is faster than the libraries: it drops as it reads, sums bf16 in fp32, and is made for few
+    ranks."""
+    known = bool(seeds) or cpu_emulates(x.dtype)
+    if x.dtype == torch.float32 and x.numel() >= products.FEWEST_ROWS * x.shape[-1]:
+        known = known or products.are_few(ranks)
     return known and skinny.takes(x)
 
 

@@ -188,6 +188,7 @@ class PrefixAdapter(TokenAdapter):
         tokens.lengthen_mask(given, count, mask)
         if given.get(positions) is not None:
             given[positions] = given[positions] + count
+        self._check_cache(given.get("past_key_values"))
         if tokens.is_begun(given, adapters):
             return type(module).forward(module, **given)
         config: Any = module.config
@@ -195,7 +196,7 @@ class PrefixAdapter(TokenAdapter):
         asked = config.use_cache if use_cache is None else use_cache
         keeps = given.get("past_key_values") is not None or asked
         stack: Any = module.get_decoder() if self.of_decoder else module  # type: ignore[operator]
-        if module.training and getattr(stack, "gradient_checkpointing", False):
+        if (module.training or stack.training) and getattr(stack, "gradient_checkpointing", False):
             raise _no_cache(module, "gradient checkpointing, which drops it")
         cache = given["past_key_values"] = self._fill(module, adapters, given)
         tokens.begin(cache, adapters)
@@ -203,9 +204,17 @@ class PrefixAdapter(TokenAdapter):
         output = type(module).forward(module, **given)
         if cache.get_seq_length() == count:
             raise _no_cache(module, "a forward that did not add to it")
-        if not keeps and hasattr(output, "past_key_values"):
-            output["past_key_values"] = None
+        if not keeps and hasattr(output, "past_key_values"):  # its place too: outputs are read by their order
+            output = type(output)(**{name: value for name, value in output.items() if name != "past_key_values"})
         return tuple(value for value in output.values() if value is not None) if as_tuple else output
+
+    def _check_cache(self, cache: Any) -> None:
+        if self.of_decoder and cache is not None and not hasattr(cache, "self_attention_cache"):
+            raise UnsupportedError(
+                "a cache in which a decoder's attention to itself and to its encoder are one",
+                expected="an EncoderDecoderCache", found=type(cache).__name__,
+                do="EncoderDecoderCache(DynamicCache(), DynamicCache()), or none",
+            )  # fmt: skip
 
     def _fill(self, module: nn.Module, adapters: Sequence[Adapter], given: Mapping[str, Any]) -> Any:
         """The cache of a call, with the tables of ``adapters`` in it."""

@@ -29,7 +29,8 @@ def rewritten(function, *inputs):
     count = accumulate_in_place(gm.graph)
     gm.graph.lint()
     gm.recompile()
-    torch.testing.assert_close(gm(*inputs), function(*inputs), rtol=0, atol=0)
+    # A kernel of adaptc's own may add, which rounds in another order.
+    torch.testing.assert_close(gm(*inputs), function(*inputs), rtol=2e-6, atol=2e-6)
     return count, [n.target for n in gm.graph.nodes if n.op == "call_function"]
 
 

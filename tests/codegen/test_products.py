@@ -6,68 +6,84 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from adaptc.codegen import in_place
 from adaptc.codegen.cpp import pairs, products, skinny
+from adaptc.codegen.in_place import ADD_PRODUCT
 from adaptc.codegen.torch_internals import cpu_emulates
-from adaptc.ir import dialect
 
 ONE, SEEDS, P = torch.ones(1, dtype=torch.float64), [torch.tensor([5])], [0.5]
 
 
-def calls(dtype, rank):
-    """Op -> (the kernel's name, what it drops)(arguments) -> the op called."""
-    x, q, A = torch.randn(2, 30, 40).to(dtype), torch.randn(2, 30, rank).to(dtype), torch.randn(rank, 40).to(dtype)
-    lowered = torch.ops.adaptc_lowered
-    return {
-        ("shrink", False): lambda: dialect.get("lora_shrink").overload(x, [A], [ONE], [], []),
-        ("shrink", True): lambda: dialect.get("lora_shrink").overload(x, [A], [ONE], SEEDS, P),
-        ("gradient", False): lambda: dialect.get("lora_factor_grads").overload([q], x, dtype, [], []),
-        ("gradient", True): lambda: dialect.get("lora_factor_grads").overload([q], x, dtype, SEEDS, P),
-        ("both", False): lambda: dialect.get("lora_bottleneck_grads").overload(x, q, A.t(), ONE, dtype),
-        ("update", False): lambda: lowered.add_products_(x.clone(), [q], [A], [], []),
-        ("update", True): lambda: lowered.add_products_(x.clone(), [q], [A], SEEDS, P),
-        ("update", None): lambda: lowered.add_product_(x.clone().view(60, 40), q.view(60, rank), A),
-    }
+def cases(dtype, rank, rows):
+    """(what is done, whether it drops) -> the call of the op, and of a library's kernel."""
+    x, q = (torch.randn(2, rows // 2, width).to(dtype) for width in (40, rank))
+    A = torch.randn(rank, 40).to(dtype)
+    ops, lowered = torch.ops.adaptc, torch.ops.adaptc_lowered
+
+    def in_place(update, *rest):
+        total = x.clone()
+        update(total, *rest)
+        return [total]
+
+    found = {("both", False): (lambda: ops.lora_bottleneck_grads(x, q, A.t(), ONE, dtype),
+                               lambda kernels: kernels.both(x, q, A.t(), ONE, dtype)),
+             ("update one", False): (lambda: in_place(lowered.add_product_, q, A),
+                                     lambda kernels: in_place(kernels.update, [q], [A], [], []))}  # fmt: skip
+    for seeds, p in (([], []), (SEEDS, P)):
+        given = seeds, p
+        found |= {
+            ("shrink", bool(seeds)): (
+                lambda given=given: ops.lora_shrink(x, [A], [ONE], *given),
+                lambda kernels, given=given: kernels.shrink(x, [A], [ONE], *given),
+            ),
+            ("gradient", bool(seeds)): (
+                lambda given=given: ops.lora_factor_grads([q], x, dtype, *given),
+                lambda kernels, given=given: kernels.gradient([q], x, dtype, *given),
+            ),
+            ("update", bool(seeds)): (
+                lambda given=given: in_place(lowered.add_products_, [q], [A], *given),
+                lambda kernels, given=given: in_place(kernels.update, [q], [A], *given),
+            ),
+        }
+    return found
 
 
-def expected(dtype, rank, drops):
+def expected(dtype, rank, rows, what, drops):
     """The library that ``adaptc.codegen.cpp.products`` says, or None for Python."""
-    if dtype not in (torch.float32, torch.bfloat16):
+    if dtype not in skinny.DTYPES:
         return None
     if drops:
-        return "adaptc_skinny"
+        return skinny.library()
     few = rank <= products.MOST_RANKS
     if dtype == torch.float32:
-        return "adaptc_skinny" if few else None
+        return skinny.library() if few and rows >= products.FEWEST_ROWS else None
     if few and pairs.library() is not None:
-        return "adaptc_pairs"
-    return "adaptc_skinny" if cpu_emulates(dtype) and few else None
+        return pairs.library()
+    return skinny.library() if cpu_emulates(dtype) and (few or what != "both") else None
 
 
+@pytest.mark.parametrize("rows", [products.FEWEST_ROWS - 2, products.FEWEST_ROWS])
 @pytest.mark.parametrize("rank", [3, products.MOST_RANKS + 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_each_op_goes_where_the_table_says(dtype, rank):
+def test_each_op_goes_where_the_table_says(dtype, rank, rows):
+    """Without Python between, and with the bits of the kernel."""
     assert skinny.library() is not None
     pairs.library()
-    assert in_place.ADD_PRODUCT is not None  # its import defines the ops in place
-    for (kernel, drops), call in calls(dtype, rank).items():
+    assert ADD_PRODUCT is not None  # its import defines the ops in place
+    for (what, drops), (call, kernel) in cases(dtype, rank, rows).items():
+        library = expected(dtype, rank, rows, what, drops)
         with profile(activities=[ProfilerActivity.CPU]) as seen:
-            call()
-        names = {event.key for event in seen.key_averages() if "::" in event.key}
-        library = expected(dtype, rank, bool(drops))
-        if dtype == torch.bfloat16 and cpu_emulates(dtype) and kernel != "both":
-            library = "adaptc_skinny"
-        made = {name for name in names if name.startswith(("adaptc_skinny", "adaptc_pairs"))}
-        assert made == (set() if library is None else {f"{library}::{kernel}"}), (kernel, drops)
-        in_python = any(name.startswith("adaptc_python") for name in names)
-        assert in_python == (library is None), (kernel, drops, names)
+            got = call()
+        in_python = any(event.key.startswith("adaptc_python::") for event in seen.key_averages())
+        assert in_python == (library is None), (what, drops)
+        if library is not None:
+            assert all(map(torch.equal, got, kernel(library))), (what, drops)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_they_give_what_python_gives(dtype):
     """The first call, in Python, and every later one call the same kernels."""
     assert skinny.library() is not None
-    x, q, A = torch.randn(2, 30, 40).to(dtype), torch.randn(2, 30, 3).to(dtype), torch.randn(3, 40)
+    x, q, A = torch.randn(2, 70, 40).to(dtype), torch.randn(2, 70, 3).to(dtype), torch.randn(3, 40)
     for seeds, p in ((SEEDS, P), ([], [])):
         for name, args in {
             "lora_shrink": (x, [A], [ONE], seeds, p),
@@ -79,8 +95,7 @@ def test_they_give_what_python_gives(dtype):
             assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True)), name
 
 
-def test_parameters_and_their_grad_mode_do_not_matter():
-    """As parts of a backward they have no gradients, whatever their arguments ask for."""
+def test_arguments_that_require_gradients_give_the_same_numbers():
     x, A = torch.randn(4, 8, requires_grad=True), torch.nn.Parameter(torch.randn(2, 8))
     h = torch.ops.adaptc.lora_shrink(x, [A], [ONE], SEEDS, P)[0]
     want = torch.ops.adaptc.lora_shrink(x.detach(), [A.detach()], [ONE], SEEDS, P)[0]

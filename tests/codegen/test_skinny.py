@@ -108,6 +108,26 @@ def test_both(case, wide, turned):
     assert [t.dtype for t in got] == [g.dtype, dtype]
 
 
+def test_long_sums_round_no_more_than_the_libraries():
+    """Of many rows and of wide ones, all of one sign."""
+    generator = torch.Generator().manual_seed(0)
+    x, h, A = (torch.rand(shape, generator=generator) for shape in ((20011, 40), (20011, 5), (5, 20011)))
+    one = torch.ones(1, dtype=torch.float64)
+
+    def error(got, want):
+        return float((got.double() - want).norm() / want.norm())
+
+    want = h.double().t() @ x.double()
+    body = error(h.t() @ x, want)
+    assert error(skinny.gradient([h], x, torch.float32)[0], want) <= 3 * body
+    assert error(skinny.both(x, h, A[:, :40].t(), one, torch.float32)[1].t(), want) <= 3 * body
+    wide, B = x.t().contiguous(), A.t()
+    want = wide.double() @ B.double()
+    body = error(wide @ B, want)
+    assert error(skinny.shrink(wide, [A], [one])[0], want) <= 3 * body
+    assert error(skinny.both(wide, torch.rand(40, 5), B, one, torch.float32)[0], want) <= 3 * body
+
+
 @given(case=cases(), scale=st.sampled_from([0.0, 0.5, 3.0]), wide=st.booleans())
 @settings(max_examples=150)
 def test_row_norms(case, scale, wide):

@@ -199,6 +199,10 @@ def test_decoding_with_a_cache_is_computing_the_whole():
         plain = model(**given, decoder_input_ids=ids, use_cache=False, return_dict=False)
         assert all(isinstance(value, torch.Tensor) for value in plain)  # no cache among them
         torch.testing.assert_close(plain[0], whole)
+        uncached = {**given, "decoder_input_ids": ids, "use_cache": False}
+        assert list(model(**uncached)) == list(base(**uncached))  # outputs are read by their order too
+        with pytest.raises(Exception, match="expected  an EncoderDecoderCache"):
+            model(**given, decoder_input_ids=ids, past_key_values=transformers.DynamicCache())
         foreign = base(**given, decoder_input_ids=ids, use_cache=True).past_key_values
         with pytest.raises(Exception, match="this cache was filled without these virtual tokens"):
             model(**given, decoder_input_ids=ids[:, :1], past_key_values=foreign)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 import adaptc
 from adaptc.codegen.cost import saved_bytes, shares
+from adaptc.codegen.cpp import products
 from adaptc.codegen.torch_internals import is_backward
 from adaptc.errors import VerifyError
 from adaptc.ir import dialect, lora_fused
@@ -152,7 +153,6 @@ SLOW = ("symbolic sizes", "bf16", "a bias", "a budget", "checkpointed")
 def test_behind_lower_it_is_the_step_that_it_was(name, monkeypatch):
     """To the bit where an op has no kernel; the base model's nodes are its own and in their order, and the backward
     keeps what it kept."""
-    monkeypatch.setattr(lora_fused, "has_avx512_bf16", lambda: False)
     monkeypatch.setattr(lora_fused, "has_kernel", lambda *args: False)
     (got, graph), (want, plain) = (
         step(gated(passes, **SAME[name])) for passes in ({"limit": {"fuse": 5}} if name == "a budget" else None, PLAIN)
@@ -424,9 +424,11 @@ def test_both_readers_of_a_gradient_stay_one_op_where_a_kernel_takes_them(monkey
 
 
 def test_in_fp32_they_stay_one_op_on_any_cpu(monkeypatch):
+    """For as many rows as the kernel is fast for."""
+    monkeypatch.setattr(products, "FEWEST_ROWS", 1)
     found, graph = step(gated())
     assert len([n for n in graph.graph_module("lower").graph.nodes if op_name(n) == "lora_bottleneck_grads"]) == SITES
-    monkeypatch.setattr(lora_fused, "has_kernel", lambda *args: False)
+    monkeypatch.setattr(products, "FEWEST_ROWS", 128)
     want, graph = step(gated())
     assert not [n for n in graph.graph_module("lower").graph.nodes if op_name(n) == "lora_bottleneck_grads"]
     check_steps_agree(found, want, loss=1e-6, gradient=1e-5)

@@ -69,9 +69,9 @@ static Tensor scales_of(const Tensor& t, int64_t rank) {
     return dense(as(t, ScalarType::Double));
 }
 
-// The op of this name; the results stand first. Those of ``adaptc_python`` are for what a kernel does not take.
+// The op of this name in Python, for what a kernel does not take; the results stand first.
 template <typename... Arguments>
-static auto called(const char* name, const Arguments&... arguments) {
+static auto in_python(const char* name, const Arguments&... arguments) {
     constexpr size_t most = std::max<size_t>(sizeof...(Arguments), 4);
     std::array<StableIValue, most> stack{torch::stable::detail::from(arguments)...};
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
@@ -79,8 +79,20 @@ static auto called(const char* name, const Arguments&... arguments) {
 }
 template <typename T> static T taken(StableIValue value) { return torch::stable::detail::to<T>(value); }
 """
-#: And operands with a small side (a rank), which kernels read where they are.
-OPERANDS = r"""
+#: And what a library of kernels for products with a small side has, which another calls: by pointers, for the
+#: dispatcher's way to an op is as cold as Python's.
+PRODUCTS = r"""
+typedef std::vector<double> Rates;
+struct Products {
+    Tensors (*shrink)(const Tensor& x, const Tensors& A, const Tensors& scale, const Tensors& seeds, const Rates& p);
+    Tensors (*gradient)(const Tensors& h, const Tensor& x, ScalarType type, const Tensors& seeds, const Rates& p);
+    std::tuple<Tensor, Tensor> (*both)(const Tensor& g, const Tensor& h, const Tensor& B, const Tensor& scale,
+                                       ScalarType type);
+    void (*update)(const Tensor& total, const Tensors& q, const Tensors& A, const Tensors& seeds, const Rates& p);
+};
+"""
+#: And operands with a small side, which kernels read where they are.
+OPERANDS = PRODUCTS + r"""
 // A matrix whose rows are contiguous, at any distance from each other.
 template <typename T> struct RowsOf {
     Tensor held;

@@ -19,7 +19,7 @@ SOURCE = (
     + r"""
 static Tensor onednn_linear(const Tensor& x, const Tensor& weight, const Maybe& bias) {
     if (!is_plain(x) || !is_plain(weight) || (bias && !is_plain(*bias)))
-        return taken<Tensor>(called("adaptc_python::onednn_linear", x, weight, bias)[0]);
+        return taken<Tensor>(in_python("adaptc_python::onednn_linear", x, weight, bias)[0]);
     AtenTensorHandle held = bias ? bias->get() : nullptr, made;
     const char* algorithm = "";
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(x.get(), weight.get(), bias ? &held : nullptr,

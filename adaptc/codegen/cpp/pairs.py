@@ -35,7 +35,7 @@ def library() -> Any:
     found = torch_internals.load_cpp(SOURCE)
     if found is None or not found.lanes():
         return None
-    products.found("pairs")
+    products.found("pairs", found)
     return torch.ops.adaptc_pairs
 
 
@@ -49,12 +49,12 @@ def takes(x: torch.Tensor, ranks: int) -> bool:
 
 def shrink(x: torch.Tensor, A: Sequence[torch.Tensor], scale: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """h (..., r_g) of each of ``A`` (r_g, K)."""
-    return list(library().shrink(x, A, scale))
+    return list(library().shrink(x, A, scale, [], []))
 
 
 def gradient(h: Sequence[torch.Tensor], x: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
     """d (r_g, K) of each of ``h`` (..., r_g)."""
-    return list(library().gradient(h, x, dtype))
+    return list(library().gradient(h, x, dtype, [], []))
 
 
 def both(
@@ -67,7 +67,7 @@ def both(
 
 def update(total: torch.Tensor, q: Sequence[torch.Tensor], A: Sequence[torch.Tensor]) -> None:
     """Add q A to ``total`` (..., K), which is contiguous, for each ``q`` (..., r_g) and ``A`` (r_g, K)."""
-    library().update(total, q, A)
+    library().update(total, q, A, [], [])
 
 
 def dora_expand(

@@ -27,7 +27,8 @@ static int threads_of(const Rows& x, int64_t ranks, bool sums_alone = false) {
     return sums_alone ? static_cast<int>(std::min<int64_t>(threads, most)) : threads;
 }
 
-static Tensors shrink(const Tensor& x, const Tensors& A, const Tensors& scale) {
+// None of them drops: the seeds are empty.
+static Tensors shrink(const Tensor& x, const Tensors& A, const Tensors& scale, const Tensors&, const Rates&) {
     const Rows from = rows_of<half>(x);
     Factors factors;
     Tensors made, scales;
@@ -43,7 +44,7 @@ static Tensors shrink(const Tensor& x, const Tensors& A, const Tensors& scale) {
     return made;
 }
 
-static Tensors gradient(const Tensors& h, const Tensor& x, ScalarType type) {
+static Tensors gradient(const Tensors& h, const Tensor& x, ScalarType type, const Tensors&, const Rates&) {
     const Rows from = rows_of<half>(x);
     Factors factors;
     Tensors made;
@@ -75,7 +76,7 @@ static std::tuple<Tensor, Tensor> both(const Tensor& g, const Tensor& h, const T
     return {q, as(dB, type)};
 }
 
-static void update_in_place(const Tensor& total, const Tensors& q, const Tensors& A) {
+static void update_in_place(const Tensor& total, const Tensors& q, const Tensors& A, const Tensors&, const Rates&) {
     STD_TORCH_CHECK(total.is_contiguous(), "a sum in place: expected contiguous memory");
     const Rows to = rows_of<half>(total);
     Factors factors;
@@ -124,11 +125,15 @@ static std::tuple<Tensor, Tensor, Tensor> dora_grads(
     return {q, as(dB, B.scalar_type()), as(dm, magnitude.scalar_type())};
 }
 
+extern "C" const Products* products() {
+    static const Products found{&shrink, &gradient, &both, &update_in_place};
+    return &found;
+}
 STABLE_TORCH_LIBRARY_FRAGMENT(adaptc_pairs, m) {
-    m.def("shrink(Tensor x, Tensor[] A, Tensor[] scale) -> Tensor[]");
-    m.def("gradient(Tensor[] h, Tensor x, ScalarType dtype) -> Tensor[]");
+    m.def("shrink(Tensor x, Tensor[] A, Tensor[] scale, Tensor[] seeds, float[] p) -> Tensor[]");
+    m.def("gradient(Tensor[] h, Tensor x, ScalarType dtype, Tensor[] seeds, float[] p) -> Tensor[]");
     m.def("both(Tensor g, Tensor h, Tensor B, Tensor scale, ScalarType dtype) -> (Tensor, Tensor)");
-    m.def("update(Tensor(a!) total, Tensor[] q, Tensor[] A) -> ()");
+    m.def("update(Tensor(a!) total, Tensor[] q, Tensor[] A, Tensor[] seeds, float[] p) -> ()");
     m.def("dora_expand(Tensor y, Tensor? base, Tensor? bias, Tensor h, Tensor B, Tensor magnitude, Tensor norm)"
           " -> Tensor");
     m.def("dora_output_grads(Tensor g, Tensor z, Tensor? bias, Tensor h, Tensor B, Tensor magnitude, Tensor norm,"
@@ -151,7 +156,7 @@ static Tensor op_dora_expand(const Tensor& y, const Maybe& base, const Maybe& bi
                              const Tensor& magnitude, const Tensor& norm) {
     const int64_t rank = B.size(1);
     if (takes(y, rank) && (!base || takes(*base, rank))) return dora_expanded(y, base, bias, h, B, magnitude, norm);
-    return taken<Tensor>(called("adaptc_python::dora_expand", y, base, bias, h, B, magnitude, norm)[0]);
+    return taken<Tensor>(in_python("adaptc_python::dora_expand", y, base, bias, h, B, magnitude, norm)[0]);
 }
 static std::tuple<Tensor, Tensor, Tensor, Tensor> op_dora_output_grads(
     const Tensor& g, const Tensor& z, const Maybe& bias, const Tensor& h, const Tensor& B, const Tensor& magnitude,
@@ -162,7 +167,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> op_dora_output_grads(
         return {q, dB, dz, dm};
     }
     const auto found =
-        called("adaptc_python::dora_output_grads", g, z, bias, h, B, magnitude, norm, scale, of_base);
+        in_python("adaptc_python::dora_output_grads", g, z, bias, h, B, magnitude, norm, scale, of_base);
     return {taken<Tensor>(found[0]), taken<Tensor>(found[1]), taken<Tensor>(found[2]), taken<Tensor>(found[3])};
 }
 static std::tuple<Tensor, Tensor, Tensor> op_dora_output_grads_in_place(
@@ -171,7 +176,7 @@ static std::tuple<Tensor, Tensor, Tensor> op_dora_output_grads_in_place(
     if (takes(g, B.size(1)) && takes(z, B.size(1)))
         return dora_grads(g, z, bias, h, B, magnitude, norm, scale, of_base, g);
     const auto found =
-        called("adaptc_python::dora_output_grads_", g, z, bias, h, B, magnitude, norm, scale, of_base);
+        in_python("adaptc_python::dora_output_grads_", g, z, bias, h, B, magnitude, norm, scale, of_base);
     return {taken<Tensor>(found[0]), taken<Tensor>(found[1]), taken<Tensor>(found[2])};
 }
 

@@ -1,8 +1,9 @@
 """The dialect's products with a small side on a CPU: which kernels make them, without Python around them.
 
     no dropout, bf16, up to ``MOST_RANKS``     ``pairs``, on a CPU that has its instructions
-    no dropout, bf16, a CPU that emulates it   ``skinny``: the libraries go through fp32 number by number there
-    no dropout, fp32, up to ``MOST_RANKS``     ``skinny``
+    no dropout, bf16, a CPU that emulates it   ``skinny``: the libraries go through fp32 number by number there; not of
+                                               both products at once above ``MOST_RANKS``
+    no dropout, fp32, up to ``MOST_RANKS``     ``skinny``, from ``FEWEST_ROWS`` on
     dropout, fp32 or bf16                      ``skinny``
     else                                       Python: the libraries
 
@@ -11,6 +12,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Iterable
 from typing import Any
@@ -18,33 +20,37 @@ from typing import Any
 import torch
 
 from adaptc.codegen import torch_internals
-from adaptc.codegen.cpp.native_source import NATIVE
+from adaptc.codegen.cpp.native_source import NATIVE, PRODUCTS
 
 #: Ranks, of all sites together, up to which the libraries were slower wherever it was measured.
 MOST_RANKS = 64
+#: Rows from which on that is so in fp32: a factor is packed for every call.
+FEWEST_ROWS = 128
 SOURCE = (
     """
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <vector>
 """
     + NATIVE
+    + PRODUCTS
     + r"""
-typedef std::vector<double> Rates;
-constexpr int64_t MOST_RANKS = @MOST_RANKS@;
+constexpr int64_t MOST_RANKS = @MOST_RANKS@, FEWEST_ROWS = @FEWEST_ROWS@;
 constexpr bool EMULATES = @EMULATES@;
 
-// The libraries whose ops there are.
-static bool has_skinny = false, has_pairs = false;
-extern "C" void found_skinny() { has_skinny = true; }
-extern "C" void found_pairs() { has_pairs = true; }
+// The libraries that there are.
+static std::atomic<const Products*> skinny{nullptr}, pairs{nullptr};
+extern "C" void found_skinny(const Products* found) { skinny = found; }
+extern "C" void found_pairs(const Products* found) { pairs = found; }
 
-enum Kernels { PYTHON, SKINNY, PAIRS };
-static Kernels kernels_for(const Tensor& x, bool drops, int64_t ranks) {
-    const bool half = x.scalar_type() == ScalarType::BFloat16, few = 0 < ranks && ranks <= MOST_RANKS;
-    if (!x.is_cpu() || x.numel() == 0 || ranks == 0 || !(half || x.scalar_type() == ScalarType::Float)) return PYTHON;
-    if (!drops && half && few && has_pairs) return PAIRS;
-    return has_skinny && (drops || (half ? EMULATES : few)) ? SKINNY : PYTHON;
+// Who multiplies; null: Python.
+static const Products* kernels_for(const Tensor& x, bool drops, int64_t ranks) {
+    const bool half = x.scalar_type() == ScalarType::BFloat16, few = ranks <= MOST_RANKS;
+    const bool many_rows = x.numel() >= FEWEST_ROWS * width_of(x);
+    if (!x.is_cpu() || x.numel() == 0 || ranks == 0 || !(half || x.scalar_type() == ScalarType::Float)) return nullptr;
+    if (!drops && half && few && pairs != nullptr) return pairs;
+    return drops || (half ? EMULATES : few && many_rows) ? skinny.load() : nullptr;
 }
 static int64_t ranks_of(const Tensors& all, bool last) {
     int64_t total = 0;
@@ -54,42 +60,34 @@ static int64_t ranks_of(const Tensors& all, bool last) {
 
 static Tensors lora_shrink(const Tensor& x, const Tensors& A, const Tensors& scale, const Tensors& seeds,
                            const Rates& p) {
-    switch (kernels_for(x, !seeds.empty(), ranks_of(A, false))) {
-        case PAIRS: return taken<Tensors>(called("adaptc_pairs::shrink", x, A, scale)[0]);
-        case SKINNY: return taken<Tensors>(called("adaptc_skinny::shrink", x, A, scale, seeds, p)[0]);
-        default: return taken<Tensors>(called("adaptc_python::lora_shrink", x, A, scale, seeds, p)[0]);
-    }
+    const Products* kernels = kernels_for(x, !seeds.empty(), ranks_of(A, false));
+    if (kernels != nullptr) return kernels->shrink(x, A, scale, seeds, p);
+    return taken<Tensors>(in_python("adaptc_python::lora_shrink", x, A, scale, seeds, p)[0]);
 }
 static Tensors lora_factor_grads(const Tensors& left, const Tensor& right, ScalarType type, const Tensors& seeds,
                                  const Rates& p) {
-    switch (kernels_for(right, !seeds.empty(), ranks_of(left, true))) {
-        case PAIRS: return taken<Tensors>(called("adaptc_pairs::gradient", left, right, type)[0]);
-        case SKINNY: return taken<Tensors>(called("adaptc_skinny::gradient", left, right, type, seeds, p)[0]);
-        default: return taken<Tensors>(called("adaptc_python::lora_factor_grads", left, right, type, seeds, p)[0]);
-    }
+    const Products* kernels = kernels_for(right, !seeds.empty(), ranks_of(left, true));
+    if (kernels != nullptr) return kernels->gradient(left, right, type, seeds, p);
+    return taken<Tensors>(in_python("adaptc_python::lora_factor_grads", left, right, type, seeds, p)[0]);
 }
 static std::tuple<Tensor, Tensor> lora_bottleneck_grads(const Tensor& g, const Tensor& h, const Tensor& B,
                                                         const Tensor& scale, ScalarType type) {
-    const Kernels kernels = B.size(1) <= MOST_RANKS ? kernels_for(g, false, B.size(1)) : PYTHON;
-    const char* names[] = {"adaptc_python::lora_bottleneck_grads", "adaptc_skinny::both", "adaptc_pairs::both"};
-    const auto found = called(names[kernels], g, h, B, scale, type);
+    const Products* kernels = B.size(1) <= MOST_RANKS ? kernels_for(g, false, B.size(1)) : nullptr;
+    if (kernels != nullptr) return kernels->both(g, h, B, scale, type);
+    const auto found = in_python("adaptc_python::lora_bottleneck_grads", g, h, B, scale, type);
     return {taken<Tensor>(found[0]), taken<Tensor>(found[1])};
 }
 static void add_products(const Tensor& total, const Tensors& q, const Tensors& A, const Tensors& seeds,
                          const Rates& p) {
-    switch (kernels_for(total, !seeds.empty(), ranks_of(A, false))) {
-        case PAIRS: called("adaptc_pairs::update", total, q, A); return;
-        case SKINNY: called("adaptc_skinny::update", total, q, A, seeds, p); return;
-        default: called("adaptc_python::add_products_", total, q, A, seeds, p);
-    }
+    const Products* kernels = kernels_for(total, !seeds.empty(), ranks_of(A, false));
+    if (kernels != nullptr) return kernels->update(total, q, A, seeds, p);
+    in_python("adaptc_python::add_products_", total, q, A, seeds, p);
 }
 static void add_product(const Tensor& total, const Tensor& left, const Tensor& right) {
     const bool alike = left.scalar_type() == total.scalar_type() && right.scalar_type() == total.scalar_type();
-    switch (alike ? kernels_for(total, false, right.size(0)) : PYTHON) {
-        case PAIRS: called("adaptc_pairs::update", total, Tensors{left}, Tensors{right}); return;
-        case SKINNY: called("adaptc_skinny::update", total, Tensors{left}, Tensors{right}, Tensors{}, Rates{}); return;
-        default: called("adaptc_python::add_product_", total, left, right);
-    }
+    const Products* kernels = alike ? kernels_for(total, false, right.size(0)) : nullptr;
+    if (kernels != nullptr) return kernels->update(total, {left}, {right}, {}, {});
+    in_python("adaptc_python::add_product_", total, left, right);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(adaptc, CPU, m) {
@@ -101,7 +99,7 @@ STABLE_TORCH_LIBRARY_IMPL(adaptc_lowered, CPU, m) {
     m.impl("add_product_", TORCH_BOX(&add_product));
     m.impl("add_products_", TORCH_BOX(&add_products));
 }
-""".replace("@MOST_RANKS@", str(MOST_RANKS))
+""".replace("@MOST_RANKS@", str(MOST_RANKS)).replace("@FEWEST_ROWS@", str(FEWEST_ROWS))
 )
 
 
@@ -111,10 +109,11 @@ def _library() -> Any:
     return torch_internals.load_cpp(SOURCE.replace("@EMULATES@", emulates))
 
 
-def found(kernels: str) -> None:
-    """Have torch call ``kernels`` ("skinny" or "pairs"), which are loaded, from now on."""
+def found(kernels: str, library: Any) -> None:
+    """Have torch call the kernels of ``library``, "skinny" or "pairs", from now on."""
     if _library() is not None:
-        getattr(_library(), f"found_{kernels}")()
+        library.products.restype = ctypes.c_void_p
+        getattr(_library(), f"found_{kernels}")(ctypes.c_void_p(library.products()))
 
 
 def are_few(ranks: Iterable[int]) -> bool:

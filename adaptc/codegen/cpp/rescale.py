@@ -98,7 +98,7 @@ static Tensor gradient(const Tensor& g, const Tensor& y, const Maybe& bias, cons
 }
 static Tensor dora_factor(const Tensor& magnitude, const Tensor& norm) {
     if (is_plain(magnitude) && is_plain(norm) && norm.dim() == 1) return factor(magnitude, norm);
-    return taken<Tensor>(called("adaptc_python::dora_factor", magnitude, norm)[0]);
+    return taken<Tensor>(in_python("adaptc_python::dora_factor", magnitude, norm)[0]);
 }
 static std::tuple<Tensor, Tensor> dora_rescale_grad(const Tensor& grad, const Tensor& y, const Maybe& bias,
                                                     const Tensor& magnitude, const Tensor& norm) {
@@ -107,14 +107,14 @@ static std::tuple<Tensor, Tensor> dora_rescale_grad(const Tensor& grad, const Te
         const Tensor dm = gradient(g, y, bias, magnitude, norm, dy);
         return {dy, dm};
     }
-    const auto found = called("adaptc_python::dora_rescale_grad", grad, y, bias, magnitude, norm);
+    const auto found = in_python("adaptc_python::dora_rescale_grad", grad, y, bias, magnitude, norm);
     return {taken<Tensor>(found[0]), taken<Tensor>(found[1])};
 }
 static Tensor rescale_grad_in_place(const Tensor& grad, const Tensor& y, const Maybe& bias, const Tensor& magnitude,
                                     const Tensor& norm) {
     if (is_plain(grad) && grad.is_contiguous() && are_plain(y, bias, magnitude, norm))
         return gradient(grad, y, bias, magnitude, norm, grad);
-    return taken<Tensor>(called("adaptc_python::rescale_grad_", grad, y, bias, magnitude, norm)[0]);
+    return taken<Tensor>(in_python("adaptc_python::rescale_grad_", grad, y, bias, magnitude, norm)[0]);
 }
 STABLE_TORCH_LIBRARY_IMPL(adaptc, CPU, m) {
     m.impl("dora_factor", TORCH_BOX(&dora_factor));

@@ -126,7 +126,7 @@ static Tensor dora_row_norm(const Tensor& weight, const Tensor& A, const Tensor&
     const bool wide = A.scalar_type() == ScalarType::Double || B.scalar_type() == ScalarType::Double;
     if (known && !wide && !transposed && weight.numel() > 0 && weight.stride(1) == 1)
         return row_norms(weight, A, B, scale);
-    return taken<Tensor>(called("adaptc_python::dora_row_norm", weight, A, B, scale, transposed)[0]);
+    return taken<Tensor>(in_python("adaptc_python::dora_row_norm", weight, A, B, scale, transposed)[0]);
 }
 STABLE_TORCH_LIBRARY_FRAGMENT(adaptc_skinny, m) {
     m.def("row_norms(Tensor W, Tensor A, Tensor B, Tensor scale) -> Tensor");

@@ -32,9 +32,10 @@ Tensors = Sequence[torch.Tensor]
 @functools.cache
 def library() -> Any:
     """The ops of the kernels; None without a C++ compiler, or with one that has no vector types."""
-    if torch_internals.load_cpp(SOURCE) is None:
+    found = torch_internals.load_cpp(SOURCE)
+    if found is None:
         return None
-    products.found("skinny")
+    products.found("skinny", found)
     return torch.ops.adaptc_skinny
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 OPS = r"""
-typedef std::vector<double> Rates;
+// How many rows a thread has at least where each sums up by itself what it reads.
+constexpr int64_t ROWS_OF_A_THREAD = 96;
 
 // What a kernel is called with: ``Factors`` and, behind each of the first, where its result goes.
 struct Call {
@@ -82,8 +83,12 @@ static std::tuple<Tensor, Tensor> both_op(const Tensor& g, const Tensor& h, cons
         call.add(B, 1, from.width, q.data_ptr(), scale);
         call.factors.add(h, 1, from.rows);
         call.factors.check_pairs(1);
+        // Each thread sums up by itself what it reads.
+        const int64_t most = (from.rows + ROWS_OF_A_THREAD - 1) / ROWS_OF_A_THREAD, columns = padded(B.size(1), W);
+        const int threads = static_cast<int>(std::min<int64_t>(call.threads(g.numel()), most));
+        const Tensor sums = empty({2 * threads * from.width * columns}, ScalarType::Float);
         both(from.data, from.rows, from.width, from.distance, call.groups, call.factors.all[1], data_of<float>(dB),
-             call.threads(g.numel()));
+             data_of<float>(sums), threads);
     });
     return {q, as(dB, type)};
 }
@@ -103,6 +108,10 @@ static void update_op(const Tensor& total, const Tensors& q, const Tensors& A, c
     });
 }
 
+extern "C" const Products* products() {
+    static const Products found{&shrink_op, &gradient_op, &both_op, &update_op};
+    return &found;
+}
 STABLE_TORCH_LIBRARY_FRAGMENT(adaptc_skinny, m) {
     m.def("shrink(Tensor x, Tensor[] A, Tensor[] scale, Tensor[] seeds, float[] p) -> Tensor[]");
     m.def("gradient(Tensor[] h, Tensor x, ScalarType dtype, Tensor[] seeds, float[] p) -> Tensor[]");

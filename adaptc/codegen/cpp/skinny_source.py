@@ -178,6 +178,16 @@ static void multiply(const float* left, int64_t left_row, int64_t left_step, con
     if (c < columns) tiles<ROWS, 1>(left, left_row, left_step, right + c, right_row, out + c, out_row, depth, rows);
 }
 
+// Sums of so many numbers at most, and their sums: they round less than one long sum.
+constexpr int64_t LONGEST = 4 * BLOCK;
+static bool ends_a_sum(int64_t count, int64_t last) { return count == last || count % LONGEST == 0; }
+static void add(float* sums, float* totals, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+        totals[i] += sums[i];
+        sums[i] = 0.0f;
+    }
+}
+
 // ``n`` rows of what was shrunk, (n, columns), to the parts.
 template <typename T>
 static void put_rows(const float* h, int64_t columns, int64_t from, int64_t n, const Groups& all) {
@@ -203,11 +213,13 @@ static void shrink(const T* x, int64_t rows, int64_t width, int64_t ldx, Groups&
         #pragma omp for schedule(static)
         for (int part = 0; part < threads; ++part)
             pack_share(groups, width, a, columns, W, part, threads);
-        float *copy = scratch<1>(direct ? 0 : ROWS * DEPTH), *h = scratch<2>(ROWS * columns);
+        float *copy = scratch<1>(direct ? 0 : ROWS * DEPTH), *sums = scratch<2>(ROWS * columns);
+        float* h = scratch<3>(ROWS * columns);
         #pragma omp for schedule(static)
         for (int64_t b = 0; b < blocks; ++b) {
             const int64_t i0 = b * ROWS, n = std::min<int64_t>(ROWS, rows - i0);
             std::fill_n(h, ROWS * columns, 0.0f);
+            std::fill_n(sums, ROWS * columns, 0.0f);
             for (int64_t k0 = 0; k0 < width; k0 += DEPTH) {
                 const int64_t depth = std::min<int64_t>(DEPTH, width - k0), ld = direct ? ldx : DEPTH;
                 const float* from = direct ? reinterpret_cast<const float*>(x + i0 * ldx + k0) : copy;
@@ -216,8 +228,12 @@ static void shrink(const T* x, int64_t rows, int64_t width, int64_t ldx, Groups&
                         for (int64_t i = 0; i < n; ++i)
                             copy_row(x + (i0 + i) * ldx + k0, copy + i * DEPTH, i0 + i, k0, depth,
                                      dropped ? &g : nullptr);
-                    multiply(from, ld, 1, a + k0 * columns + g.first, columns, h + g.first, columns, depth, n,
-                          padded(g.factor.rank, W));
+                    const int64_t wide = padded(g.factor.rank, W);
+                    for (int64_t k = 0; k < depth; k += STRIP) {
+                        multiply(from + k, ld, 1, a + (k0 + k) * columns + g.first, columns, sums, wide,
+                                 std::min(STRIP, depth - k), n, wide);
+                        for (int64_t i = 0; i < n; ++i) add(sums + i * wide, h + i * columns + g.first, wide);
+                    }
                 }
             }
             put_rows<T>(h, columns, i0, n, groups);
@@ -248,12 +264,14 @@ static void gradient(const T* x, int64_t rows, int64_t width, int64_t ldx, Group
         #pragma omp for schedule(static)
         for (int part = 0; part < threads; ++part) pack_share(groups, rows, h, columns, 4, part, threads);
         float *copy = scratch<1>(BLOCK * STRIP), *sums = scratch<2>(columns * STRIP);
+        float* totals = scratch<3>(columns * STRIP);
         #pragma omp for schedule(static)
         for (int part = 0; part < threads; ++part) {
             const int64_t last = share_of(width, 2 * W, part + 1, threads);
             for (int64_t c0 = share_of(width, 2 * W, part, threads); c0 < last; c0 += STRIP) {
                 const int64_t cols = std::min<int64_t>(STRIP, last - c0);
                 std::fill_n(sums, columns * STRIP, 0.0f);
+                std::fill_n(totals, columns * STRIP, 0.0f);
                 for (int64_t i0 = 0; i0 < rows; i0 += BLOCK) {
                     const int64_t n = std::min<int64_t>(BLOCK, rows - i0);
                     for (const Group& g : groups) {
@@ -263,45 +281,51 @@ static void gradient(const T* x, int64_t rows, int64_t width, int64_t ldx, Group
                                          dropped ? &g : nullptr);
                         add_outer(h + i0 * columns, columns, copy, sums, n, cols, g);
                     }
+                    if (ends_a_sum(i0 + n, rows)) add(sums, totals, columns * STRIP);
                 }
                 for (const Group& g : groups)
                     for (int64_t r = 0; r < g.factor.rank; ++r)
-                        std::copy_n(sums + (g.first + r) * STRIP, cols, static_cast<float*>(g.part) + r * width + c0);
+                        std::copy_n(totals + (g.first + r) * STRIP, cols, static_cast<float*>(g.part) + r * width + c0);
             }
         }
     }
 }
 
-// A factor (width on the other side), its part (rows, rank); ``h``: (rows on the other side), dB (width, rank), fp32.
+// A factor (width on the other side), its part (rows, rank); ``h``: (rows on the other side), dB (width, rank), fp32;
+// ``sums``: room for two times (width, columns) for each thread.
 // Threads share the rows, and what each sums is added up in their order: the same numbers in every run.
 template <typename T>
 static void both(const T* g, int64_t rows, int64_t width, int64_t ldg, Groups& groups, const Factor& h, float* dB,
-                 int threads) {
+                 float* sums, int threads) {
     const int64_t rank = h.rank, columns = place(groups, W);
-    float *a = scratch<0>(width * columns), *sums = scratch<1>(threads * width * columns);
+    float* a = scratch<0>(width * columns);
     #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         #pragma omp for schedule(static)
         for (int part = 0; part < threads; ++part)
             pack_share(groups, width, a, columns, W, part, threads);
         float *left = scratch<2>(BLOCK * columns), *q = scratch<3>(BLOCK * columns);
-        float* copy = scratch<4>(BLOCK * STRIP);
+        float *copy = scratch<4>(BLOCK * STRIP), *part_of_q = scratch<5>(BLOCK * columns);
+        std::fill_n(part_of_q, BLOCK * columns, 0.0f);
         #pragma omp for schedule(static)
         for (int part = 0; part < threads; ++part) {
-            float* own = sums + part * width * columns;
+            float *totals = sums + part * width * columns, *own = totals + threads * width * columns;
             std::fill_n(own, width * columns, 0.0f);
-            const int64_t last = share_of(rows, ROWS, part + 1, threads);
-            for (int64_t i0 = share_of(rows, ROWS, part, threads); i0 < last; i0 += BLOCK) {
+            std::fill_n(totals, width * columns, 0.0f);
+            const int64_t first = share_of(rows, ROWS, part, threads), last = share_of(rows, ROWS, part + 1, threads);
+            for (int64_t i0 = first; i0 < last; i0 += BLOCK) {
                 const int64_t n = std::min(BLOCK, last - i0);
                 std::fill_n(q, n * columns, 0.0f);
                 pack_columns(h, i0, n, left, columns, W);
                 for (int64_t j = 0; j < width; j += STRIP) {
                     const int64_t cols = std::min(STRIP, width - j);
                     for (int64_t i = 0; i < n; ++i) load_row(g + (i0 + i) * ldg + j, copy + i * STRIP, cols);
-                    multiply(copy, STRIP, 1, a + j * columns, columns, q, columns, cols, n, columns);
+                    multiply(copy, STRIP, 1, a + j * columns, columns, part_of_q, columns, cols, n, columns);
+                    add(part_of_q, q, n * columns);
                     multiply(copy, 1, STRIP, left, columns, own + j * columns, columns, n, cols, columns);
                 }
                 put_rows<T>(q, columns, i0, n, groups);
+                if (ends_a_sum(i0 + n - first, last - first)) add(own, totals, width * columns);
             }
         }
         #pragma omp for schedule(static)
