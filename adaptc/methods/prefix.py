@@ -57,7 +57,6 @@ class Prefix(TokenMethod):
 
     kind: ClassVar[str] = "prefix"
     peft_kind: ClassVar[str | None] = "PREFIX_TUNING"
-    of_model: ClassVar[tuple[str, ...]] = (*tokens.MODEL_KEYS, "num_transformer_submodules")
 
     prefix_projection: bool = False
     encoder_hidden_size: int | None = None

@@ -32,7 +32,7 @@ class TokenMethod(Method):
 
     on_model: ClassVar[bool] = True
     quantised: ClassVar[bool] = True
-    of_model: ClassVar[tuple[str, ...]] = MODEL_KEYS
+    of_model: ClassVar[tuple[str, ...]] = (*MODEL_KEYS, "num_transformer_submodules")
 
     num_virtual_tokens: int = 20
     token_dim: int | None = None

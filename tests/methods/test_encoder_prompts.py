@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import adaptc
-from adaptc.errors import SiteError
+from adaptc.errors import SiteError, TensorShapeError
 from tests.models import hosts, zoo
 from tests.reference import check_all_rewritten, relative_errors, step
 
@@ -159,6 +159,29 @@ def test_files_go_to_peft_and_come_back(count, tmp_path):
         assert again.peft_config["default"].task_type == "SEQ_2_SEQ_LM"
     taken = adaptc.compile(peft_of(base, num_transformer_submodules=count), backend="eager").eval()
     assert prompt_of(taken).shape[0] == count * ROWS
+
+
+@pytest.mark.parametrize("host, count", [("t5", None), ("t5", 1), ("llama", None)])
+def test_a_file_fits_a_plan_that_leaves_to_the_model_how_many_stacks_it_has(host, count, tmp_path):
+    """The file says 1 or 2; rows that are not there are told of."""
+    base = hosts.build(host).eval()
+    task = "SEQ_2_SEQ_LM" if host == "t5" else "CAUSAL_LM"
+    config = peft.PromptTuningConfig(num_virtual_tokens=ROWS, task_type=task, num_transformer_submodules=count)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    theirs.save_pretrained(tmp_path)
+    model = compiled(base)
+    if count == 1:
+        before = prompt_of(model).detach().clone()
+        with pytest.raises(TensorShapeError):
+            model.adaptc.load(tmp_path)
+        assert torch.equal(prompt_of(model), before)
+        return
+    model.adaptc.load(tmp_path)
+    assert torch.equal(prompt_of(model), theirs.prompt_encoder["default"].embedding.weight)
+    model.adaptc.save(tmp_path / "ours")
+    again = adaptc.compile(copy.deepcopy(base), adaptc.Plan.from_peft(tmp_path / "ours"), backend="eager")
+    again.adaptc.load(tmp_path / "ours")
+    assert torch.equal(prompt_of(again), prompt_of(model))
 
 
 def test_a_file_of_a_fresh_prompt_says_how_many_rows_it_has(tmp_path):
