@@ -93,6 +93,17 @@ struct Products {
 """
 #: And operands with a small side, which kernels read where they are.
 OPERANDS = PRODUCTS + r"""
+static int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+// Where a thread's share of ``count`` begins, in whole units.
+static inline int64_t share_of(int64_t count, int64_t unit, int part, int parts) {
+    return std::min(count, padded(count, unit) / unit * part / parts * unit);
+}
+// The calling thread's memory of one kind, kept from call to call: fresh memory costs more than what is done in it.
+template <int KIND, typename T = float> static T* scratch(int64_t count) {
+    static thread_local std::vector<T> kept;
+    if (static_cast<int64_t>(kept.size()) < count) kept.resize(count);
+    return kept.data();
+}
 // A matrix whose rows are contiguous, at any distance from each other.
 template <typename T> struct RowsOf {
     Tensor held;

@@ -197,7 +197,6 @@ static void gradient_block(const half* x, int64_t ldx, int64_t width, int64_t ro
     }
 }
 
-static int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static int64_t all_ranks(const Factor* f, int64_t count) {
     int64_t total = 0;
     for (int64_t g = 0; g < count; ++g) total += f[g].rank;
@@ -252,15 +251,6 @@ static void put_sums(const float* sums, int64_t copies, int64_t columns, int64_t
                     put(parts[g], (j + i) * f[g].rank + c / W * W, _mm512_loadu_ps(turned[i]), first_of(c % W + 1));
             }
         }
-}
-// The calling thread's memory of one kind, kept from call to call: fresh memory costs more than what is done in it.
-template <int KIND, typename T> static T* scratch(int64_t count) {
-    static thread_local std::vector<T> kept;
-    if (static_cast<int64_t>(kept.size()) < count) kept.resize(count);
-    return kept.data();
-}
-static inline int64_t share_of(int64_t count, int64_t unit, int part, int parts) {
-    return std::min(count, (count + unit - 1) / unit * part / parts * unit);
 }
 
 // One pass over x (rows, width): its products with ``count`` factors of ``width`` on the other side, ``shrinks``, and

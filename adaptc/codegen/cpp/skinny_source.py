@@ -31,10 +31,6 @@ struct Group {
 };
 typedef std::vector<Group> Groups;
 
-static int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-static inline int64_t share_of(int64_t count, int64_t unit, int part, int parts) {
-    return std::min(count, padded(count, unit) / unit * part / parts * unit);
-}
 // Where each group begins when each takes a multiple of columns; returns how many there are.
 static int64_t place(Groups& groups, int64_t multiple) {
     int64_t columns = 0;
@@ -43,12 +39,6 @@ static int64_t place(Groups& groups, int64_t multiple) {
         columns += padded(g.factor.rank, multiple);
     }
     return columns;
-}
-// The calling thread's memory of one kind, kept from call to call: fresh memory costs more than what is done in it.
-template <int KIND> static float* scratch(int64_t count) {
-    static thread_local std::vector<float> kept;
-    if (static_cast<int64_t>(kept.size()) < count) kept.resize(count);
-    return kept.data();
 }
 
 // to[i * columns + r] = f(r, first + i) for i below ``count``, zero from its rank on to a multiple of ``multiple``.
