@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import transformers
 from torch.profiler import ProfilerActivity, profile
 
+import adaptc
 from adaptc.codegen.cpp import pairs, products, skinny
 from adaptc.codegen.in_place import ADD_PRODUCT
 from adaptc.codegen.torch_internals import cpu_emulates
+from tests.reference import check_steps_agree, step
 
 ONE, SEEDS, P = torch.ones(1, dtype=torch.float64), [torch.tensor([5])], [0.5]
 
@@ -100,3 +105,32 @@ def test_arguments_that_require_gradients_give_the_same_numbers():
     h = torch.ops.adaptc.lora_shrink(x, [A], [ONE], SEEDS, P)[0]
     want = torch.ops.adaptc.lora_shrink(x.detach(), [A.detach()], [ONE], SEEDS, P)[0]
     assert torch.equal(h.detach(), want)
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_a_models_step_is_that_of_the_bodies_in_fp64(p):
+    """With the tokens that fp32 kernels are for and with fewer, in one graph of symbolic sizes."""
+    config = transformers.LlamaConfig(
+        hidden_size=96, intermediate_size=200, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=101,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base, values = transformers.LlamaForCausalLM(config), torch.Generator().manual_seed(2)
+    drawn: dict[str, torch.Tensor] = {}
+    steps = []
+    for dtype in (torch.float64, torch.float32):
+        lora = adaptc.LoRA(r=5, alpha=8, dropout=p, init="random", targets="all-linear")
+        model = adaptc.compile(copy.deepcopy(base).to(dtype), lora, backend="inductor", dynamic=True).train()
+        for name, parameter in model.adaptc.named_parameters():
+            if name not in drawn:
+                drawn[name] = 0.1 * torch.randn(parameter.shape, generator=values)
+            parameter.data.copy_(drawn[name])
+        for tokens in (100, 3, 70):
+            ids = torch.randint(0, 101, (2, tokens), generator=torch.Generator().manual_seed(tokens))
+            torch.manual_seed(5)
+            steps.append(step(model, {"input_ids": ids, "labels": ids, "use_cache": False}))
+            model.zero_grad()
+    for exact, got in zip(steps[:3], steps[3:], strict=True):
+        check_steps_agree(got, exact, loss=1e-6, gradient=1e-5)
