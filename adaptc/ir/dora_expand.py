@@ -19,7 +19,7 @@ from adaptc.ir import dialect
 from adaptc.ir.derive import inline
 from adaptc.ir.dialect import Cost, DialectOp, nbytes
 from adaptc.ir.lora import draw_dtypes, draw_tensor, opmath, rows
-from adaptc.ir.lora_fused import has_kernel
+from adaptc.ir.lora_split import has_kernel
 
 
 def expand_body(

@@ -24,7 +24,7 @@ from adaptc.ir.derive import inline
 from adaptc.ir.dialect import Cost, DialectOp, nbytes
 from adaptc.ir.dora_rescale import dense
 from adaptc.ir.lora import bottleneck_grad_body, draw_dtypes, draw_tensor, factor_grad_body, opmath
-from adaptc.ir.lora_fused import has_kernel
+from adaptc.ir.lora_split import has_kernel
 
 
 def product_of_columns(t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:

@@ -22,10 +22,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
 
 from adaptc.codegen.cpp import pairs, products, skinny
-from adaptc.codegen.torch_internals import has_avx512_bf16, node_value, size_hint
 from adaptc.ir import dialect
 from adaptc.ir.dialect import Cost, DialectOp, nbytes
 from adaptc.ir.lora import (
@@ -44,6 +42,7 @@ from adaptc.ir.lora_split import (
     expand_body,
     expand_cost,
     goes_to_skinny,
+    has_kernel,
     input_grads_body,
     input_grads_cost,
 )
@@ -84,15 +83,6 @@ def bottleneck_grads_kernel(
     if products.are_few([h.shape[-1]]) and goes_to_skinny(grad, (), [h.shape[-1]]):
         return skinny.both(grad, h, B, scale, dtype)
     return None
-
-
-def has_kernel(device: str, x: fx.Node, small: fx.Node, *also: torch.dtype) -> bool:
-    """Whether kernels take ``x`` with an operand of the rank of ``small``, its last dimension: those for pairs of bf16,
-    or of the dtypes ``also`` for as many rows as those are fast for."""
-    value, is_small = node_value(x), node_value(small).shape[-1] <= products.MOST_RANKS
-    rows = math.prod(size_hint(s) for s in value.shape[:-1])
-    known = value.dtype in also and rows >= products.FEWEST_ROWS
-    return device == "cpu" and is_small and (known or (value.dtype == torch.bfloat16 and has_avx512_bf16()))
 
 
 def bottleneck_grads_fake(

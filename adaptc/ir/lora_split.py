@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 from adaptc.codegen.cpp import pairs, products, skinny
-from adaptc.codegen.torch_internals import cpu_emulates, node_value
+from adaptc.codegen.torch_internals import cpu_emulates, has_avx512_bf16, node_value, size_hint
 from adaptc.ir import dialect, dropout
 from adaptc.ir.dialect import Cost, DialectOp, nbytes
 from adaptc.ir.lora import draw_dtypes, draw_tensor, rows, scaled
@@ -141,15 +142,31 @@ def _goes_in_pairs(x: torch.Tensor, seeds: Tensors, ranks: Iterable[int]) -> boo
     return not seeds and pairs.takes(x, sum(ranks))
 
 
-def _whole(lists: int, seeds: int) -> Callable[..., bool]:
+def has_kernel(device: str, x: fx.Node, small: fx.Node, *also: torch.dtype, rank: int = -1) -> bool:
+    """Whether kernels multiply ``x`` by ``small``, whose dimension ``rank`` is one: those for pairs of bf16, or of the
+    dtypes ``also`` for as many rows as those are fast for."""
+    value, is_small = node_value(x), node_value(small).shape[rank] <= products.MOST_RANKS
+    many_rows = math.prod(size_hint(s) for s in value.shape[:-1]) >= products.FEWEST_ROWS
+    known = (value.dtype in also and many_rows) or (value.dtype == torch.bfloat16 and has_avx512_bf16())
+    return device == "cpu" and is_small and known
+
+
+def has_fp32_kernel(device: str, x: fx.Node, small: fx.Node, rank: int = -1) -> bool:
+    """The same of ``x`` in fp32 alone, for one site: in bf16 the libraries are as fast for its shrink."""
+    return node_value(x).dtype == torch.float32 and has_kernel(device, x, small, torch.float32, rank=rank)
+
+
+def _whole(lists: int, seeds: int, rank: int | None = None) -> Callable[..., bool]:
     """On a CPU, what a kernel does, and several sites together: joining and cutting are kernels that take longer to
-    compile than to run. Not where products are better made in another dtype, which needs them in the graph."""
+    compile than to run. Not where products are better made in another dtype, which needs them in the graph. Of one site
+    alone in fp32, if its ``rank`` is a dimension of what is in the list."""
 
     def whole(device: str, *args: Any) -> bool:
-        if device != "cpu" or not (len(args[lists]) > 1 or args[seeds]):
-            return False
-        dtype = node_value(args[1 - lists]).dtype
-        return dtype in skinny.DTYPES or not cpu_emulates(dtype)
+        parts, x = args[lists], args[1 - lists]
+        if len(parts) > 1 or args[seeds]:
+            dtype = node_value(x).dtype
+            return device == "cpu" and (dtype in skinny.DTYPES or not cpu_emulates(dtype))
+        return rank is not None and has_fp32_kernel(device, x, parts[0], rank)
 
     return whole
 
@@ -250,7 +267,7 @@ LORA_SHRINK = dialect.define(
     DialectOp(
         name="lora_shrink", schema="(Tensor x, Tensor[] A, Tensor[] scale, Tensor[] seeds, float[] p) -> Tensor[]",
         body=shrink_body, fake=shrink_fake, cost=shrink_cost, sample=shrink_sample, kernel=shrink_kernel,
-        whole=_whole(1, seeds=3),
+        whole=_whole(1, seeds=3, rank=0),
     )
 )  # fmt: skip
 LORA_EXPAND = dialect.define(
@@ -264,7 +281,7 @@ LORA_FACTOR_GRADS = dialect.define(
         name="lora_factor_grads",
         schema="(Tensor[] left, Tensor right, ScalarType dtype, Tensor[] seeds, float[] p) -> Tensor[]",
         body=factor_grads_body, fake=factor_grads_fake, cost=factor_grads_cost, sample=factor_grads_sample,
-        kernel=factor_grads_kernel, whole=_whole(0, seeds=3),
+        kernel=factor_grads_kernel, whole=_whole(0, seeds=3, rank=-1),
     )
 )  # fmt: skip
 LORA_INPUT_GRADS = dialect.define(

@@ -16,7 +16,7 @@ from adaptc.codegen.cost import saved_bytes, shares
 from adaptc.codegen.cpp import products
 from adaptc.codegen.torch_internals import is_backward
 from adaptc.errors import VerifyError
-from adaptc.ir import dialect, lora_fused
+from adaptc.ir import dialect, lora_fused, lora_split
 from adaptc.ir.names import module_of, op_name
 from adaptc.ir.sites import is_inserted
 from adaptc.passes import manager
@@ -416,19 +416,20 @@ def test_both_readers_of_a_gradient_stay_one_op_where_a_kernel_takes_them(monkey
     """Without the kernel its body runs: the numbers are those of the products, but for the rounding to bf16."""
     found = {}
     for has_it in (True, False):
-        monkeypatch.setattr(lora_fused, "has_avx512_bf16", lambda has_it=has_it: has_it)
+        monkeypatch.setattr(lora_split, "has_avx512_bf16", lambda has_it=has_it: has_it)
         found[has_it], graph = step(gated(dtype=torch.bfloat16))
         stays = [n for n in graph.graph_module("lower").graph.nodes if op_name(n) == "lora_bottleneck_grads"]
         assert len(stays) == (SITES if has_it else 0)
     check_steps_agree(found[True], found[False], loss=1e-6, gradient=2e-2)
 
 
-def test_in_fp32_they_stay_one_op_on_any_cpu(monkeypatch):
-    """For as many rows as the kernel is fast for."""
-    monkeypatch.setattr(products, "FEWEST_ROWS", 1)
-    found, graph = step(gated())
-    assert len([n for n in graph.graph_module("lower").graph.nodes if op_name(n) == "lora_bottleneck_grads"]) == SITES
-    monkeypatch.setattr(products, "FEWEST_ROWS", 128)
-    want, graph = step(gated())
-    assert not [n for n in graph.graph_module("lower").graph.nodes if op_name(n) == "lora_bottleneck_grads"]
-    check_steps_agree(found, want, loss=1e-6, gradient=1e-5)
+def test_in_fp32_kernels_make_every_product_with_a_small_side_on_any_cpu(monkeypatch):
+    """Those of a site that shares its input with no other too; for as many rows as the kernels are fast for."""
+    found = {}
+    for rows in (1, 128):
+        monkeypatch.setattr(products, "FEWEST_ROWS", rows)
+        found[rows], graph = step(gated())
+        nodes = graph.graph_module("lower").graph.nodes
+        assert len([n for n in nodes if op_name(n) == "lora_bottleneck_grads"]) == (SITES if rows == 1 else 0)
+        assert any(op_name(n) == "mm" and is_inserted(n) for n in nodes) == (rows > 1)
+    check_steps_agree(found[1], found[128], loss=1e-6, gradient=1e-5)

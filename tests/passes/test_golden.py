@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from adaptc.codegen.torch_internals import TORCH
-from adaptc.ir import lora_fused, lora_split
+from adaptc.ir import lora_split
 from adaptc.passes import widen
 from tests.passes.models import adapted, trained_graph
 
@@ -30,7 +30,7 @@ VERSION = (2, 13)
 def test_graph_text(stage, monkeypatch):
     for module in (lora_split, widen):
         monkeypatch.setattr(module, "cpu_emulates", lambda dtype: stage == "widen" and dtype == torch.bfloat16)
-    monkeypatch.setattr(lora_fused, "has_avx512_bf16", lambda: False)
+    monkeypatch.setattr(lora_split, "has_avx512_bf16", lambda: False)
     _, model = adapted(dtype=torch.bfloat16)
     graph = trained_graph(model, dtype=torch.bfloat16)
     assert tuple(s for s in graph.stages if s not in IDLE) == STAGES

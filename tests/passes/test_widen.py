@@ -11,7 +11,7 @@ import torch
 import adaptc
 from adaptc.codegen.cost import saved_bytes
 from adaptc.codegen.torch_internals import cpu_emulates
-from adaptc.ir import lora_fused, lora_split
+from adaptc.ir import lora_split
 from adaptc.ir.edit import copy_graph_module
 from adaptc.ir.sites import is_inserted
 from adaptc.passes import widen
@@ -27,7 +27,7 @@ def emulated(monkeypatch):
     """The CPU that runs the tests, as one that has no 16-bit products."""
     for module in (lora_split, widen):
         monkeypatch.setattr(module, "cpu_emulates", lambda dtype: dtype in HALF)
-    monkeypatch.setattr(lora_fused, "has_avx512_bf16", lambda: False)
+    monkeypatch.setattr(lora_split, "has_avx512_bf16", lambda: False)
 
 
 def lowered_graph(dtype, **options):

@@ -12,6 +12,8 @@ KERNELS = r"""
 constexpr int ROWS = W == 16 ? 12 : 6, TALL = W == 16 ? 8 : 4;
 // Rows that are summed into what stays in the second cache, and how many columns of them the first one holds.
 constexpr int64_t BLOCK = 24, STRIP = 256;
+// From one row of such a copy to the next: rows a power of two bytes apart fall on few sets of a cache.
+constexpr int64_t COPY = STRIP + W;
 
 static inline float value(const Factor& f, int64_t rank, int64_t other) {
     const int64_t at = rank * f.along + other * f.across;
@@ -93,6 +95,11 @@ static inline vec kept(vec v, words h, uint32_t second, int32_t least, float kee
     return (ints)h >= least ? v * splat(keep) : vec{};
 }
 
+// Ask for what is read soon, in pieces of rows that are too short for the machine to see it by itself.
+template <typename T> static inline void ask_for(const T* from, int64_t count) {
+    constexpr int64_t line = 64 / sizeof(T);
+    for (int64_t j = 0; j < count; j += line) __builtin_prefetch(from + j);
+}
 template <typename T>
 static void copy_row(const T* from, float* to, int64_t row, int64_t first, int64_t count, const Group* g) {
     if (g == nullptr) return load_row(from, to, count);
@@ -171,10 +178,10 @@ static void multiply(const float* left, int64_t left_row, int64_t left_step, con
 // Sums of so many numbers at most, and their sums: they round less than one long sum.
 constexpr int64_t LONGEST = 4 * BLOCK;
 static bool ends_a_sum(int64_t count, int64_t last) { return count == last || count % LONGEST == 0; }
-static void add(float* sums, float* totals, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-        totals[i] += sums[i];
-        sums[i] = 0.0f;
+static void add(float* sums, float* totals, int64_t count) {  // of a multiple of W
+    for (int64_t i = 0; i < count; i += W) {
+        write(totals + i, read(totals + i) + read(sums + i));
+        write(sums + i, vec{});
     }
 }
 
@@ -194,8 +201,9 @@ static void put_rows(const float* h, int64_t columns, int64_t from, int64_t n, c
 // Factors (width on the other side); parts (rows, rank).
 template <typename T>
 static void shrink(const T* x, int64_t rows, int64_t width, int64_t ldx, Groups& groups, int threads) {
-    constexpr int64_t DEPTH = 512;
-    const bool dropped = groups[0].seed != nullptr, direct = sizeof(T) == 4 && !dropped;
+    const bool dropped = groups[0].seed != nullptr;
+    // Rows are read in place where few of them fall on one set of the first cache.
+    const bool direct = sizeof(T) == 4 && !dropped && ldx % 512 != 0;
     const int64_t blocks = (rows + ROWS - 1) / ROWS, columns = place(groups, W);
     float* a = scratch<0>(width * columns);
     #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -203,28 +211,24 @@ static void shrink(const T* x, int64_t rows, int64_t width, int64_t ldx, Groups&
         #pragma omp for schedule(static)
         for (int part = 0; part < threads; ++part)
             pack_share(groups, width, a, columns, W, part, threads);
-        float *copy = scratch<1>(direct ? 0 : ROWS * DEPTH), *sums = scratch<2>(ROWS * columns);
-        float* h = scratch<3>(ROWS * columns);
+        float *copy = scratch<1>(ROWS * COPY), *sums = scratch<2>(ROWS * columns), *h = scratch<3>(ROWS * columns);
         #pragma omp for schedule(static)
         for (int64_t b = 0; b < blocks; ++b) {
             const int64_t i0 = b * ROWS, n = std::min<int64_t>(ROWS, rows - i0);
             std::fill_n(h, ROWS * columns, 0.0f);
             std::fill_n(sums, ROWS * columns, 0.0f);
-            for (int64_t k0 = 0; k0 < width; k0 += DEPTH) {
-                const int64_t depth = std::min<int64_t>(DEPTH, width - k0), ld = direct ? ldx : DEPTH;
-                const float* from = direct ? reinterpret_cast<const float*>(x + i0 * ldx + k0) : copy;
+            for (int64_t k0 = 0; k0 < width; k0 += STRIP) {
+                const int64_t depth = std::min(STRIP, width - k0);
                 for (const Group& g : groups) {
-                    if (!direct && (dropped || &g == &groups[0]))
-                        for (int64_t i = 0; i < n; ++i)
-                            copy_row(x + (i0 + i) * ldx + k0, copy + i * DEPTH, i0 + i, k0, depth,
-                                     dropped ? &g : nullptr);
-                    const int64_t wide = padded(g.factor.rank, W);
-                    for (int64_t k = 0; k < depth; k += STRIP) {
-                        multiply(from + k, ld, 1, a + (k0 + k) * columns + g.first, columns, sums, wide,
-                                 std::min(STRIP, depth - k), n, wide);
-                        for (int64_t i = 0; i < n; ++i) add(sums + i * wide, h + i * columns + g.first, wide);
-                    }
+                    const T* from = x + i0 * ldx + k0;
+                    for (int64_t i = 0; i < n && !direct; ++i)
+                        copy_row(from + i * ldx, copy + i * COPY, i0 + i, k0, depth, dropped ? &g : nullptr);
+                    const float* left = direct ? reinterpret_cast<const float*>(from) : copy;
+                    multiply(left, direct ? ldx : COPY, 1, a + k0 * columns + g.first, columns, sums + g.first,
+                             columns, depth, n, dropped ? padded(g.factor.rank, W) : columns);
+                    if (!dropped) break;  // one copy, and all groups' columns at once
                 }
+                add(sums, h, n * columns);
             }
             put_rows<T>(h, columns, i0, n, groups);
         }
@@ -238,8 +242,8 @@ static void add_outer(const float* h, int64_t columns, const float* copy, float*
     for (int64_t c = 0; c < cols; c += 2 * W) {
         int64_t r = g.first;
         for (; r + TALL <= end; r += TALL)
-            tile<TALL, 2>(h + r, 1, columns, copy + c, STRIP, sums + r * STRIP + c, STRIP, n);
-        for (; r < end; r += 4) tile<4, 2>(h + r, 1, columns, copy + c, STRIP, sums + r * STRIP + c, STRIP, n);
+            tile<TALL, 2>(h + r, 1, columns, copy + c, COPY, sums + r * STRIP + c, STRIP, n);
+        for (; r < end; r += 4) tile<4, 2>(h + r, 1, columns, copy + c, COPY, sums + r * STRIP + c, STRIP, n);
     }
 }
 
@@ -253,7 +257,7 @@ static void gradient(const T* x, int64_t rows, int64_t width, int64_t ldx, Group
     {
         #pragma omp for schedule(static)
         for (int part = 0; part < threads; ++part) pack_share(groups, rows, h, columns, 4, part, threads);
-        float *copy = scratch<1>(BLOCK * STRIP), *sums = scratch<2>(columns * STRIP);
+        float *copy = scratch<1>(BLOCK * COPY), *sums = scratch<2>(columns * STRIP);
         float* totals = scratch<3>(columns * STRIP);
         #pragma omp for schedule(static)
         for (int part = 0; part < threads; ++part) {
@@ -266,9 +270,11 @@ static void gradient(const T* x, int64_t rows, int64_t width, int64_t ldx, Group
                     const int64_t n = std::min<int64_t>(BLOCK, rows - i0);
                     for (const Group& g : groups) {
                         if (dropped || &g == &groups[0])
-                            for (int64_t i = 0; i < n; ++i)
-                                copy_row(x + (i0 + i) * ldx + c0, copy + i * STRIP, i0 + i, c0, cols,
-                                         dropped ? &g : nullptr);
+                            for (int64_t i = 0; i < n; ++i) {
+                                const T* from = x + (i0 + i) * ldx + c0;
+                                copy_row(from, copy + i * COPY, i0 + i, c0, cols, dropped ? &g : nullptr);
+                                if (&g == &groups[0] && i0 + BLOCK + i < rows) ask_for(from + BLOCK * ldx, cols);
+                            }
                         add_outer(h + i0 * columns, columns, copy, sums, n, cols, g);
                     }
                     if (ends_a_sum(i0 + n, rows)) add(sums, totals, columns * STRIP);
@@ -295,7 +301,7 @@ static void both(const T* g, int64_t rows, int64_t width, int64_t ldg, Groups& g
         for (int part = 0; part < threads; ++part)
             pack_share(groups, width, a, columns, W, part, threads);
         float *left = scratch<2>(BLOCK * columns), *q = scratch<3>(BLOCK * columns);
-        float *copy = scratch<4>(BLOCK * STRIP), *part_of_q = scratch<5>(BLOCK * columns);
+        float *copy = scratch<4>(BLOCK * COPY), *part_of_q = scratch<5>(BLOCK * columns);
         std::fill_n(part_of_q, BLOCK * columns, 0.0f);
         #pragma omp for schedule(static)
         for (int part = 0; part < threads; ++part) {
@@ -309,10 +315,10 @@ static void both(const T* g, int64_t rows, int64_t width, int64_t ldg, Groups& g
                 pack_columns(h, i0, n, left, columns, W);
                 for (int64_t j = 0; j < width; j += STRIP) {
                     const int64_t cols = std::min(STRIP, width - j);
-                    for (int64_t i = 0; i < n; ++i) load_row(g + (i0 + i) * ldg + j, copy + i * STRIP, cols);
-                    multiply(copy, STRIP, 1, a + j * columns, columns, part_of_q, columns, cols, n, columns);
+                    for (int64_t i = 0; i < n; ++i) load_row(g + (i0 + i) * ldg + j, copy + i * COPY, cols);
+                    multiply(copy, COPY, 1, a + j * columns, columns, part_of_q, columns, cols, n, columns);
                     add(part_of_q, q, n * columns);
-                    multiply(copy, 1, STRIP, left, columns, own + j * columns, columns, n, cols, columns);
+                    multiply(copy, 1, COPY, left, columns, own + j * columns, columns, n, cols, columns);
                 }
                 put_rows<T>(q, columns, i0, n, groups);
                 if (ends_a_sum(i0 + n - first, last - first)) add(own, totals, width * columns);

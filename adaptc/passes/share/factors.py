@@ -11,8 +11,8 @@ the loop reads, such as the input of a norm, is mostly kept for other reasons. A
 is a value that the base model's backward reads too, nor one in a graph that writes to its inputs, of which the backward
 would see the new values. Without dropout on a CPU alone, where it was measured.
 
-Reassociates nothing. The new node stands where the last of the old ones did; a gradient that something reads before
-that keeps its own product.
+One gradient without dropout becomes such a node where a kernel makes it. Reassociates nothing. The new node stands
+where the last of the old ones did; a gradient that something reads before that keeps its own product.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import fx
 from adaptc.codegen.torch_internals import OpOverload, is_backward, keeps_inputs, mark_recomputed, node_value
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
+from adaptc.ir.lora_split import has_fp32_kernel
 from adaptc.ir.products import VIEWS
 from adaptc.ir.sites import site_of
 from adaptc.passes.contract import Context
@@ -50,7 +51,8 @@ def share_factors(gm: fx.GraphModule, context: Context, result: Result) -> None:
         measured = bool(seeds[0]) or node_value(x).device.type == "cpu"
         if may_read_again and measured and _is_cheap(x) and not _is_read_by_others(x):
             mark_recomputed(x)
-        if len(late) < (1 if seeds[0] else 2) or products[-1] not in late:
+        alone_too = bool(seeds[0]) or _has_kernel(late[0])
+        if len(late) < (1 if alone_too else 2) or products[-1] not in late:
             continue
         if not context.spend():
             result.refused += [(site_of(node), "limit reached") for node in late]
@@ -62,8 +64,16 @@ def share_factors(gm: fx.GraphModule, context: Context, result: Result) -> None:
         result.applied.append(edit.finish(*(edit.item(wide, i) for i in range(len(late)))))
 
 
+def _has_kernel(product: fx.Node) -> bool:
+    """Whether a kernel makes the gradient of one first factor faster than a library. That of a second one, which the
+    product of a wide value with one of the rank's size is, goes with the gradient of its bottleneck."""
+    left, right, _ = cast(tuple[fx.Node, ...], product.args)
+    is_first = node_value(left).shape[-1] <= node_value(right).shape[-1]
+    return is_first and has_fp32_kernel(node_value(right).device.type, right, left)
+
+
 def _groups(gm: fx.GraphModule) -> list[list[fx.Node]]:
-    """The products with one right operand and dtype, in graph order; those without dropout two at least."""
+    """The products with one right operand and dtype, in graph order."""
     found: dict[tuple[object, ...], list[fx.Node]] = {}
     target = dialect.get("lora_factor_grad").overload
     for node in gm.graph.find_nodes(op="call_function", target=target):
