@@ -91,7 +91,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines += [f"- {topic}: {text}" for topic, text in results["method"].items()]
     lines.append(
         "- brackets: 95 % interval; /floor and /PEFT: median of the per-round ratios to the floor and to "
-        "PEFT + torch.compile, for bytes the plain ratio to PEFT + torch.compile"
+        "PEFT + torch.compile (/adaptc: to adaptc), for bytes the plain ratio to PEFT + torch.compile"
     )
     return "\n".join(lines) + "\n"
 
@@ -119,6 +119,11 @@ def _case_table(case: dict[str, Any]) -> list[str]:
             str(row["graph_breaks"]),
             str(row["recompiles"]),
         ])  # fmt: skip
+    # How another way to adaptc compares with the plan's.
+    if any(name.startswith("adaptc-") and "over_adaptc" in row for name, row in case["contenders"].items()):
+        head.insert(5, "/adaptc")
+        for cells, row in zip(rows, case["contenders"].values(), strict=True):
+            cells.insert(5, _interval(row.get("over_adaptc")))
     return _table(head, rows)
 
 

@@ -25,7 +25,7 @@ from bench.settings import DTYPES, Case, Settings
 from bench.torch_internals import GraphCounts, graph_counts
 
 #: Contenders that others are divided by, with the key of the ratio in the result.
-DIVISORS = {"floor": "over_floor", "peft-compile": "over_peft_compile"}
+DIVISORS = {"floor": "over_floor", "peft-compile": "over_peft_compile", "adaptc": "over_adaptc"}
 STEP_METHOD = (
     "one step drops the gradients, computes the loss from inputs_embeds and labels, and runs backward to "
     "inputs_embeds and the adapter; no optimizer; LoRA (DoRA with --dora, magnitudes away from the row norms) on "

@@ -81,6 +81,17 @@ def test_what_was_not_measured_is_a_dash() -> None:
     assert expected in report.markdown(results)
 
 
+def test_another_way_to_adaptc_is_compared_with_the_plan() -> None:
+    assert "/adaptc |" not in report.markdown(RESULTS)
+    results = copy.deepcopy(RESULTS)
+    contenders = results["cases"][0]["contenders"]
+    contenders["adaptc-backend"] = {**row(0.255, 1.275, 80), "over_adaptc": interval(1.02, 0.01)}
+    text = report.markdown(results)
+    assert "| step ms | /floor | /PEFT | /adaptc | peak MiB |" in text
+    assert "1.275 [1.265, 1.285] | 1.020 | 1.020 [1.010, 1.030] | 160.0 |" in text
+    assert "1.250 [1.240, 1.260] | 1.000 | - | 160.0 |" in text
+
+
 def test_cold_compilation_has_a_table_of_its_own() -> None:
     results = copy.deepcopy(RESULTS)
     measured = {"time": interval(31.5, 0.5), "over_peft_compile": interval(0.9)}
