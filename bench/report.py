@@ -11,6 +11,7 @@ from typing import Any
 
 from bench.errors import BenchError
 
+LIBRARIES = {"mkl": "MKL", "onednn": "oneDNN"}
 LABELS = {
     "floor": "frozen base, compiled (floor)",
     "peft-eager": "PEFT, eager",
@@ -85,6 +86,8 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     for case in results["cases"]:
         lines += ["", f"## {_title(case)}", "", *_case_table(case)]
+        if "libraries" in case:
+            lines += ["", _libraries_line(case["libraries"])]
         if "cold" in case:
             lines += ["", *_cold_table(case["cold"])]
     lines += ["", "## How it was measured", ""]
@@ -125,6 +128,11 @@ def _case_table(case: dict[str, Any]) -> list[str]:
         for cells, row in zip(rows, case["contenders"].values(), strict=True):
             cells.insert(5, _interval(row.get("over_adaptc")))
     return _table(head, rows)
+
+
+def _libraries_line(found: dict[str, Any]) -> str:
+    seconds = " and ".join(f"{_interval(found[k], 1e3, '.1f')} ms in {n}" for k, n in LIBRARIES.items())
+    return f"Products of the base's step: {seconds}; oneDNN over MKL {_interval(found['onednn_over_mkl'])}."
 
 
 def _cold_table(cold: dict[str, Any]) -> list[str]:

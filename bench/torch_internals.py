@@ -30,3 +30,14 @@ def graph_counts() -> GraphCounts:
 def multiplies_bf16_pairs() -> bool:
     """Whether the CPU has AVX512_BF16. Read on torch 2.13."""
     return torch.cpu._is_avx512_bf16_supported()
+
+
+def has_both_libraries() -> bool:
+    """Whether torch multiplies in fp32 by MKL and can call oneDNN. Read on torch 2.13."""
+    return torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+
+
+def onednn_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``left @ right`` by oneDNN, with ``right`` where it is. Read on torch 2.13."""
+    made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
+    return made

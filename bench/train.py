@@ -19,6 +19,7 @@ from bench.cold import COLD_METHOD, measure_cold
 from bench.contenders import BUILDERS, USUAL, Contender, build_base
 from bench.errors import BenchError
 from bench.harness import INTERVAL_METHOD, median_interval, ratio_interval, time_interleaved
+from bench.libraries import LIBRARIES_METHOD, libraries_row
 from bench.machine import ALLOCATOR_METHOD, keep_freed_memory, machine_class, results_folder, versions
 from bench.memory import MEMORY_METHOD, hooked_saved_bytes, step_memory
 from bench.settings import DTYPES, Case, Settings
@@ -132,6 +133,7 @@ def measure(
             "allocator": ALLOCATOR_METHOD,
             "interval": INTERVAL_METHOD,
             "memory": MEMORY_METHOD,
+            "libraries": LIBRARIES_METHOD,
             **({"cold": COLD_METHOD} if settings.cold else {}),
         },
         "cases": [],
@@ -195,6 +197,8 @@ def _measure_case(
         }
     _add_memory_ratios(rows)
     result: dict[str, Any] = {"dtype": case.dtype, "dropout": case.dropout, "contenders": rows}
+    if (libraries := libraries_row(settings, case, base.model, device)) is not None:
+        result["libraries"] = libraries
     if settings.cold:
         result["cold"] = _cold_rows(settings, case, [n for n in names if contenders[n].compiled])
     return result

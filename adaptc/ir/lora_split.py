@@ -162,10 +162,12 @@ def _whole(lists: int, seeds: int, rank: int | None = None) -> Callable[..., boo
     alone in fp32, if its ``rank`` is a dimension of what is in the list."""
 
     def whole(device: str, *args: Any) -> bool:
+        if device != "cpu":
+            return False
         parts, x = args[lists], args[1 - lists]
         if len(parts) > 1 or args[seeds]:
             dtype = node_value(x).dtype
-            return device == "cpu" and (dtype in skinny.DTYPES or not cpu_emulates(dtype))
+            return dtype in skinny.DTYPES or not cpu_emulates(dtype)
         return rank is not None and has_fp32_kernel(device, x, parts[0], rank)
 
     return whole

@@ -81,6 +81,19 @@ def test_what_was_not_measured_is_a_dash() -> None:
     assert expected in report.markdown(results)
 
 
+def test_the_libraries_of_products_have_a_line() -> None:
+    results = copy.deepcopy(RESULTS)
+    results["cases"][0]["libraries"] = {
+        "mkl": interval(0.6, 0.01), "onednn": interval(0.54), "onednn_over_mkl": interval(0.9, 0.02),
+    }  # fmt: skip
+    line = (
+        "Products of the base's step: 600.0 [590.0, 610.0] ms in MKL and 540.0 ms in oneDNN; oneDNN over MKL 0.900 "
+        "[0.880, 0.920]."
+    )
+    assert line in report.markdown(results)
+    assert "oneDNN over MKL" not in report.markdown(RESULTS)
+
+
 def test_another_way_to_adaptc_is_compared_with_the_plan() -> None:
     assert "/adaptc |" not in report.markdown(RESULTS)
     results = copy.deepcopy(RESULTS)

@@ -15,7 +15,7 @@ from bench import train
 from bench.__main__ import main
 from bench.contenders import BUILDERS, USUAL, Base, Contender, build_floor, build_peft_eager
 from bench.settings import Case, Settings
-from bench.torch_internals import graph_counts
+from bench.torch_internals import graph_counts, has_both_libraries
 
 TINY = {"layers": 1, "hidden": 64, "head_dim": 16, "vocab": 64, "tokens": 24, "rank": 4, "rounds": 6}
 FLAGS = [part for name, value in TINY.items() for part in (f"--{name.replace('_', '-')}", str(value))]
@@ -54,6 +54,13 @@ def test_ratios_are_paired_by_round(results: dict[str, Any]) -> None:
             assert row["over_floor"]["median"] == pytest.approx((ratios[2] + ratios[3]) / 2)
             assert (row["over_floor"]["low"], row["over_floor"]["high"]) == (ratios[0], ratios[5])
         assert case["contenders"]["peft-compile"]["over_peft_compile"]["median"] == 1
+
+
+def test_libraries_are_timed_where_torch_chooses_between_them(results: dict[str, Any]) -> None:
+    in_fp32, in_bf16 = results["cases"]
+    assert ("libraries" in in_fp32, "libraries" in in_bf16) == (has_both_libraries(), False)
+    for found in in_fp32.get("libraries", {}).values():
+        assert 0 < found["low"] <= found["median"] <= found["high"]
 
 
 def test_graphs_are_counted_and_nothing_recompiles(results: dict[str, Any]) -> None:
