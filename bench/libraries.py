@@ -7,7 +7,6 @@ processes on one machine: it is part of what a step's ratio to the floor says.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,11 +19,12 @@ from bench.torch_internals import has_both_libraries, onednn_product
 
 #: What the numbers are; goes into every result file.
 LIBRARIES_METHOD = (
-    "the products of the frozen base's step (x W^T and g W of every linear layer), each made by MKL and by oneDNN in "
-    "turn, in the process of the contenders and after them; seconds of all products, summed in each of as many rounds "
-    "as there were for the contenders, nine at most"
+    "the products of the frozen base's step (x W^T and g W of every linear layer) alone, all of them by MKL and all of "
+    "them by oneDNN, in eight rounds of alternating order, in the process of the contenders and after them; MKL writes "
+    "to memory that is there, oneDNN to memory of its own, as compiled code calls them"
 )
-MOST_ROUNDS = 9
+#: Even: either library is the first of a round as often as the other.
+ROUNDS = 8
 
 
 def libraries_row(settings: Settings, case: Case, base: nn.Module, device: torch.device) -> dict[str, Any] | None:
@@ -34,13 +34,11 @@ def libraries_row(settings: Settings, case: Case, base: nn.Module, device: torch
         return None
     products = list(_products(base, settings.batch * settings.tokens))
     rounds: dict[str, list[float]] = {"mkl": [], "onednn": []}
-    for turn in range(min(settings.rounds, MOST_ROUNDS) + 1):
-        order = list(rounds) if turn % 2 else list(rounds)[::-1]
-        taken = dict.fromkeys(rounds, 0.0)
-        for ways, name in itertools.product(products, order):
-            taken[name] += seconds_of(ways[name], device)
-        for name in rounds if turn else ():  # the first warms up
-            rounds[name].append(taken[name])
+    for turn in range(-1, ROUNDS):
+        for name in list(rounds)[:: 1 if turn % 2 else -1]:
+            taken = sum(seconds_of(ways[name], device) for ways in products)
+            if turn >= 0:  # the first round warms up
+                rounds[name].append(taken)
     return {
         **{name: dataclasses.asdict(median_interval(seconds)) for name, seconds in rounds.items()},
         "onednn_over_mkl": dataclasses.asdict(ratio_interval(rounds["onednn"], rounds["mkl"])),
@@ -48,13 +46,15 @@ def libraries_row(settings: Settings, case: Case, base: nn.Module, device: torch
 
 
 def _products(base: nn.Module, rows: int) -> Iterator[dict[str, Callable[[], object]]]:
+    memory: dict[int, torch.Tensor] = {}  # one for all operands of a width
     for layer in base.modules():
         if isinstance(layer, nn.Linear):
             weight = layer.weight.detach()
-            yield _ways(rows, weight.t())
-            yield _ways(rows, weight)
+            for width in weight.shape:
+                memory.setdefault(width, torch.ones(2, rows, width))
+            for right in (weight.t(), weight):
+                yield _ways(memory[right.shape[0]][0], right, memory[right.shape[1]][1])
 
 
-def _ways(rows: int, right: torch.Tensor) -> dict[str, Callable[[], object]]:
-    left, into = torch.ones(rows, right.shape[0]), torch.empty(rows, right.shape[1])
+def _ways(left: torch.Tensor, right: torch.Tensor, into: torch.Tensor) -> dict[str, Callable[[], object]]:
     return {"mkl": lambda: torch.mm(left, right, out=into), "onednn": lambda: onednn_product(left, right)}

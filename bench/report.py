@@ -93,8 +93,9 @@ def markdown(results: dict[str, Any]) -> str:
     lines += ["", "## How it was measured", ""]
     lines += [f"- {topic}: {text}" for topic, text in results["method"].items()]
     lines.append(
-        "- brackets: 95 % interval; /floor and /PEFT: median of the per-round ratios to the floor and to "
-        "PEFT + torch.compile (/adaptc: to adaptc), for bytes the plain ratio to PEFT + torch.compile"
+        "- brackets: 95 % interval (of fewer than six rounds: their range); /floor and /PEFT: median of the per-round "
+        "ratios to the floor and to PEFT + torch.compile (/adaptc: to adaptc), for bytes the plain ratio to PEFT + "
+        "torch.compile"
     )
     return "\n".join(lines) + "\n"
 
@@ -132,7 +133,10 @@ def _case_table(case: dict[str, Any]) -> list[str]:
 
 def _libraries_line(found: dict[str, Any]) -> str:
     seconds = " and ".join(f"{_interval(found[k], 1e3, '.1f')} ms in {n}" for k, n in LIBRARIES.items())
-    return f"Products of the base's step: {seconds}; oneDNN over MKL {_interval(found['onednn_over_mkl'])}."
+    return (
+        f"The base's linear layers alone, forward and backward: {seconds}; oneDNN over MKL "
+        f"{_interval(found['onednn_over_mkl'])}. The floor and PEFT call MKL, adaptc what is faster for a shape."
+    )
 
 
 def _cold_table(cold: dict[str, Any]) -> list[str]:
@@ -142,10 +146,11 @@ def _cold_table(cold: dict[str, Any]) -> list[str]:
             _interval(row["time"], 1, ".1f"),
             _interval(row.get("over_floor")),
             _interval(row.get("over_peft_compile")),
+            _interval(row.get("over_adaptc")),
         ]
         for name, row in cold.items()
     ]
-    return _table(["cold compile", "seconds", "/floor", "/PEFT"], rows)
+    return _table(["cold compile", "seconds", "/floor", "/PEFT", "/adaptc"], rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

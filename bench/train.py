@@ -133,13 +133,14 @@ def measure(
             "allocator": ALLOCATOR_METHOD,
             "interval": INTERVAL_METHOD,
             "memory": MEMORY_METHOD,
-            "libraries": LIBRARIES_METHOD,
             **({"cold": COLD_METHOD} if settings.cold else {}),
         },
         "cases": [],
     }
     for case in cases:
         results["cases"].append(_measure_case(settings, case, names, device))
+        if "libraries" in results["cases"][-1]:
+            results["method"]["libraries"] = LIBRARIES_METHOD
         after(results)
     return results
 

@@ -145,7 +145,7 @@ def _goes_in_pairs(x: torch.Tensor, seeds: Tensors, ranks: Iterable[int]) -> boo
 def has_kernel(device: str, x: fx.Node, small: fx.Node, *also: torch.dtype, rank: int = -1) -> bool:
     """Whether kernels multiply ``x`` by ``small``, whose dimension ``rank`` is one: those for pairs of bf16, or of the
     dtypes ``also`` for as many rows as those are fast for."""
-    value, is_small = node_value(x), node_value(small).shape[rank] <= products.MOST_RANKS
+    value, is_small = node_value(x), size_hint(node_value(small).shape[rank]) <= products.MOST_RANKS
     many_rows = math.prod(size_hint(s) for s in value.shape[:-1]) >= products.FEWEST_ROWS
     known = (value.dtype in also and many_rows) or (value.dtype == torch.bfloat16 and has_avx512_bf16())
     return device == "cpu" and is_small and known

@@ -68,8 +68,9 @@ def _has_kernel(product: fx.Node) -> bool:
     """Whether a kernel makes the gradient of one first factor faster than a library. That of a second one, which the
     product of a wide value with one of the rank's size is, goes with the gradient of its bottleneck."""
     left, right, _ = cast(tuple[fx.Node, ...], product.args)
-    is_first = node_value(left).shape[-1] <= node_value(right).shape[-1]
-    return is_first and has_fp32_kernel(node_value(right).device.type, right, left)
+    bottleneck = dialect.get("lora_bottleneck_grad").overload
+    is_second = any(user.target is bottleneck and user.args[0] is left for user in left.users)
+    return not is_second and has_fp32_kernel(node_value(right).device.type, right, left)
 
 
 def _groups(gm: fx.GraphModule) -> list[list[fx.Node]]:
