@@ -17,7 +17,7 @@ from bench.harness import median_interval, ratio_interval, seconds_of
 from bench.settings import Case, Settings
 from bench.torch_internals import has_both_libraries, onednn_product
 
-#: What the numbers are; goes into every result file.
+#: What the numbers are; goes into a result file that has them.
 LIBRARIES_METHOD = (
     "the products of the frozen base's step (x W^T and g W of every linear layer) alone, all of them by MKL and all of "
     "them by oneDNN, in eight rounds of alternating order, in the process of the contenders and after them; MKL writes "

@@ -13,7 +13,7 @@ from adaptc.ir import lora_fused, lora_split
 from adaptc.ir.dropout import keep_mask
 
 SIZES = st.sampled_from([1, 2, 5, 6, 7, 12, 13, 31, 64, 65, 130])
-WIDTHS = st.sampled_from([1, 3, 8, 15, 16, 17, 63, 64, 100, 129, 511, 513, 1030])
+WIDTHS = st.sampled_from([1, 3, 8, 15, 16, 17, 63, 64, 100, 129, 511, 512, 513, 1024, 1030])
 RANKS = st.lists(st.sampled_from([1, 3, 4, 8, 9, 16, 17, 33]), min_size=1, max_size=3)
 
 
