@@ -13,6 +13,7 @@ from torch import fx
 
 from adaptc.codegen import torch_internals
 from adaptc.codegen.adapter_inputs import AdapterTensors, positions
+from adaptc.codegen.cpp import build
 from adaptc.codegen.graphs import CapturedGraph
 from adaptc.codegen.in_place import accumulate_in_place
 from adaptc.errors import VerifyError
@@ -180,14 +181,15 @@ class JointStage:
         torch_internals.name_joint_inputs(gm, self.graph.input_sources)
         torch_internals.mark_backward(gm)
         start = self.graph.keep_stage("joint", gm)
-        rewritten, reports = self.pipeline.run(
-            gm,
-            "joint",
-            Context(record=bool(self.options.verify), choices=self.graph.choices),
-            start=start,
-            on_stage=self.graph.keep_stage,
-            validate=validate.validator(self.options.verify, None),
-        )
+        with build.hold():
+            rewritten, reports = self.pipeline.run(
+                gm,
+                "joint",
+                Context(record=bool(self.options.verify), choices=self.graph.choices),
+                start=start,
+                on_stage=self.graph.keep_stage,
+                validate=validate.validator(self.options.verify, None),
+            )
         if rewritten is not gm:
             # A rolled-back pass leaves a copy; the caller holds `graph`, so its nodes are replaced.
             gm.graph = rewritten.graph

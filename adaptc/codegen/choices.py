@@ -25,6 +25,7 @@ import filelock
 import torch
 
 from adaptc.codegen import torch_internals
+from adaptc.codegen.cpp import build
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ _KNOWN: dict[tuple[Path, str], dict[str, float] | None] = {}
 
 def _time_aside(make: Callable[[], Ways]) -> dict[str, float]:
     """Time with tensors that compute, whatever is being traced around."""
-    with torch_internals.real_tensors(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with build.quiet(), torch_internals.real_tensors(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         return _time(make())
 
 

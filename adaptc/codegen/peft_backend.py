@@ -13,10 +13,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import fx
+import torch
+from torch import fx, nn
 
 from adaptc.codegen.adapter_inputs import AdapterTensors
 from adaptc.codegen.backend import AdapterBackend, BackendOptions
+from adaptc.codegen.cpp import build
 from adaptc.codegen.graphs import CapturedGraph
 from adaptc.errors import AdaptcWarning
 from adaptc.passes.manager import Pipeline
@@ -38,6 +40,8 @@ def adaptc(
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """The Dynamo backend: PEFT's adapters rewritten, then Inductor. ``mode``, ``options``: as in ``torch.compile``."""
+    if torch.is_grad_enabled():
+        build.begin(given for given in inputs if isinstance(given, nn.Parameter))
     pipeline = Pipeline.from_options(order=PASSES)
     backend = AdapterBackend(pipeline, BackendOptions("inductor", mode, options or {}), _no_tensors)
     compiled = backend(gm, inputs)

@@ -6,11 +6,16 @@ No other file of the package may import ``torch._*`` (a test enforces it).
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import contextvars
 import functools
+import importlib
 import logging
+import os
 import platform
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -436,6 +441,88 @@ def load_cpp(source: str, *others: str) -> Any:
         message = f"adaptc's own C++ kernels are left out, and slower ones run: they do not compile ({first})"
         warnings.warn(AdaptcWarning(message), stacklevel=2)
         return None
+
+
+def import_inductor() -> None:
+    """Import all of Inductor that is needed to compile. 2.11 to 2.15."""
+    importlib.import_module("torch._inductor.compile_fx")
+
+
+def compile_cpp(source: str) -> None:
+    """Compile C++ code that :func:`load_cpp` is going to be asked for, in any thread, without loading it: its ops would
+    appear while others are called. What the compiler raises is raised. 2.11 to 2.15."""
+    from torch._inductor.codecache import CppCodeCache
+
+    left: list[Callable[[], None]] = []
+
+    def submit(work: Callable[[], None]) -> concurrent.futures.Future[None]:
+        left.append(work)  # not at once: it locks the file, which is locked here
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        done.set_result(None)  # who loads it waits for the file
+        return done
+
+    CppCodeCache.load_async(source, submit_fn=submit)
+    for work in left:
+        work()
+
+
+def compile_headers() -> None:
+    """Compile what all of Inductor's loops on a CPU include, which it keeps, in any thread. 2.11 to 2.15."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    # Of a loop that is never compiled itself.
+    CppPythonBindingsCodeCache.load_async("#include <torch/csrc/inductor/cpp_prefix.h>", submit_fn=lambda work: None)
+
+
+def probe_cpu() -> Callable[[], object]:
+    """What has Inductor find out which vector instructions it may use, in any thread: it compiles and loads a program
+    for each kind of them, in seconds. 2.11 to 2.15."""
+    from torch._inductor import cpu_vec_isa
+
+    _probe_at_once()
+    return cpu_vec_isa.pick_vec_isa
+
+
+@functools.cache
+def _probe_at_once() -> None:
+    """Have Inductor probe all kinds of vector instructions at the same time from now on, and for one thread: others
+    that ask meanwhile wait, for probing changes what it reads. 2.11 to 2.15."""
+    from torch._inductor import cpu_vec_isa
+
+    find = cpu_vec_isa.valid_vec_isa_list
+    lock = threading.RLock()
+
+    @functools.wraps(find)
+    def find_at_once() -> Any:
+        with lock:
+            if not find.cache_info().currsize:
+                flags = set(cpu_vec_isa.x86_isa_checker())
+                kinds = [kind for kind in cpu_vec_isa.supported_vec_isa_list if set(str(kind).split()) <= flags]
+                _at_once([functools.partial(bool, kind) for kind in kinds])  # which remember it
+            return find()
+
+    def unlock() -> None:  # a forked process does not have the thread that may hold it
+        nonlocal lock
+        lock = threading.RLock()
+
+    find_at_once.cache_clear = find.cache_clear  # type: ignore[attr-defined]
+    cpu_vec_isa.valid_vec_isa_list = find_at_once  # type: ignore[assignment]
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=unlock)
+
+
+def _at_once(work: Sequence[Callable[[], object]]) -> None:
+    """Each of ``work`` in a thread of its own, in the caller's context. What they raise is dropped."""
+
+    def do(one: Callable[[], object]) -> None:
+        with contextlib.suppress(Exception):
+            one()
+
+    threads = [threading.Thread(target=contextvars.copy_context().run, args=(do, one)) for one in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def demand_layouts(node: fx.Node) -> None:

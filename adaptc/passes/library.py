@@ -92,8 +92,9 @@ def _ask(product: Product) -> Choice | None:
         x, bias = ones(m, k), None if product.bias is None else ones(n)
         weight = ones(k, n).t() if transposed else ones(n, k)
         usual = torch.mm if bias is None else functools.partial(torch.addmm, bias)
-        into, op = ones(m, n), dialect.get("onednn_linear").overload
-        # As compiled code calls them.
-        return {"MKL": lambda: usual(x, weight.t(), out=into), "oneDNN": lambda: op(x, weight, bias)}
+        into = ones(m, n)
+        # What compiled code calls them by.
+        onednn = functools.partial(torch_internals.onednn_linear, x, weight, bias)
+        return {"MKL": lambda: usual(x, weight.t(), out=into), "oneDNN": onednn}
 
     return choices.choose(question, make)

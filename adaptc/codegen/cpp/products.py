@@ -103,10 +103,14 @@ STABLE_TORCH_LIBRARY_IMPL(adaptc_lowered, CPU, m) {
 )
 
 
+def source() -> str:
+    """``SOURCE`` for this CPU."""
+    return SOURCE.replace("@EMULATES@", "true" if torch_internals.cpu_emulates(torch.bfloat16) else "false")
+
+
 @functools.cache
 def _library() -> Any:
-    emulates = "true" if torch_internals.cpu_emulates(torch.bfloat16) else "false"
-    return torch_internals.load_cpp(SOURCE.replace("@EMULATES@", emulates))
+    return torch_internals.load_cpp(source())
 
 
 def found(kernels: str, library: Any) -> None:

@@ -1,0 +1,125 @@
+"""Prepare what a model's first step on a CPU is going to need while the model is traced, which takes one thread.
+
+A second one has Inductor find out what the CPU can do, and compiles the kernels that products will call and what all
+loops include. Kernels are loaded where they are first called, as ever: what is not ready then is waited for or compiled
+there, and what does not compile is reported there.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import contextvars
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from adaptc.codegen import torch_internals
+from adaptc.codegen.cpp import onednn, pairs_source, products, skinny, skinny_source
+
+Work = Callable[[], object]
+
+
+class Line:
+    """Work that is done one piece after the other, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Condition()
+        self._left: collections.deque[Work] = collections.deque()
+        #: Whether there is a thread, whether it is in a piece, and how many want that it begins with none.
+        self._runs, self._busy, self._held = False, False, 0
+
+    def add(self, pieces: Iterable[Work]) -> None:
+        """Do ``pieces`` behind what is there. What they raise is dropped."""
+        with self._turn:
+            self._left.extend(pieces)
+            if self._left and not self._runs:
+                self._runs = True
+                # The interpreter waits for a piece at its end: half a file must not be left in a cache.
+                threading.Thread(target=self._run, name="adaptc-build").start()
+
+    def _run(self) -> None:
+        while (piece := self._next()) is not None:
+            with contextlib.suppress(Exception):
+                piece()
+            with self._turn:
+                self._busy = False
+                self._turn.notify_all()
+
+    def _next(self) -> Work | None:
+        with self._turn:
+            self._turn.wait_for(lambda: not self._held)
+            self._runs = self._busy = bool(self._left) and threading.main_thread().is_alive()
+            return self._left.popleft() if self._busy else None
+
+    @contextlib.contextmanager
+    def hold(self, *, settled: bool) -> Iterator[None]:
+        """Begin with no piece meanwhile; if ``settled``, be in none either."""
+        with self._turn:
+            self._held += 1
+        try:
+            with self._turn:
+                self._turn.wait_for(lambda: not (settled and self._busy))
+            yield
+        finally:
+            with self._turn:
+                self._held -= 1
+                self._turn.notify_all()
+
+
+_line = Line()
+_begun: set[str] = set()
+
+
+def begin(parameters: Iterable[torch.Tensor]) -> None:
+    """Begin with what a training step of a model with ``parameters`` needs on a CPU, once a process."""
+    weights = [p for p in parameters if p.device.type == "cpu"]
+    if not weights or torch_internals.inductor_missing() is not None:
+        return
+    torch_internals.import_inductor()  # which is no thing for two threads
+    dtype = max(weights, key=torch.Tensor.numel).dtype  # norms and adapters may have another
+    pieces = {name: piece for name, piece in _pieces(dtype) if name not in _begun}
+    _begun.update(pieces)
+    # Inductor's settings are part of what it caches by, and belong to the caller's context.
+    _line.add(functools.partial(contextvars.copy_context().run, piece) for piece in pieces.values())
+
+
+def hold() -> contextlib.AbstractContextManager[None]:
+    """Begin with nothing more meanwhile: several timings are not to wait for a piece each."""
+    return _line.hold(settled=False)
+
+
+def quiet() -> contextlib.AbstractContextManager[None]:
+    """Do nothing beside what is timed meanwhile, which would be mistaken for slow."""
+    return _line.hold(settled=True)
+
+
+def _pieces(dtype: torch.dtype) -> Iterator[tuple[str, Work]]:
+    """By name, in the order in which they are needed."""
+    yield "probe", torch_internals.probe_cpu()
+    for source in _sources(dtype):
+        yield source, functools.partial(torch_internals.compile_cpp, source)
+    yield "headers", torch_internals.compile_headers
+
+
+def _sources(dtype: torch.dtype) -> Iterator[str]:
+    if dtype == torch.float32 and torch_internals.may_call_onednn():
+        yield onednn.SOURCE
+    if dtype == torch.bfloat16 and torch_internals.has_avx512_bf16():
+        yield pairs_source.SOURCE
+    if dtype in skinny.DTYPES:
+        yield skinny_source.SOURCE
+        yield products.source()
+
+
+def _forget_the_thread() -> None:
+    """A forked process has no such thread, and nobody to give back its locks."""
+    global _line
+    _line = Line()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_the_thread)

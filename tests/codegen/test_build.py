@@ -1,0 +1,241 @@
+"""What a first step needs is made in a second thread, which is out of the way of timings, of forks and of the end."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor import cpu_vec_isa
+from torch._inductor.codecache import CppCodeCache
+
+import adaptc
+from adaptc.codegen import choices, torch_internals
+from adaptc.codegen.cpp import build, onednn, pairs_source, products, skinny_source
+from adaptc.errors import AdaptcWarning
+
+SOON = 20.0
+
+
+class Piece:
+    """A piece of work that ends when it is let go."""
+
+    def __init__(self):
+        self.begun, self.let_go, self.done = threading.Event(), threading.Event(), threading.Event()
+
+    def __call__(self):
+        self.begun.set()
+        assert self.let_go.wait(SOON)
+        self.done.set()
+
+
+@pytest.fixture
+def line(monkeypatch):
+    """The line that timings look at, empty."""
+    line = build.Line()
+    monkeypatch.setattr(build, "_line", line)
+    monkeypatch.setattr(build, "_begun", set())
+    return line
+
+
+def test_pieces_are_done_one_after_the_other_whatever_they_raise(line):
+    first, second, seen = Piece(), Piece(), []
+    line.add([first, lambda: 1 / 0, lambda: seen.append(first.done.is_set()), second])
+    assert first.begun.wait(SOON) and not second.begun.is_set()
+    first.let_go.set()
+    assert second.begun.wait(SOON) and seen == [True]
+    second.let_go.set()
+    with build.quiet():
+        assert second.done.is_set()
+    last = Piece()
+    line.add([last])  # the thread has ended, or is about to
+    assert last.begun.wait(SOON)
+    last.let_go.set()
+
+
+def test_nothing_begins_while_the_line_is_held(line):
+    first, second = Piece(), Piece()
+    line.add([first, second])
+    assert first.begun.wait(SOON)
+    with build.hold():
+        assert not first.done.is_set()  # it does not wait
+        first.let_go.set()
+        with build.quiet():
+            assert first.done.is_set()
+        assert not second.begun.wait(0.2)
+    assert second.begun.wait(SOON)
+    second.let_go.set()
+
+
+def test_what_is_timed_has_the_machine_to_itself(line, monkeypatch, tmp_path):
+    monkeypatch.setattr(choices.torch_internals, "cache_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(choices, "_KNOWN", {})
+    first, second, beside = Piece(), Piece(), []
+
+    def way():
+        beside.append(second.begun.is_set() or not first.done.is_set())
+
+    line.add([first, second])
+    assert first.begun.wait(SOON)
+    threading.Timer(0.2, first.let_go.set).start()
+    assert choices.choose("a product", lambda: {"usual": way, "other": way}) is not None
+    assert beside and not any(beside)
+    second.let_go.set()
+    assert second.done.wait(SOON)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_forked_process_waits_for_no_thread(line):
+    piece = Piece()
+    line.add([piece])
+    assert piece.begun.wait(SOON)
+    with build.hold():
+        child = os.fork()
+        if child == 0:
+            with build.quiet():
+                os._exit(7)
+        end = time.monotonic() + SOON
+        while (status := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < end:
+            time.sleep(0.01)
+        if status[0] == 0:
+            os.kill(child, 9)
+    piece.let_go.set()
+    assert os.waitstatus_to_exitcode(status[1]) == 7
+
+
+def test_the_interpreter_ends_with_the_piece_that_it_is_in(tmp_path):
+    script = f"""
+import pathlib, time
+from adaptc.codegen.cpp import build
+here, begun = pathlib.Path({str(tmp_path)!r}), []
+def first():
+    begun.append(1)
+    time.sleep(0.5)
+    (here / "first").touch()
+build._line.add([first, (here / "second").touch])
+while not begun:
+    time.sleep(0.01)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    assert [file.name for file in tmp_path.iterdir()] == ["first"]
+
+
+def begun_with(monkeypatch, parameters, **found):
+    """What ``parameters`` begin to compile."""
+    for name, value in found.items():
+        monkeypatch.setattr(torch_internals, name, lambda value=value: value)
+    sources = []
+    monkeypatch.setattr(torch_internals, "compile_cpp", sources.append)
+    monkeypatch.setattr(torch_internals, "compile_headers", lambda: None)
+    monkeypatch.setattr(build._line, "add", lambda pieces: [piece() for piece in pieces])
+    build.begin(parameters)
+    return sources
+
+
+def test_kernels_of_the_dtype_that_most_numbers_have_are_begun_with_once(line, monkeypatch):
+    norm = torch.zeros(8)
+    wide, half = torch.zeros(8, 8), torch.zeros(8, 8, dtype=torch.bfloat16)
+    plain = {"may_call_onednn": False, "has_avx512_bf16": False}
+    both = [skinny_source.SOURCE, products.source()]
+    assert begun_with(monkeypatch, [norm, half], **plain) == both
+    assert begun_with(monkeypatch, [norm, half], **plain) == []
+    assert begun_with(monkeypatch, [wide, half[0]], may_call_onednn=True) == [onednn.SOURCE]
+    assert begun_with(monkeypatch, [half], has_avx512_bf16=True) == [pairs_source.SOURCE]
+    assert begun_with(monkeypatch, [wide.half()]) == []
+
+
+def test_nothing_is_begun_with_for_a_model_elsewhere_or_without_a_compiler(line, monkeypatch):
+    monkeypatch.setattr(build, "_pieces", lambda dtype: pytest.fail("nothing to begin with"))
+    build.begin([])
+    build.begin([torch.zeros(8, device="meta")])
+    monkeypatch.setattr(torch_internals, "inductor_missing", lambda: "no compiler")
+    build.begin([torch.zeros(8)])
+
+
+class BegunError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "backend, training, begins", [("inductor", True, True), ("inductor", False, False), ("aot_eager", True, False)]
+)
+def test_the_first_step_under_inductor_begins(monkeypatch, backend, training, begins):
+    model = nn.Sequential(nn.Linear(8, 8))
+    adaptc.compile(model, adaptc.LoRA(r=2, targets=["0"]), backend=backend)
+    given = []
+
+    def begin(parameters):
+        given.extend(parameters)
+        raise BegunError
+
+    monkeypatch.setattr(build, "begin", begin)
+    if begins:
+        with pytest.raises(BegunError):
+            model(torch.zeros(2, 8))
+        assert any(p is model[0].weight for p in given)
+    else:
+        with torch.set_grad_enabled(training):
+            assert model(torch.zeros(2, 8)).shape == (2, 8)
+
+
+def test_what_is_compiled_aside_is_loaded_without_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    source = 'extern "C" int answer_of_test_build() { return 42; }'
+    torch_internals.compile_cpp(source)
+    (made,) = tmp_path.rglob("*main.so")
+    assert str(made) not in Path("/proc/self/maps").read_text()  # not loaded yet
+    monkeypatch.setattr("torch._inductor.cpp_builder.run_compile_cmd", lambda *args, **kw: pytest.fail("again"))
+    CppCodeCache.cache_clear()  # as another process that finds the file, too
+    assert torch_internals.load_cpp(source).answer_of_test_build() == 42
+    torch_internals.compile_cpp(source)
+
+
+def test_what_does_not_compile_aside_is_reported_where_it_is_loaded(monkeypatch, tmp_path, line):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    source = "this is no C++ of test_build"
+    with pytest.raises(Exception, match="no C"):
+        torch_internals.compile_cpp(source)
+    line.add([functools.partial(torch_internals.compile_cpp, source)])
+    with pytest.warns(AdaptcWarning, match="do not compile"):
+        assert torch_internals.load_cpp(source) is None
+
+
+def test_instructions_are_probed_once_however_many_ask(monkeypatch):
+    probed, at_once = [], threading.Barrier(2)
+
+    class Kind:
+        def __init__(self, name):
+            self.name = name
+
+        def __str__(self):
+            return self.name
+
+        def __bool__(self):
+            if self not in probed:
+                probed.append(self)
+                at_once.wait(SOON)  # for the other one
+            return self.name != "avx512"
+
+    kinds = [Kind("avx512"), Kind("avx2"), Kind("avx512 amx_tile")]
+    monkeypatch.setattr(cpu_vec_isa, "supported_vec_isa_list", kinds)
+    monkeypatch.setattr(cpu_vec_isa, "x86_isa_checker", lambda: ["avx2", "avx512"])
+    find = functools.cache(lambda: [kind for kind in kinds[:2] if kind])
+    monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", find)
+    torch_internals._probe_at_once.__wrapped__()
+    answers = []
+    threads = [threading.Thread(target=lambda: answers.append(cpu_vec_isa.valid_vec_isa_list())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SOON)
+    assert answers == [[kinds[1]]] * 4 and set(probed) == set(kinds[:2]) and len(probed) == 2
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    assert find.cache_info().currsize == 0
