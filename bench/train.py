@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adaptc.codegen.cpp import build
 from bench import report
 from bench.agreement import Agreement
 from bench.cold import COLD_METHOD, measure_cold
@@ -175,7 +176,8 @@ def _measure_case(
         for _ in range(settings.warmup):
             contender.step()
             attribute(name)
-    _say(f"{case}: timing {settings.rounds} rounds")
+    with build.quiet():  # nothing is timed beside what may still be compiled
+        _say(f"{case}: timing {settings.rounds} rounds")
     steps = {name: contender.step for name, contender in contenders.items()}
     times = time_interleaved(
         steps, rounds=settings.rounds, device=device, seed=settings.seed, after=attribute

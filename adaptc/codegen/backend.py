@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,13 @@ class BackendOptions:
     verify: bool | str = False
     #: Why ``name`` is not the backend that was asked for, when it is not.
     instead: str | None = None
+
+
+def prepare(options: BackendOptions, parameters: Iterable[torch.Tensor]) -> None:
+    """Begin, beside the tracing of a training step, with what its compiled code is going to need. Not with a mode or
+    options, which may change how that is compiled."""
+    if options.name == "inductor" and not (options.mode or options.options) and torch.is_grad_enabled():
+        build.begin(parameters)
 
 
 class AdapterBackend:

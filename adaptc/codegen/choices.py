@@ -124,7 +124,7 @@ _KNOWN: dict[tuple[Path, str], dict[str, float] | None] = {}
 
 def _time_aside(make: Callable[[], Ways]) -> dict[str, float]:
     """Time with tensors that compute, whatever is being traced around."""
-    with build.quiet(), torch_internals.real_tensors(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with torch_internals.real_tensors(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         return _time(make())
 
 
@@ -153,16 +153,17 @@ class Table:
         reported."""
         if (known := self.read().get(question)) is not None:
             return known
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(f"{self.path}.lock", timeout=_PATIENCE):
-                if (known := self.read().get(question)) is None:
-                    known = answer()
-                    self._write({**self.read(), question: known})
-                return known
-        except OSError as error:  # a timeout of the lock is one
-            log.warning("choices are not kept in %s: %s", self.path, error)
-            return answer()
+        with build.quiet():  # before the lock, for which other processes do not wait long
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with filelock.FileLock(f"{self.path}.lock", timeout=_PATIENCE):
+                    if (known := self.read().get(question)) is None:
+                        known = answer()
+                        self._write({**self.read(), question: known})
+                    return known
+            except OSError as error:  # a timeout of the lock is one
+                log.warning("choices are not kept in %s: %s", self.path, error)
+                return answer()
 
     def _write(self, choices: Mapping[str, Mapping[str, float]]) -> None:
         beside = self.path.with_suffix(".tmp")  # one writer at a time

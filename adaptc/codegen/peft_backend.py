@@ -13,12 +13,10 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from adaptc.codegen.adapter_inputs import AdapterTensors
-from adaptc.codegen.backend import AdapterBackend, BackendOptions
-from adaptc.codegen.cpp import build
+from adaptc.codegen.backend import AdapterBackend, BackendOptions, prepare
 from adaptc.codegen.graphs import CapturedGraph
 from adaptc.errors import AdaptcWarning
 from adaptc.passes.manager import Pipeline
@@ -40,10 +38,10 @@ def adaptc(
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """The Dynamo backend: PEFT's adapters rewritten, then Inductor. ``mode``, ``options``: as in ``torch.compile``."""
-    if torch.is_grad_enabled():
-        build.begin(given for given in inputs if isinstance(given, nn.Parameter))
+    wanted = BackendOptions("inductor", mode, options or {})
+    prepare(wanted, (given for given in inputs if isinstance(given, nn.Parameter)))
     pipeline = Pipeline.from_options(order=PASSES)
-    backend = AdapterBackend(pipeline, BackendOptions("inductor", mode, options or {}), _no_tensors)
+    backend = AdapterBackend(pipeline, wanted, _no_tensors)
     compiled = backend(gm, inputs)
     (graph,) = backend.graphs
     GRAPHS.append(graph)

@@ -6,7 +6,6 @@ No other file of the package may import ``torch._*`` (a test enforces it).
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import contextvars
 import functools
@@ -14,6 +13,7 @@ import importlib
 import logging
 import os
 import platform
+import signal
 import sys
 import threading
 import types
@@ -444,7 +444,7 @@ def load_cpp(source: str, *others: str) -> Any:
 
 
 def import_inductor() -> None:
-    """Import all of Inductor that is needed to compile. 2.11 to 2.15."""
+    """Import what of Inductor imports itself in circles, which is no thing for two threads. 2.11 to 2.15."""
     importlib.import_module("torch._inductor.compile_fx")
 
 
@@ -454,15 +454,8 @@ def compile_cpp(source: str) -> None:
     from torch._inductor.codecache import CppCodeCache
 
     left: list[Callable[[], None]] = []
-
-    def submit(work: Callable[[], None]) -> concurrent.futures.Future[None]:
-        left.append(work)  # not at once: it locks the file, which is locked here
-        done: concurrent.futures.Future[None] = concurrent.futures.Future()
-        done.set_result(None)  # who loads it waits for the file
-        return done
-
-    CppCodeCache.load_async(source, submit_fn=submit)
-    for work in left:
+    CppCodeCache.load_async(source, submit_fn=left.append)
+    for work in left:  # not at once: it locks the file, which is locked there; who loads it waits for that
         work()
 
 
@@ -485,44 +478,58 @@ def probe_cpu() -> Callable[[], object]:
 
 @functools.cache
 def _probe_at_once() -> None:
-    """Have Inductor probe all kinds of vector instructions at the same time from now on, and for one thread: others
-    that ask meanwhile wait, for probing changes what it reads. 2.11 to 2.15."""
+    """Have Inductor probe all kinds of vector instructions at the same time from now on, and once, whichever threads
+    ask: probing changes what it reads. 2.11 to 2.15."""
     from torch._inductor import cpu_vec_isa
 
     find = cpu_vec_isa.valid_vec_isa_list
-    lock = threading.RLock()
+    lock = threading.Lock()
+    probing: list[threading.Thread | None] = []
 
     @functools.wraps(find)
     def find_at_once() -> Any:
         with lock:
-            if not find.cache_info().currsize:
+            if not probing:
                 flags = set(cpu_vec_isa.x86_isa_checker())
                 kinds = [kind for kind in cpu_vec_isa.supported_vec_isa_list if set(str(kind).split()) <= flags]
-                _at_once([functools.partial(bool, kind) for kind in kinds])  # which remember it
-            return find()
+                probing.extend(in_thread(functools.partial(bool, kind)) for kind in kinds)  # which remember it
+        for thread in filter(None, probing):  # who is interrupted here finds them again
+            thread.join()
+        return find()
 
-    def unlock() -> None:  # a forked process does not have the thread that may hold it
+    def forget() -> None:  # a forked process does not have the threads, of which one may hold the lock
         nonlocal lock
-        lock = threading.RLock()
+        lock = threading.Lock()
+        probing.clear()
 
     find_at_once.cache_clear = find.cache_clear  # type: ignore[attr-defined]
     cpu_vec_isa.valid_vec_isa_list = find_at_once  # type: ignore[assignment]
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=unlock)
+        os.register_at_fork(after_in_child=forget)
 
 
-def _at_once(work: Sequence[Callable[[], object]]) -> None:
-    """Each of ``work`` in a thread of its own, in the caller's context. What they raise is dropped."""
+def in_thread(work: Callable[[], object]) -> threading.Thread | None:
+    """``work`` in a thread, in the caller's context, as Inductor's settings are part of that; None where no thread can
+    be had. What it raises is dropped.
 
-    def do(one: Callable[[], object]) -> None:
-        with contextlib.suppress(Exception):
-            one()
+    A Ctrl-C is not for it, nor for the programs that it starts: to Inductor one that dies is an instruction that this
+    CPU lacks.
+    """
+    context = contextvars.copy_context()
 
-    threads = [threading.Thread(target=contextvars.copy_context().run, args=(do, one)) for one in work]
-    for thread in threads:
+    def run() -> None:
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        with contextlib.suppress(BaseException):
+            context.run(work)
+
+    # Not a daemon: the interpreter waits for it, as half a file must not be left in a cache.
+    thread = threading.Thread(target=run, name="adaptc-build")
+    try:
         thread.start()
-    for thread in threads:
-        thread.join()
+    except RuntimeError:
+        return None
+    return thread
 
 
 def demand_layouts(node: fx.Node) -> None:

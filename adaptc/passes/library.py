@@ -93,7 +93,7 @@ def _ask(product: Product) -> Choice | None:
         weight = ones(k, n).t() if transposed else ones(n, k)
         usual = torch.mm if bias is None else functools.partial(torch.addmm, bias)
         into = ones(m, n)
-        # What compiled code calls them by.
+        # What is behind the ops of compiled code, which call them without Python.
         onednn = functools.partial(torch_internals.onednn_linear, x, weight, bias)
         return {"MKL": lambda: usual(x, weight.t(), out=into), "oneDNN": onednn}
 

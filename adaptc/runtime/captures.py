@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from adaptc.codegen.backend import JOINT_BACKENDS, AdapterBackend, BackendOptions
-from adaptc.codegen.cpp import build
+from adaptc.codegen.backend import JOINT_BACKENDS, AdapterBackend, BackendOptions, prepare
 from adaptc.codegen.graphs import CapturedGraph
 from adaptc.codegen.torch_internals import without_size_memory
 from adaptc.errors import UnsupportedError
@@ -92,8 +91,7 @@ class Captures:
         if self.backend is None:
             output_hooks.install(self.handle.model)
             self.note_signature()
-            if self.options.name == "inductor" and torch.is_grad_enabled():
-                build.begin(self.handle.model.parameters())
+            prepare(self.options, self.handle.model.parameters())
             self.backend = AdapterBackend(self.handle.pipeline(), self.options, self.handle.adapter_tensors)
             self.regions = regions.arm(self.handle)
             self.counts["epochs"] += 1

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torch._inductor import cpu_vec_isa
+from torch._inductor import codecache, cpu_vec_isa
 from torch._inductor.codecache import CppCodeCache
 
 import adaptc
 from adaptc.codegen import choices, torch_internals
 from adaptc.codegen.cpp import build, onednn, pairs_source, products, skinny_source
 from adaptc.errors import AdaptcWarning
+from adaptc.passes.manager import Pipeline
 
 SOON = 20.0
 
@@ -37,12 +38,19 @@ class Piece:
 
 
 @pytest.fixture
-def line(monkeypatch):
-    """The line that timings look at, empty."""
+def resting():
+    """The thread of this process, which earlier tests may have given work, does none of it meanwhile."""
+    with build.quiet():
+        yield
+
+
+@pytest.fixture
+def line(resting, monkeypatch):
+    """The line that timings look at, empty; the one of this process rests."""
     line = build.Line()
     monkeypatch.setattr(build, "_line", line)
     monkeypatch.setattr(build, "_begun", set())
-    return line
+    yield line
 
 
 def test_pieces_are_done_one_after_the_other_whatever_they_raise(line):
@@ -140,12 +148,12 @@ def begun_with(monkeypatch, parameters, **found):
     return sources
 
 
-def test_kernels_of_the_dtype_that_most_numbers_have_are_begun_with_once(line, monkeypatch):
+def test_kernels_of_the_largest_parameters_dtype_are_begun_with_once(line, monkeypatch):
     norm = torch.zeros(8)
     wide, half = torch.zeros(8, 8), torch.zeros(8, 8, dtype=torch.bfloat16)
     plain = {"may_call_onednn": False, "has_avx512_bf16": False}
-    both = [skinny_source.SOURCE, products.source()]
-    assert begun_with(monkeypatch, [norm, half], **plain) == both
+    both = [products.source(), skinny_source.SOURCE]
+    assert begun_with(monkeypatch, [norm, half, nn.UninitializedParameter()], **plain) == both
     assert begun_with(monkeypatch, [norm, half], **plain) == []
     assert begun_with(monkeypatch, [wide, half[0]], may_call_onednn=True) == [onednn.SOURCE]
     assert begun_with(monkeypatch, [half], has_avx512_bf16=True) == [pairs_source.SOURCE]
@@ -155,7 +163,9 @@ def test_kernels_of_the_dtype_that_most_numbers_have_are_begun_with_once(line, m
 def test_nothing_is_begun_with_for_a_model_elsewhere_or_without_a_compiler(line, monkeypatch):
     monkeypatch.setattr(build, "_pieces", lambda dtype: pytest.fail("nothing to begin with"))
     build.begin([])
-    build.begin([torch.zeros(8, device="meta")])
+    build.begin([torch.zeros(2), torch.zeros(8, device="meta")])
+    with torch._inductor.config.patch(max_autotune=True):  # it times kernels itself
+        build.begin([torch.zeros(8)])
     monkeypatch.setattr(torch_internals, "inductor_missing", lambda: "no compiler")
     build.begin([torch.zeros(8)])
 
@@ -165,11 +175,17 @@ class BegunError(Exception):
 
 
 @pytest.mark.parametrize(
-    "backend, training, begins", [("inductor", True, True), ("inductor", False, False), ("aot_eager", True, False)]
+    "backend, options, training, begins",
+    [
+        ("inductor", None, True, True),
+        ("inductor", None, False, False),
+        ("inductor", {"cpp.simdlen": 256}, True, False),
+        ("aot_eager", None, True, False),
+    ],
 )
-def test_the_first_step_under_inductor_begins(monkeypatch, backend, training, begins):
+def test_the_first_step_under_inductor_begins(monkeypatch, backend, options, training, begins):
     model = nn.Sequential(nn.Linear(8, 8))
-    adaptc.compile(model, adaptc.LoRA(r=2, targets=["0"]), backend=backend)
+    adaptc.compile(model, adaptc.LoRA(r=2, targets=["0"]), backend=backend, options=options)
     given = []
 
     def begin(parameters):
@@ -186,19 +202,20 @@ def test_the_first_step_under_inductor_begins(monkeypatch, backend, training, be
             assert model(torch.zeros(2, 8)).shape == (2, 8)
 
 
-def test_what_is_compiled_aside_is_loaded_without_a_compiler(monkeypatch, tmp_path):
+def test_what_is_compiled_aside_is_loaded_without_a_compiler(resting, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     source = 'extern "C" int answer_of_test_build() { return 42; }'
-    torch_internals.compile_cpp(source)
-    (made,) = tmp_path.rglob("*main.so")
-    assert str(made) not in Path("/proc/self/maps").read_text()  # not loaded yet
+    with monkeypatch.context() as patch:
+        patch.setattr(CppCodeCache, "_load_library", lambda *args: pytest.fail("loaded aside"))
+        torch_internals.compile_cpp(source)
+    assert len(list(tmp_path.rglob("*main.so"))) == 1
     monkeypatch.setattr("torch._inductor.cpp_builder.run_compile_cmd", lambda *args, **kw: pytest.fail("again"))
     CppCodeCache.cache_clear()  # as another process that finds the file, too
     assert torch_internals.load_cpp(source).answer_of_test_build() == 42
     torch_internals.compile_cpp(source)
 
 
-def test_what_does_not_compile_aside_is_reported_where_it_is_loaded(monkeypatch, tmp_path, line):
+def test_what_does_not_compile_aside_is_reported_where_it_is_loaded(line, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     source = "this is no C++ of test_build"
     with pytest.raises(Exception, match="no C"):
@@ -208,27 +225,48 @@ def test_what_does_not_compile_aside_is_reported_where_it_is_loaded(monkeypatch,
         assert torch_internals.load_cpp(source) is None
 
 
-def test_instructions_are_probed_once_however_many_ask(monkeypatch):
-    probed, at_once = [], threading.Barrier(2)
+def test_headers_are_those_of_a_loop_that_inductor_compiles(resting):
+    def headers():
+        return codecache._precompile_header.cache_info()
 
-    class Kind:
-        def __init__(self, name):
-            self.name = name
+    torch_internals.compile_headers()
+    before = headers()
+    torch.compile(lambda x: x.sin() + 0.123456789)(torch.zeros(64))
+    assert headers().hits > before.hits and headers().misses == before.misses
 
-        def __str__(self):
-            return self.name
 
-        def __bool__(self):
-            if self not in probed:
-                probed.append(self)
-                at_once.wait(SOON)  # for the other one
-            return self.name != "avx512"
+class Kind:
+    """Vector instructions that two threads probe at the same time."""
 
-    kinds = [Kind("avx512"), Kind("avx2"), Kind("avx512 amx_tile")]
+    def __init__(self, name, both):
+        self.name, self.both, self.known, self.asked = name, both, False, 0
+
+    def __str__(self):
+        return self.name
+
+    def __bool__(self):
+        self.asked += 1
+        if not self.known:
+            self.both.wait(SOON)
+            time.sleep(0.2)  # for others to ask meanwhile
+            self.known = True
+        return self.name != "avx512"
+
+
+@pytest.fixture
+def kinds(resting, monkeypatch):
+    """Those that Inductor asks here: the first two."""
+    both = threading.Barrier(2)
+    kinds = [Kind("avx512", both), Kind("avx2", both), Kind("avx512 amx_tile", both)]
     monkeypatch.setattr(cpu_vec_isa, "supported_vec_isa_list", kinds)
     monkeypatch.setattr(cpu_vec_isa, "x86_isa_checker", lambda: ["avx2", "avx512"])
     find = functools.cache(lambda: [kind for kind in kinds[:2] if kind])
     monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", find)
+    return kinds
+
+
+def test_instructions_are_probed_once_however_many_ask(kinds):
+    find = cpu_vec_isa.valid_vec_isa_list
     torch_internals._probe_at_once.__wrapped__()
     answers = []
     threads = [threading.Thread(target=lambda: answers.append(cpu_vec_isa.valid_vec_isa_list())) for _ in range(4)]
@@ -236,6 +274,54 @@ def test_instructions_are_probed_once_however_many_ask(monkeypatch):
         thread.start()
     for thread in threads:
         thread.join(SOON)
-    assert answers == [[kinds[1]]] * 4 and set(probed) == set(kinds[:2]) and len(probed) == 2
+    assert answers == [[kinds[1]]] * 4 and kinds[2].asked == 0
+    # Once in a thread of its own, and then by those that sum up, after all was known.
+    assert not any(kind.both.broken for kind in kinds) and all(2 <= kind.asked <= 5 for kind in kinds[:2])
     cpu_vec_isa.valid_vec_isa_list.cache_clear()
     assert find.cache_info().currsize == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals reach all threads here")
+def test_an_interrupt_is_not_taken_for_an_instruction_that_is_missing():
+    program = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(0.1)"
+    found = []
+    thread = torch_internals.in_thread(
+        lambda: found.append(subprocess.run([sys.executable, "-c", program], check=False).returncode)
+    )
+    thread.join(SOON)
+    assert found == [0]
+
+
+def test_where_no_thread_is_left_the_step_goes_on_without(line, monkeypatch, kinds):
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        line.add([lambda: None])
+        for kind in kinds:
+            kind.known = True
+        torch_internals._probe_at_once.__wrapped__()
+        assert cpu_vec_isa.valid_vec_isa_list() == [kinds[1]]
+    piece = Piece()
+    line.add([piece])
+    assert piece.begun.wait(SOON)
+    piece.let_go.set()
+
+
+def test_joint_passes_hold_the_line(line, monkeypatch):
+    monkeypatch.setattr(build, "begin", lambda parameters: None)
+    model, piece, held = nn.Sequential(nn.Linear(8, 8)), Piece(), []
+    adaptc.compile(model, adaptc.LoRA(r=2, targets=["0"]), backend="aot_eager")
+    run = Pipeline.run
+
+    def watched(self, gm, level, *args, **kwargs):
+        if level == "joint":
+            line.add([piece])
+            held.append(not piece.begun.wait(0.2))
+        return run(self, gm, level, *args, **kwargs)
+
+    monkeypatch.setattr(Pipeline, "run", watched)
+    piece.let_go.set()
+    model(torch.zeros(2, 8)).sum().backward()
+    assert held == [True] and piece.done.wait(SOON)

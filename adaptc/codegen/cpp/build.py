@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from adaptc.codegen import torch_internals
 from adaptc.codegen.cpp import onednn, pairs_source, products, skinny, skinny_source
@@ -33,17 +34,16 @@ class Line:
         self._runs, self._busy, self._held = False, False, 0
 
     def add(self, pieces: Iterable[Work]) -> None:
-        """Do ``pieces`` behind what is there. What they raise is dropped."""
+        """Do ``pieces`` behind what is there, each in the caller's context. What they raise is dropped; without a
+        thread nothing is done."""
         with self._turn:
-            self._left.extend(pieces)
+            self._left.extend(functools.partial(contextvars.copy_context().run, piece) for piece in pieces)
             if self._left and not self._runs:
-                self._runs = True
-                # The interpreter waits for a piece at its end: half a file must not be left in a cache.
-                threading.Thread(target=self._run, name="adaptc-build").start()
+                self._runs = torch_internals.in_thread(self._run) is not None
 
     def _run(self) -> None:
         while (piece := self._next()) is not None:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(BaseException):
                 piece()
             with self._turn:
                 self._busy = False
@@ -51,7 +51,9 @@ class Line:
 
     def _next(self) -> Work | None:
         with self._turn:
-            self._turn.wait_for(lambda: not self._held)
+            while self._held and threading.main_thread().is_alive():
+                self._turn.wait(1.0)
+            # At the interpreter's end, which waits for the thread, no more is begun with.
             self._runs = self._busy = bool(self._left) and threading.main_thread().is_alive()
             return self._left.popleft() if self._busy else None
 
@@ -75,16 +77,18 @@ _begun: set[str] = set()
 
 
 def begin(parameters: Iterable[torch.Tensor]) -> None:
-    """Begin with what a training step of a model with ``parameters`` needs on a CPU, once a process."""
-    weights = [p for p in parameters if p.device.type == "cpu"]
-    if not weights or torch_internals.inductor_missing() is not None:
+    """Begin with what a training step of a model with ``parameters`` needs if its largest one is on a CPU (norms and
+    adapters may be elsewhere, and in another dtype), once a process. Not where Inductor times kernels of its own."""
+    known = [p for p in parameters if not is_lazy(p)]
+    largest = max(known, key=torch.Tensor.numel, default=None)
+    if largest is None or largest.device.type != "cpu" or torch_internals.writes_products():
         return
-    torch_internals.import_inductor()  # which is no thing for two threads
-    dtype = max(weights, key=torch.Tensor.numel).dtype  # norms and adapters may have another
-    pieces = {name: piece for name, piece in _pieces(dtype) if name not in _begun}
+    if torch_internals.inductor_missing() is not None:
+        return
+    torch_internals.import_inductor()
+    pieces = {name: piece for name, piece in _pieces(largest.dtype) if name not in _begun}
     _begun.update(pieces)
-    # Inductor's settings are part of what it caches by, and belong to the caller's context.
-    _line.add(functools.partial(contextvars.copy_context().run, piece) for piece in pieces.values())
+    _line.add(pieces.values())
 
 
 def hold() -> contextlib.AbstractContextManager[None]:
@@ -98,7 +102,7 @@ def quiet() -> contextlib.AbstractContextManager[None]:
 
 
 def _pieces(dtype: torch.dtype) -> Iterator[tuple[str, Work]]:
-    """By name, in the order in which they are needed."""
+    """By name. Last what the caller's thread makes as well when it is there, while kernels are compiled here."""
     yield "probe", torch_internals.probe_cpu()
     for source in _sources(dtype):
         yield source, functools.partial(torch_internals.compile_cpp, source)
@@ -111,8 +115,8 @@ def _sources(dtype: torch.dtype) -> Iterator[str]:
     if dtype == torch.bfloat16 and torch_internals.has_avx512_bf16():
         yield pairs_source.SOURCE
     if dtype in skinny.DTYPES:
-        yield skinny_source.SOURCE
         yield products.source()
+        yield skinny_source.SOURCE
 
 
 def _forget_the_thread() -> None:
