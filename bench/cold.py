@@ -108,8 +108,7 @@ def compile_seconds(settings: Settings, case: Case, name: str) -> float:
     synchronize(device)
     first = time.perf_counter() - start
     with build.quiet():  # steps are not timed beside what may still be compiled
-        pass
-    steady = statistics.median(seconds_of(contender.step, device) for _ in range(STEADY_STEPS))
+        steady = statistics.median(seconds_of(contender.step, device) for _ in range(STEADY_STEPS))
     return first - steady
 
 

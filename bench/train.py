@@ -176,12 +176,12 @@ def _measure_case(
         for _ in range(settings.warmup):
             contender.step()
             attribute(name)
-    with build.quiet():  # nothing is timed beside what may still be compiled
-        _say(f"{case}: timing {settings.rounds} rounds")
+    _say(f"{case}: timing {settings.rounds} rounds")
     steps = {name: contender.step for name, contender in contenders.items()}
-    times = time_interleaved(
-        steps, rounds=settings.rounds, device=device, seed=settings.seed, after=attribute
-    )
+    with build.quiet():  # not beside what may still be compiled
+        times = time_interleaved(
+            steps, rounds=settings.rounds, device=device, seed=settings.seed, after=attribute
+        )
     _say(f"{case}: memory")
     rows: dict[str, dict[str, Any]] = {}
     for name, contender in contenders.items():

@@ -43,7 +43,7 @@ class BackendOptions:
 def prepare(options: BackendOptions, parameters: Iterable[torch.Tensor]) -> None:
     """Begin, beside the tracing of a training step, with what its compiled code is going to need. Not with a mode or
     options, which may change how that is compiled."""
-    if options.name == "inductor" and not (options.mode or options.options) and torch.is_grad_enabled():
+    if options.name == "inductor" and options.mode in (None, "default") and not options.options:
         build.begin(parameters)
 
 

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from adaptc.codegen.adapter_inputs import AdapterTensors
@@ -39,7 +40,8 @@ def adaptc(
 ) -> Callable[..., Any]:
     """The Dynamo backend: PEFT's adapters rewritten, then Inductor. ``mode``, ``options``: as in ``torch.compile``."""
     wanted = BackendOptions("inductor", mode, options or {})
-    prepare(wanted, (given for given in inputs if isinstance(given, nn.Parameter)))
+    if torch.is_grad_enabled():
+        prepare(wanted, (given for given in inputs if isinstance(given, nn.Parameter)))
     pipeline = Pipeline.from_options(order=PASSES)
     backend = AdapterBackend(pipeline, wanted, _no_tensors)
     compiled = backend(gm, inputs)

@@ -495,7 +495,8 @@ def _probe_at_once() -> None:
                 probing.extend(in_thread(functools.partial(bool, kind)) for kind in kinds)  # which remember it
         for thread in filter(None, probing):  # who is interrupted here finds them again
             thread.join()
-        return find()
+        with lock:
+            return find()
 
     def forget() -> None:  # a forked process does not have the threads, of which one may hold the lock
         nonlocal lock

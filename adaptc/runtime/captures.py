@@ -46,6 +46,8 @@ class Captures:
         self._whole: set[tuple[object, ...]] = set()
         #: Whether the last call was captured whole, for blocks that its backward computes again.
         self.last_was_whole = False
+        #: Whether what a training step needs was begun with.
+        self._prepared = False
         #: (path, module) of layers in 4-bit codes; None: not looked for yet.
         self._packable: list[tuple[str, nn.Module]] | None = None
         self._signatures: set[tuple[object, ...]] = set()
@@ -91,10 +93,12 @@ class Captures:
         if self.backend is None:
             output_hooks.install(self.handle.model)
             self.note_signature()
-            prepare(self.options, self.handle.model.parameters())
             self.backend = AdapterBackend(self.handle.pipeline(), self.options, self.handle.adapter_tensors)
             self.regions = regions.arm(self.handle)
             self.counts["epochs"] += 1
+        if not self._prepared and torch.is_grad_enabled():
+            self._prepared = True
+            prepare(self.options, self.handle.model.parameters())
         return self.backend
 
     def _check_gradients(self) -> None:

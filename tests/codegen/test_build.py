@@ -23,6 +23,7 @@ from adaptc.errors import AdaptcWarning
 from adaptc.passes.manager import Pipeline
 
 SOON = 20.0
+forks = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 
 
 class Piece:
@@ -99,34 +100,47 @@ def test_what_is_timed_has_the_machine_to_itself(line, monkeypatch, tmp_path):
     assert second.done.wait(SOON)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def in_fork(check):
+    """What ``check`` says in a forked process; not true where that hangs."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(0 if check() else 1)
+        finally:
+            os._exit(2)
+    end = time.monotonic() + SOON
+    while (status := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < end:
+        time.sleep(0.01)
+    if status[0] == 0:
+        os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status[1]) == 0
+
+
+def quiet_comes():
+    with build.quiet():
+        return True
+
+
+@forks
 def test_a_forked_process_waits_for_no_thread(line):
     piece = Piece()
     line.add([piece])
     assert piece.begun.wait(SOON)
     with build.hold():
-        child = os.fork()
-        if child == 0:
-            with build.quiet():
-                os._exit(7)
-        end = time.monotonic() + SOON
-        while (status := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < end:
-            time.sleep(0.01)
-        if status[0] == 0:
-            os.kill(child, 9)
+        assert in_fork(quiet_comes)
     piece.let_go.set()
-    assert os.waitstatus_to_exitcode(status[1]) == 7
 
 
 def test_the_interpreter_ends_with_the_piece_that_it_is_in(tmp_path):
     script = f"""
-import pathlib, time
+import pathlib, threading, time
 from adaptc.codegen.cpp import build
 here, begun = pathlib.Path({str(tmp_path)!r}), []
 def first():
     begun.append(1)
-    time.sleep(0.5)
+    while threading.main_thread().is_alive():
+        time.sleep(0.01)
     (here / "first").touch()
 build._line.add([first, (here / "second").touch])
 while not begun:
@@ -177,15 +191,16 @@ class BegunError(Exception):
 @pytest.mark.parametrize(
     "backend, options, training, begins",
     [
-        ("inductor", None, True, True),
-        ("inductor", None, False, False),
-        ("inductor", {"cpp.simdlen": 256}, True, False),
-        ("aot_eager", None, True, False),
+        ("inductor", {}, True, True),
+        ("inductor", {"mode": "default"}, True, True),
+        pytest.param("inductor", {}, False, False, marks=pytest.mark.inductor),
+        pytest.param("inductor", {"options": {"cpp.simdlen": 256}}, True, False, marks=pytest.mark.inductor),
+        ("aot_eager", {}, True, False),
     ],
 )
 def test_the_first_step_under_inductor_begins(monkeypatch, backend, options, training, begins):
     model = nn.Sequential(nn.Linear(8, 8))
-    adaptc.compile(model, adaptc.LoRA(r=2, targets=["0"]), backend=backend, options=options)
+    adaptc.compile(model, adaptc.LoRA(r=2, targets=["0"]), backend=backend, **options)
     given = []
 
     def begin(parameters):
@@ -200,6 +215,9 @@ def test_the_first_step_under_inductor_begins(monkeypatch, backend, options, tra
     else:
         with torch.set_grad_enabled(training):
             assert model(torch.zeros(2, 8)).shape == (2, 8)
+        if not training:
+            with pytest.raises(BegunError):  # after an evaluation
+                model(torch.zeros(2, 8))
 
 
 def test_what_is_compiled_aside_is_loaded_without_a_compiler(resting, monkeypatch, tmp_path):
@@ -220,18 +238,22 @@ def test_what_does_not_compile_aside_is_reported_where_it_is_loaded(line, monkey
     source = "this is no C++ of test_build"
     with pytest.raises(Exception, match="no C"):
         torch_internals.compile_cpp(source)
-    line.add([functools.partial(torch_internals.compile_cpp, source)])
+    after = threading.Event()
+    line.add([functools.partial(torch_internals.compile_cpp, source), after.set])
+    assert after.wait(SOON)
     with pytest.warns(AdaptcWarning, match="do not compile"):
         assert torch_internals.load_cpp(source) is None
 
 
+@pytest.mark.inductor
 def test_headers_are_those_of_a_loop_that_inductor_compiles(resting):
     def headers():
         return codecache._precompile_header.cache_info()
 
     torch_internals.compile_headers()
     before = headers()
-    torch.compile(lambda x: x.sin() + 0.123456789)(torch.zeros(64))
+    other = time.time()  # of which no cache knows the loop
+    torch.compile(lambda x: x.sin() + other)(torch.zeros(64))
     assert headers().hits > before.hits and headers().misses == before.misses
 
 
@@ -281,6 +303,23 @@ def test_instructions_are_probed_once_however_many_ask(kinds):
     assert find.cache_info().currsize == 0
 
 
+@forks
+def test_a_forked_process_probes_for_itself(kinds):
+    torch_internals._probe_at_once.__wrapped__()
+    asking = torch_internals.in_thread(cpu_vec_isa.valid_vec_isa_list)  # in the middle of probing from now on
+    while kinds[0].asked == 0:
+        time.sleep(0.001)
+
+    def again():
+        both = threading.Barrier(2)  # the other one has waiting threads, which are not there
+        for kind in kinds:
+            kind.both = both
+        return cpu_vec_isa.valid_vec_isa_list() == [kinds[1]]
+
+    assert in_fork(again)
+    asking.join(SOON)
+
+
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals reach all threads here")
 def test_an_interrupt_is_not_taken_for_an_instruction_that_is_missing():
     program = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(0.1)"
@@ -289,7 +328,7 @@ def test_an_interrupt_is_not_taken_for_an_instruction_that_is_missing():
         lambda: found.append(subprocess.run([sys.executable, "-c", program], check=False).returncode)
     )
     thread.join(SOON)
-    assert found == [0]
+    assert found == [0] and signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_where_no_thread_is_left_the_step_goes_on_without(line, monkeypatch, kinds):

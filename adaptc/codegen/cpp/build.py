@@ -1,4 +1,4 @@
-"""Prepare what a model's first step on a CPU is going to need while the model is traced, which takes one thread.
+"""Prepare what a model's first step on a CPU is going to need beside its tracing, which takes one thread.
 
 A second one has Inductor find out what the CPU can do, and compiles the kernels that products will call and what all
 loops include. Kernels are loaded where they are first called, as ever: what is not ready then is waited for or compiled
@@ -34,11 +34,12 @@ class Line:
         self._runs, self._busy, self._held = False, False, 0
 
     def add(self, pieces: Iterable[Work]) -> None:
-        """Do ``pieces`` behind what is there, each in the caller's context. What they raise is dropped; without a
-        thread nothing is done."""
+        """Do ``pieces`` behind what is there, each in the caller's context. What they raise is dropped; where no
+        thread can be had they wait for the next call."""
         with self._turn:
             self._left.extend(functools.partial(contextvars.copy_context().run, piece) for piece in pieces)
             if self._left and not self._runs:
+                self._runs = True
                 self._runs = torch_internals.in_thread(self._run) is not None
 
     def _run(self) -> None:
@@ -74,6 +75,7 @@ class Line:
 
 _line = Line()
 _begun: set[str] = set()
+_one_begins = threading.Lock()
 
 
 def begin(parameters: Iterable[torch.Tensor]) -> None:
@@ -85,10 +87,11 @@ def begin(parameters: Iterable[torch.Tensor]) -> None:
         return
     if torch_internals.inductor_missing() is not None:
         return
-    torch_internals.import_inductor()
-    pieces = {name: piece for name, piece in _pieces(largest.dtype) if name not in _begun}
-    _begun.update(pieces)
-    _line.add(pieces.values())
+    with _one_begins:
+        torch_internals.import_inductor()
+        pieces = {name: piece for name, piece in _pieces(largest.dtype) if name not in _begun}
+        _begun.update(pieces)
+        _line.add(pieces.values())
 
 
 def hold() -> contextlib.AbstractContextManager[None]:
@@ -97,7 +100,7 @@ def hold() -> contextlib.AbstractContextManager[None]:
 
 
 def quiet() -> contextlib.AbstractContextManager[None]:
-    """Do nothing beside what is timed meanwhile, which would be mistaken for slow."""
+    """Do nothing in this process beside what is timed meanwhile, which would be mistaken for slow."""
     return _line.hold(settled=True)
 
 
@@ -121,8 +124,9 @@ def _sources(dtype: torch.dtype) -> Iterator[str]:
 
 def _forget_the_thread() -> None:
     """A forked process has no such thread, and nobody to give back its locks."""
-    global _line
-    _line = Line()
+    global _line, _one_begins
+    _line, _one_begins = Line(), threading.Lock()
+    _begun.clear()
 
 
 if hasattr(os, "register_at_fork"):
