@@ -175,13 +175,18 @@ def test_kernels_of_the_largest_parameters_dtype_are_begun_with_once(line, monke
 
 
 def test_nothing_is_begun_with_for_a_model_elsewhere_or_without_a_compiler(line, monkeypatch):
-    monkeypatch.setattr(build, "_pieces", lambda dtype: pytest.fail("nothing to begin with"))
+    asked = []
+    monkeypatch.setattr(build, "_pieces", lambda dtype: asked.append(dtype) or [])
     build.begin([])
     build.begin([torch.zeros(2), torch.zeros(8, device="meta")])
     with torch._inductor.config.patch(max_autotune=True):  # it times kernels itself
         build.begin([torch.zeros(8)])
-    monkeypatch.setattr(torch_internals, "inductor_missing", lambda: "no compiler")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch_internals, "inductor_missing", lambda: "no compiler")
+        build.begin([torch.zeros(8)])
+    assert asked == []
     build.begin([torch.zeros(8)])
+    assert asked == [torch.float32]
 
 
 class BegunError(Exception):
