@@ -12,6 +12,13 @@ ELEMENTS = r"""
 #include <cstring>
 #include <vector>
 
+// Before a loop over what registers hold: unrolled before the compiler gives registers to arrays, and not only after.
+#if defined(__clang__)
+#define UNROLLED _Pragma("unroll")
+#else
+#define UNROLLED _Pragma("GCC unroll 32")
+#endif
+
 static inline float load(const float* p) { return *p; }
 static inline void store(float* p, float v) { *p = v; }
 struct bf16 { uint16_t bits; };

@@ -99,10 +99,13 @@ static inline int64_t share_of(int64_t count, int64_t unit, int part, int parts)
     return std::min(count, padded(count, unit) / unit * part / parts * unit);
 }
 // The calling thread's memory of one kind, kept from call to call: fresh memory costs more than what is done in it.
+// From a line of the caches on: a vector that lies across two is read in two steps.
 template <int KIND, typename T = float> static T* scratch(int64_t count) {
+    constexpr uintptr_t line = 64;
     static thread_local std::vector<T> kept;
+    count += line / sizeof(T);
     if (static_cast<int64_t>(kept.size()) < count) kept.resize(count);
-    return kept.data();
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(kept.data()) + line - 1) / line * line);
 }
 // A matrix whose rows are contiguous, at any distance from each other.
 template <typename T> struct RowsOf {

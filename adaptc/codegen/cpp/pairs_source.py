@@ -121,23 +121,23 @@ template <int R, int V>
 static inline void shrink_tile(const half* x, int64_t ldx, int64_t width, const pair* p, int64_t columns, float* out,
                                int64_t ldo, const half* ahead) {
     __m512 sum[R][V];
-    for (int i = 0; i < R; ++i)
-        for (int v = 0; v < V; ++v) sum[i][v] = _mm512_setzero_ps();
+    UNROLLED for (int i = 0; i < R; ++i)
+        UNROLLED for (int v = 0; v < V; ++v) sum[i][v] = _mm512_setzero_ps();
     const int64_t pairs = width / 2;
     for (int64_t k = 0; k < pairs; ++k) {
         if (ahead != nullptr && k % W == 0)
-            for (int i = 0; i < R; ++i) _mm_prefetch((const char*)(ahead + i * ldx + 2 * k), _MM_HINT_T0);
-        for (int v = 0; v < V; ++v) {
+            UNROLLED for (int i = 0; i < R; ++i) _mm_prefetch((const char*)(ahead + i * ldx + 2 * k), _MM_HINT_T0);
+        UNROLLED for (int v = 0; v < V; ++v) {
             const __m512i b = _mm512_loadu_si512(p + k * columns + v * W);
-            for (int i = 0; i < R; ++i) sum[i][v] = summed(sum[i][v], two(x + i * ldx + 2 * k), b);
+            UNROLLED for (int i = 0; i < R; ++i) sum[i][v] = summed(sum[i][v], two(x + i * ldx + 2 * k), b);
         }
     }
-    for (int v = 0; v < V && width % 2; ++v) {
+    UNROLLED for (int v = 0; v < V && width % 2; ++v) {
         const __m512i b = _mm512_loadu_si512(p + pairs * columns + v * W);
-        for (int i = 0; i < R; ++i) sum[i][v] = summed(sum[i][v], x[i * ldx + width - 1], b);
+        UNROLLED for (int i = 0; i < R; ++i) sum[i][v] = summed(sum[i][v], x[i * ldx + width - 1], b);
     }
-    for (int i = 0; i < R; ++i)
-        for (int v = 0; v < V; ++v) _mm512_storeu_ps(out + i * ldo + v * W, sum[i][v]);
+    UNROLLED for (int i = 0; i < R; ++i)
+        UNROLLED for (int v = 0; v < V; ++v) _mm512_storeu_ps(out + i * ldo + v * W, sum[i][v]);
 }
 template <int V>
 static void shrink_rows(const half* x, int64_t ldx, int64_t width, const pair* p, int64_t columns, float* out,
@@ -185,14 +185,14 @@ static void gradient_block(const half* x, int64_t ldx, int64_t width, int64_t ro
         for (int64_t r = 0; r < columns; r += TILE) {
             float* to = sums + r * stride + c;
             __m512 sum[TILE][2];
-            for (int i = 0; i < TILE; ++i)
-                for (int v = 0; v < 2; ++v) sum[i][v] = _mm512_loadu_ps(to + i * stride + v * W);
+            UNROLLED for (int i = 0; i < TILE; ++i)
+                UNROLLED for (int v = 0; v < 2; ++v) sum[i][v] = _mm512_loadu_ps(to + i * stride + v * W);
             for (int64_t k = 0; k < pairs; ++k)
-                for (int i = 0; i < TILE; ++i)
-                    for (int v = 0; v < 2; ++v)
+                UNROLLED for (int i = 0; i < TILE; ++i)
+                    UNROLLED for (int v = 0; v < 2; ++v)
                         sum[i][v] = summed(sum[i][v], h[k * columns + r + i], strip[k][v]);
-            for (int i = 0; i < TILE; ++i)
-                for (int v = 0; v < 2; ++v) _mm512_storeu_ps(to + i * stride + v * W, sum[i][v]);
+            UNROLLED for (int i = 0; i < TILE; ++i)
+                UNROLLED for (int v = 0; v < 2; ++v) _mm512_storeu_ps(to + i * stride + v * W, sum[i][v]);
         }
     }
 }
@@ -328,26 +328,26 @@ template <int R, bool RESCALES>
 static inline void update_tile(const half* from, half* out, int64_t ld, const pair* q, int64_t depth, const pair* a,
                                int64_t lda, __mmask32 mask, const Columns& at) {
     __m512 sum[R][2];
-    for (int i = 0; i < R; ++i) {
+    UNROLLED for (int i = 0; i < R; ++i) {
         const __m512i row = RESCALES ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(mask, from + i * ld);
-        for (int v = 0; v < 2; ++v) sum[i][v] = wide_half(row, v);
+        UNROLLED for (int v = 0; v < 2; ++v) sum[i][v] = wide_half(row, v);
     }
     for (int64_t k = 0; k < depth; ++k)
-        for (int v = 0; v < 2; ++v) {
+        UNROLLED for (int v = 0; v < 2; ++v) {
             const __m512i b = _mm512_loadu_si512(a + k * lda + v * W);
-            for (int i = 0; i < R; ++i) sum[i][v] = summed(sum[i][v], q[i * depth + k], b);
+            UNROLLED for (int i = 0; i < R; ++i) sum[i][v] = summed(sum[i][v], q[i * depth + k], b);
         }
     __m512 c[2], bias[2];
-    for (int v = 0; v < 2 && RESCALES; ++v) {
+    UNROLLED for (int v = 0; v < 2 && RESCALES; ++v) {
         const __mmask16 columns = static_cast<__mmask16>(mask >> v * W);
         c[v] = _mm512_maskz_loadu_ps(columns, at.c + v * W);
         bias[v] = at.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(columns, at.bias + v * W);
     }
-    for (int i = 0; i < R; ++i) {
+    UNROLLED for (int i = 0; i < R; ++i) {
         if (RESCALES) {
             const __m512i y = _mm512_maskz_loadu_epi16(mask, from + i * ld);
             const __m512i z = at.z == nullptr ? y : _mm512_maskz_loadu_epi16(mask, at.z + i * ld);
-            for (int v = 0; v < 2; ++v)
+            UNROLLED for (int v = 0; v < 2; ++v)
                 sum[i][v] = finished(sum[i][v], wide_half(y, v), wide_half(z, v), bias[v], c[v]);
         }
         const __m512i row = _mm512_castsi256_si512(narrowed(sum[i][0]));

@@ -9,11 +9,13 @@ from adaptc.codegen.cpp.skinny_ops_source import OPS
 
 #: The constants of the hash are those of ``adaptc.ir.dropout``.
 KERNELS = r"""
-constexpr int ROWS = W == 16 ? 12 : 6, TALL = W == 16 ? 8 : 4;
+constexpr int ROWS = W == 16 ? 12 : 6, TALL = W == 16 ? 8 : 6;
 // Rows that are summed into what stays in the second cache, and how many columns of them the first one holds.
 constexpr int64_t BLOCK = 24, STRIP = 256;
 // From one row of such a copy to the next: rows a power of two bytes apart fall on few sets of a cache.
 constexpr int64_t COPY = STRIP + W;
+// And where what is copied is read along its rows only.
+constexpr int64_t DEEP = 2 * BLOCK, NARROW = STRIP / 2, NARROW_COPY = NARROW + W;
 
 static inline float value(const Factor& f, int64_t rank, int64_t other) {
     const int64_t at = rank * f.along + other * f.across;
@@ -123,10 +125,10 @@ static inline void add_product(vec (&sum)[N][V], const float* left, int64_t left
                                const float* right, int64_t right_row, int64_t depth) {
     for (int64_t k = 0; k < depth; ++k) {
         vec b[V];
-        for (int v = 0; v < V; ++v) b[v] = read(right + k * right_row + v * W);
-        for (int i = 0; i < N; ++i) {
+        UNROLLED for (int v = 0; v < V; ++v) b[v] = read(right + k * right_row + v * W);
+        UNROLLED for (int i = 0; i < N; ++i) {
             const vec a = splat(left[i * left_row + k * left_step]);
-            for (int v = 0; v < V; ++v) sum[i][v] += a * b[v];
+            UNROLLED for (int v = 0; v < V; ++v) sum[i][v] += a * b[v];
         }
     }
 }
@@ -134,11 +136,11 @@ template <int N, int V>
 static inline void tile(const float* left, int64_t left_row, int64_t left_step, const float* right, int64_t right_row,
                         float* out, int64_t out_row, int64_t depth) {
     vec sum[N][V];
-    for (int i = 0; i < N; ++i)
-        for (int v = 0; v < V; ++v) sum[i][v] = read(out + i * out_row + v * W);
+    UNROLLED for (int i = 0; i < N; ++i)
+        UNROLLED for (int v = 0; v < V; ++v) sum[i][v] = read(out + i * out_row + v * W);
     add_product(sum, left, left_row, left_step, right, right_row, depth);
-    for (int i = 0; i < N; ++i)
-        for (int v = 0; v < V; ++v) write(out + i * out_row + v * W, sum[i][v]);
+    UNROLLED for (int i = 0; i < N; ++i)
+        UNROLLED for (int v = 0; v < V; ++v) write(out + i * out_row + v * W, sum[i][v]);
 }
 // out[N, V*W] += D . (left right), for the elements of the mask from (row, column) on
 template <int N, int V>
@@ -146,10 +148,12 @@ static inline void dropped_tile(const float* left, int64_t left_row, const float
                                 int64_t out_row, const Group& g, int64_t row, int64_t column) {
     vec sum[N][V] = {};
     add_product(sum, left, left_row, 1, right, right_row, g.factor.rank);
+    // With 16 registers the hashes of several rows at once are too many.
+    #pragma GCC unroll (W == 16 ? 32 : 1)
     for (int i = 0; i < N; ++i) {
         const Row keys = row_keys(g, row + i);
         words h = begun(keys, column);
-        for (int v = 0; v < V; ++v, h += W * STEP) {
+        UNROLLED for (int v = 0; v < V; ++v, h += W * STEP) {
             float* to = out + i * out_row + v * W;
             write(to, read(to) + kept(sum[i][v], h, keys.second, g.least, g.keep));
         }
@@ -235,15 +239,20 @@ static void shrink(const T* x, int64_t rows, int64_t width, int64_t ldx, Groups&
     }
 }
 
-// The sums of a group, (rank, STRIP), over ``n`` more rows of ``cols`` columns of its copy of x.
+// sums[N, 2*W] += h^T copy, of ``n`` rows
+template <int N>
+static void outer_tile(const float* h, int64_t columns, const float* copy, float* sums, int64_t n) {
+    tile<N, 2>(h, 1, columns, copy, NARROW_COPY, sums, NARROW, n);
+}
+// The sums of a group, (rank, NARROW), over ``n`` more rows of ``cols`` columns of its copy of x.
 static void add_outer(const float* h, int64_t columns, const float* copy, float* sums, int64_t n, int64_t cols,
                       const Group& g) {
     const int64_t end = g.first + padded(g.factor.rank, 4);
     for (int64_t c = 0; c < cols; c += 2 * W) {
         int64_t r = g.first;
-        for (; r + TALL <= end; r += TALL)
-            tile<TALL, 2>(h + r, 1, columns, copy + c, COPY, sums + r * STRIP + c, STRIP, n);
-        for (; r < end; r += 4) tile<4, 2>(h + r, 1, columns, copy + c, COPY, sums + r * STRIP + c, STRIP, n);
+        for (; r + TALL <= end; r += TALL) outer_tile<TALL>(h + r, columns, copy + c, sums + r * NARROW + c, n);
+        if (r + 4 <= end) outer_tile<4>(h + r, columns, copy + c, sums + r * NARROW + c, n), r += 4;
+        if (r + 2 <= end) outer_tile<2>(h + r, columns, copy + c, sums + r * NARROW + c, n);
     }
 }
 
@@ -257,31 +266,31 @@ static void gradient(const T* x, int64_t rows, int64_t width, int64_t ldx, Group
     {
         #pragma omp for schedule(static)
         for (int part = 0; part < threads; ++part) pack_share(groups, rows, h, columns, 4, part, threads);
-        float *copy = scratch<1>(BLOCK * COPY), *sums = scratch<2>(columns * STRIP);
-        float* totals = scratch<3>(columns * STRIP);
+        float *copy = scratch<1>(DEEP * NARROW_COPY), *sums = scratch<2>(columns * NARROW);
+        float* totals = scratch<3>(columns * NARROW);
         #pragma omp for schedule(static)
         for (int part = 0; part < threads; ++part) {
             const int64_t last = share_of(width, 2 * W, part + 1, threads);
-            for (int64_t c0 = share_of(width, 2 * W, part, threads); c0 < last; c0 += STRIP) {
-                const int64_t cols = std::min<int64_t>(STRIP, last - c0);
-                std::fill_n(sums, columns * STRIP, 0.0f);
-                std::fill_n(totals, columns * STRIP, 0.0f);
-                for (int64_t i0 = 0; i0 < rows; i0 += BLOCK) {
-                    const int64_t n = std::min<int64_t>(BLOCK, rows - i0);
+            for (int64_t c0 = share_of(width, 2 * W, part, threads); c0 < last; c0 += NARROW) {
+                const int64_t cols = std::min<int64_t>(NARROW, last - c0);
+                std::fill_n(sums, columns * NARROW, 0.0f);
+                std::fill_n(totals, columns * NARROW, 0.0f);
+                for (int64_t i0 = 0; i0 < rows; i0 += DEEP) {
+                    const int64_t n = std::min<int64_t>(DEEP, rows - i0);
                     for (const Group& g : groups) {
                         if (dropped || &g == &groups[0])
                             for (int64_t i = 0; i < n; ++i) {
                                 const T* from = x + (i0 + i) * ldx + c0;
-                                copy_row(from, copy + i * COPY, i0 + i, c0, cols, dropped ? &g : nullptr);
-                                if (&g == &groups[0] && i0 + BLOCK + i < rows) ask_for(from + BLOCK * ldx, cols);
+                                copy_row(from, copy + i * NARROW_COPY, i0 + i, c0, cols, dropped ? &g : nullptr);
+                                if (&g == &groups[0] && i0 + DEEP + i < rows) ask_for(from + DEEP * ldx, cols);
                             }
                         add_outer(h + i0 * columns, columns, copy, sums, n, cols, g);
                     }
-                    if (ends_a_sum(i0 + n, rows)) add(sums, totals, columns * STRIP);
+                    if (ends_a_sum(i0 + n, rows)) add(sums, totals, columns * NARROW);
                 }
                 for (const Group& g : groups)
                     for (int64_t r = 0; r < g.factor.rank; ++r)
-                        std::copy_n(totals + (g.first + r) * STRIP, cols, static_cast<float*>(g.part) + r * width + c0);
+                        std::copy_n(totals + (g.first + r) * NARROW, cols, static_cast<float*>(g.part) + r * width + c0);
             }
         }
     }
