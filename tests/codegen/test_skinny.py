@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import shlex
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -126,6 +132,24 @@ def test_long_sums_round_no_more_than_the_libraries():
     body = error(wide @ B, want)
     assert error(skinny.shrink(wide, [A], [one])[0], want) <= 3 * body
     assert error(skinny.both(wide, torch.rand(40, 5), B, one, torch.float32)[0], want) <= 3 * body
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="without these instructions anyway")
+@pytest.mark.parametrize("flag", ["-mno-avx512f", "-mno-avx"])
+def test_narrower_vectors(flag, tmp_path):
+    """The tests above on kernels with vectors of 8 and of 4 numbers, whose tiles are other ones."""
+    calls, compiler = tmp_path / "calls", tmp_path / "compiler"
+    usual = shlex.join(shlex.split(os.environ.get("CXX", "g++")))
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexec {usual} "$@" {flag}\n')
+    compiler.chmod(0o755)
+    names = "test_shrink or test_gradient or test_update or test_both or test_long_sums or test_row_norms"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", __file__, "-k", names],
+        env={**os.environ, "CXX": str(compiler)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert calls.read_text()
 
 
 @given(case=cases(), scale=st.sampled_from([0.0, 0.5, 3.0]), wide=st.booleans())

@@ -1,10 +1,10 @@
-"""What the kernels share: numbers of 16 bits, and how often a dropout keeps an element."""
+"""What the kernels share: numbers of 16 bits, rows of numbers, and how often a dropout keeps an element."""
 
 from __future__ import annotations
 
 import math
 
-#: C++: ``load`` and ``store`` of float and bf16.
+#: C++: ``load`` and ``store`` of float and bf16, and ``UNROLLED``.
 ELEMENTS = r"""
 #include <algorithm>
 #include <cmath>
@@ -12,12 +12,8 @@ ELEMENTS = r"""
 #include <cstring>
 #include <vector>
 
-// Before a loop over what registers hold: unrolled before the compiler gives registers to arrays, and not only after.
-#if defined(__clang__)
-#define UNROLLED _Pragma("unroll")
-#else
+// Before a loop over an array that registers hold: gcc unrolls it before it looks for such arrays, and not only after.
 #define UNROLLED _Pragma("GCC unroll 32")
-#endif
 
 static inline float load(const float* p) { return *p; }
 static inline void store(float* p, float v) { *p = v; }

@@ -126,7 +126,7 @@ static inline void shrink_tile(const half* x, int64_t ldx, int64_t width, const 
     const int64_t pairs = width / 2;
     for (int64_t k = 0; k < pairs; ++k) {
         if (ahead != nullptr && k % W == 0)
-            UNROLLED for (int i = 0; i < R; ++i) _mm_prefetch((const char*)(ahead + i * ldx + 2 * k), _MM_HINT_T0);
+            for (int i = 0; i < R; ++i) _mm_prefetch((const char*)(ahead + i * ldx + 2 * k), _MM_HINT_T0);
         UNROLLED for (int v = 0; v < V; ++v) {
             const __m512i b = _mm512_loadu_si512(p + k * columns + v * W);
             UNROLLED for (int i = 0; i < R; ++i) sum[i][v] = summed(sum[i][v], two(x + i * ldx + 2 * k), b);

@@ -14,7 +14,7 @@ static inline double square_sum(const float* p, float*, int64_t n) {
     vec parts[4] = {};
     int64_t j = 0;
     for (; j + 4 * W <= n; j += 4 * W)
-        for (int v = 0; v < 4; ++v) parts[v] += read(p + j + v * W) * read(p + j + v * W);
+        UNROLLED for (int v = 0; v < 4; ++v) parts[v] += read(p + j + v * W) * read(p + j + v * W);
     for (; j + W <= n; j += W) parts[0] += read(p + j) * read(p + j);
     double total = total_of((parts[0] + parts[1]) + (parts[2] + parts[3]));
     for (; j < n; ++j) total += p[j] * p[j];
@@ -24,7 +24,7 @@ static inline double square_sum(const bf16* p, float* to, int64_t n) {
     vec parts[4] = {};
     int64_t j = 0;
     for (; j + 4 * W <= n; j += 4 * W)
-        for (int v = 0; v < 4; ++v) {
+        UNROLLED for (int v = 0; v < 4; ++v) {
             const vec wide = widened(p + j + v * W);
             write(to + j + v * W, wide);
             parts[v] += wide * wide;
@@ -47,7 +47,7 @@ static void row_norm(const T* w, int64_t rows, int64_t width, int64_t ldw, const
     std::vector<double> gram(rank * rank);
     #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        std::vector<float> copy(direct ? 0 : ROWS * DEPTH), h(ROWS * columns);
+        float *copy = scratch<1>(direct ? 0 : ROWS * DEPTH), *h = scratch<2>(ROWS * columns);
         std::vector<double> sums(rank);
         #pragma omp for schedule(static)
         for (int64_t k = 0; k < width; k += W)
@@ -67,19 +67,19 @@ static void row_norm(const T* w, int64_t rows, int64_t width, int64_t ldw, const
         for (int64_t block = 0; block < blocks; ++block) {
             const int64_t i0 = block * ROWS, n = std::min<int64_t>(ROWS, rows - i0);
             double squares[ROWS] = {};
-            std::fill(h.begin(), h.end(), 0.0f);
+            std::fill_n(h, ROWS * columns, 0.0f);
             for (int64_t k0 = 0; k0 < width; k0 += DEPTH) {
                 const int64_t depth = std::min<int64_t>(DEPTH, width - k0), ld = direct ? ldw : DEPTH;
-                const float* from = direct ? reinterpret_cast<const float*>(w + i0 * ldw + k0) : copy.data();
+                const float* from = direct ? reinterpret_cast<const float*>(w + i0 * ldw + k0) : copy;
                 for (int64_t i = 0; i < n; ++i)
-                    squares[i] += square_sum(w + (i0 + i) * ldw + k0, copy.data() + i * DEPTH, depth);
+                    squares[i] += square_sum(w + (i0 + i) * ldw + k0, copy + i * DEPTH, depth);
                 // What is read next, into the second cache: rows begin too often for the processor to see it come.
                 const bool last = k0 + DEPTH >= width;
                 const int64_t next_row = last ? i0 + ROWS : i0, next = last ? 0 : k0 + DEPTH;
                 for (int64_t i = next_row; i < std::min(rows, next_row + ROWS); ++i)
                     for (int64_t j = next; j < std::min(width, next + DEPTH); j += 64 / sizeof(T))
                         __builtin_prefetch(w + i * ldw + j, 0, 2);
-                multiply(from, ld, 1, packed + k0 * columns, columns, h.data(), columns, depth, n, columns);
+                multiply(from, ld, 1, packed + k0 * columns, columns, h, columns, depth, n, columns);
             }
             for (int64_t i = 0; i < n; ++i) {
                 const float* row = b + (i0 + i) * rank;

@@ -14,7 +14,7 @@ constexpr int ROWS = W == 16 ? 12 : 6, TALL = W == 16 ? 8 : 6;
 constexpr int64_t BLOCK = 24, STRIP = 256;
 // From one row of such a copy to the next: rows a power of two bytes apart fall on few sets of a cache.
 constexpr int64_t COPY = STRIP + W;
-// And where what is copied is read along its rows only.
+// The same where sums have the shape of such a strip: each is read and written once for every block, a higher one.
 constexpr int64_t DEEP = 2 * BLOCK, NARROW = STRIP / 2, NARROW_COPY = NARROW + W;
 
 static inline float value(const Factor& f, int64_t rank, int64_t other) {
@@ -181,6 +181,8 @@ static void multiply(const float* left, int64_t left_row, int64_t left_step, con
 
 // Sums of so many numbers at most, and their sums: they round less than one long sum.
 constexpr int64_t LONGEST = 4 * BLOCK;
+static_assert(LONGEST % BLOCK == 0 && LONGEST % DEEP == 0, "sums end with a block");
+static_assert(STRIP % (2 * W) == 0 && NARROW % (2 * W) == 0, "strips are of whole pairs of vectors");
 static bool ends_a_sum(int64_t count, int64_t last) { return count == last || count % LONGEST == 0; }
 static void add(float* sums, float* totals, int64_t count) {  // of a multiple of W
     for (int64_t i = 0; i < count; i += W) {
@@ -248,11 +250,12 @@ static void outer_tile(const float* h, int64_t columns, const float* copy, float
 static void add_outer(const float* h, int64_t columns, const float* copy, float* sums, int64_t n, int64_t cols,
                       const Group& g) {
     const int64_t end = g.first + padded(g.factor.rank, 4);
+    // Tiles of 4 take what the tall ones leave, and where that is two ranks those of a tall one too.
+    const int64_t rest = (end - g.first) % TALL, fours = rest % 4 == 0 ? rest : rest + TALL;
     for (int64_t c = 0; c < cols; c += 2 * W) {
         int64_t r = g.first;
-        for (; r + TALL <= end; r += TALL) outer_tile<TALL>(h + r, columns, copy + c, sums + r * NARROW + c, n);
-        if (r + 4 <= end) outer_tile<4>(h + r, columns, copy + c, sums + r * NARROW + c, n), r += 4;
-        if (r + 2 <= end) outer_tile<2>(h + r, columns, copy + c, sums + r * NARROW + c, n);
+        for (; r < end - fours; r += TALL) outer_tile<TALL>(h + r, columns, copy + c, sums + r * NARROW + c, n);
+        for (; r < end; r += 4) outer_tile<4>(h + r, columns, copy + c, sums + r * NARROW + c, n);
     }
 }
 
@@ -288,9 +291,11 @@ static void gradient(const T* x, int64_t rows, int64_t width, int64_t ldx, Group
                     }
                     if (ends_a_sum(i0 + n, rows)) add(sums, totals, columns * NARROW);
                 }
-                for (const Group& g : groups)
+                for (const Group& g : groups) {
+                    float* to = static_cast<float*>(g.part) + c0;
                     for (int64_t r = 0; r < g.factor.rank; ++r)
-                        std::copy_n(totals + (g.first + r) * NARROW, cols, static_cast<float*>(g.part) + r * width + c0);
+                        std::copy_n(totals + (g.first + r) * NARROW, cols, to + r * width);
+                }
             }
         }
     }
@@ -375,7 +380,7 @@ static void update(T* total, int64_t rows, int64_t width, Groups& groups, const 
         #pragma omp for schedule(static)
         for (int64_t b = 0; b < blocks; ++b) {
             const int64_t i0 = b * N, n = std::min<int64_t>(N, rows - i0);
-            float sums[N * PANEL];
+            alignas(64) float sums[N * PANEL];
             for (size_t g = 0; g < q.size(); ++g) pack_columns(q[g], i0, n, left + groups[g].first, ranks, 1);
             for (int64_t p = 0; p < panels; ++p) {
                 const int64_t c0 = p * PANEL, cols = std::min<int64_t>(PANEL, width - c0);
