@@ -42,14 +42,32 @@ def _adaptc_version() -> str:
 
 
 def results_folder(device: torch.device) -> Path:
-    """Where results go by default: a folder for each kind of GPU, and for each set of instructions of CPUs."""
+    """Where results go by default: a folder for each kind of GPU, and for each family of CPUs with the instructions
+    that torch uses of it. Two families with the same instructions may differ by a factor of two."""
+    results = Path(__file__).parent / "results"
     if device.type != "cpu":
         kind = torch.get_device_module(device).get_device_name(device)
-        return Path(__file__).parent / "results" / kind.lower().replace(" ", "-")
-    capability = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "-")
-    if multiplies_bf16_pairs():
-        capability = f"{capability}-bf16"
-    return Path(__file__).parent / "results" / f"cpu-{capability}"
+        return results / _folder_name(kind)
+    capability = torch.backends.cpu.get_cpu_capability()
+    parts = ["cpu", *_cpu_family(), capability, *(["bf16"] if multiplies_bf16_pairs() else [])]
+    return results / _folder_name(" ".join(parts))
+
+
+def _folder_name(text: str) -> str:
+    return text.lower().replace(" ", "-")
+
+
+def _cpu_family() -> list[str]:
+    """Vendor and family, where the system tells them."""
+    fields = _cpu_fields()
+    if "cpu family" not in fields:
+        return []
+    vendor = fields.get("vendor_id", "")
+    return [VENDORS.get(vendor, vendor), f"family {fields['cpu family']}"]
+
+
+#: What processors call their vendors.
+VENDORS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
 
 
 ALLOCATOR_METHOD = (
@@ -94,17 +112,21 @@ def machine_class(device: torch.device) -> dict[str, object]:
 
 def _cpu_model() -> str:
     """Vendor, family and model as the kernel tells them; on systems without /proc, what Python knows."""
-    listing = Path("/proc/cpuinfo")
-    if not listing.exists():
-        return platform.processor() or platform.machine()
-    fields: dict[str, str] = {}
-    for line in listing.read_text().splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
+    fields = _cpu_fields()
     parts = [fields.get("vendor_id", ""), fields.get("model name", "")]
     if "cpu family" in fields:
         parts.append(f"family {fields['cpu family']} model {fields.get('model', '?')}")
-    return ", ".join(part for part in parts if part) or platform.machine()
+    return ", ".join(part for part in parts if part) or platform.processor() or platform.machine()
+
+
+def _cpu_fields() -> dict[str, str]:
+    """What the kernel tells of the first processor; nothing on systems without /proc."""
+    listing = Path("/proc/cpuinfo")
+    fields: dict[str, str] = {}
+    for line in listing.read_text().splitlines() if listing.exists() else []:
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    return fields
 
 
 def _memory_bytes() -> int:

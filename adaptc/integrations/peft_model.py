@@ -12,8 +12,8 @@ from torch import nn
 from adaptc.errors import AdaptcError, AdapterNameError, UnsupportedError
 from adaptc.plan.files import read_peft_config
 from adaptc.runtime import peft_format, peft_keys
-from adaptc.runtime.checkpoint import adapter_directory, check_adapter_name
 from adaptc.runtime.handle import CompileOptions, Handle
+from adaptc.runtime.names import adapter_directory, check_adapter_name
 
 
 class Wrapper(NamedTuple):

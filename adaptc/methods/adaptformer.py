@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adaptc.errors import PlanError
 from adaptc.ir.derive import derive
 from adaptc.ir.lora import draw_tensor
 from adaptc.methods import linear
@@ -67,15 +66,15 @@ class AdaptFormer(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require("r", self.r, type(self.r) is int and self.r > 0, "a positive integer")
-        _require("scale", self.scale, math.isfinite(self.scale), "a finite number")
-        _require("learn_scale", self.learn_scale, isinstance(self.learn_scale, bool), "true or false")
-        _require("dropout", self.dropout, 0.0 <= self.dropout < 1.0, "a number in [0, 1)")
-        _require("norm", self.norm, self.norm in NORMS, " or ".join(NORMS))
-        _require("init", self.init, self.init in INITS, " or ".join(INITS))
-        _require("tap", self.tap, isinstance(self.tap, str) and bool(self.tap), "a module's name")
+        self.require("r", type(self.r) is int and self.r > 0, "a positive integer")
+        self.require("scale", math.isfinite(self.scale), "a finite number")
+        self.require("learn_scale", isinstance(self.learn_scale, bool), "true or false")
+        self.require("dropout", 0.0 <= self.dropout < 1.0, "a number in [0, 1)")
+        self.require("norm", self.norm in NORMS, " or ".join(NORMS))
+        self.require("init", self.init in INITS, " or ".join(INITS))
+        self.require("tap", isinstance(self.tap, str) and bool(self.tap), "a module's name")
         known = self.features is None or (type(self.features) is int and self.features > 0)
-        _require("features", self.features, known, "a positive integer")
+        self.require("features", known, "a positive integer")
 
     def refusal(self, path: str, module: nn.Module) -> str | None:
         return None if self.width(module) is not None else linear.unknown_width(module)
@@ -86,11 +85,6 @@ class AdaptFormer(Method):
 
     def build(self, path: str, module: nn.Module, *, dtype: torch.dtype | None, site_id: int) -> AdaptFormerAdapter:
         return AdaptFormerAdapter(self, module, dtype=dtype, site_id=site_id)
-
-
-def _require(name: str, value: object, ok: bool, expected: str) -> None:
-    if not ok:
-        raise PlanError(f"AdaptFormer: {name} is not legal", expected=expected, found=repr(value))
 
 
 class AdaptFormerAdapter(Branch):

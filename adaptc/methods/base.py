@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
+from adaptc.errors import PlanError
 from adaptc.ir.dialect import DialectOp
 from adaptc.ir.edit import Edit
 from adaptc.methods import quantised
@@ -46,6 +47,12 @@ class Method:
             value = getattr(self, name)
             if isinstance(value, list | set):
                 object.__setattr__(self, name, tuple(value))
+
+    def require(self, name: str, ok: bool, expected: str, found: object = None) -> None:
+        """Raise PlanError unless the option ``name`` is legal; ``found``: what to show instead of its value."""
+        if not ok:
+            value = getattr(self, name) if found is None else found
+            raise PlanError(f"{type(self).__name__}: {name} is not legal", expected=expected, found=repr(value))
 
     def options(self) -> dict[str, Any]:
         """The method's own options that differ from their defaults, as plain data, in field order."""

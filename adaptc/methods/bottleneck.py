@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adaptc.errors import PlanError, UnsupportedError
+from adaptc.errors import UnsupportedError
 from adaptc.ir.derive import derive
 from adaptc.ir.lora import draw_tensor
 from adaptc.methods import linear
@@ -62,16 +62,16 @@ class Bottleneck(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require("r", self.r, type(self.r) is int and self.r > 0, "a positive integer")
-        _require("placement", self.placement, self.placement in PLACEMENTS, " or ".join(PLACEMENTS))
-        _require("activation", self.activation, self.activation in ACTIVATIONS, " or ".join(ACTIVATIONS))
-        _require("dropout", self.dropout, 0.0 <= self.dropout < 1.0, "a number in [0, 1)")
-        _require("scale", self.scale, math.isfinite(self.scale), "a finite number")
-        _require("learn_scale", self.learn_scale, isinstance(self.learn_scale, bool), "true or false")
-        _require("bias", self.bias, isinstance(self.bias, bool), "true or false")
-        _require("init", self.init, self.init in INITS, " or ".join(INITS))
+        self.require("r", type(self.r) is int and self.r > 0, "a positive integer")
+        self.require("placement", self.placement in PLACEMENTS, " or ".join(PLACEMENTS))
+        self.require("activation", self.activation in ACTIVATIONS, " or ".join(ACTIVATIONS))
+        self.require("dropout", 0.0 <= self.dropout < 1.0, "a number in [0, 1)")
+        self.require("scale", math.isfinite(self.scale), "a finite number")
+        self.require("learn_scale", isinstance(self.learn_scale, bool), "true or false")
+        self.require("bias", isinstance(self.bias, bool), "true or false")
+        self.require("init", self.init in INITS, " or ".join(INITS))
         known = self.features is None or (type(self.features) is int and self.features > 0)
-        _require("features", self.features, known, "a positive integer")
+        self.require("features", known, "a positive integer")
 
     def refusal(self, path: str, module: nn.Module) -> str | None:
         return None if self.widths(module) is not None else linear.unknown_width(module)
@@ -88,11 +88,6 @@ class Bottleneck(Method):
     def build(self, path: str, module: nn.Module, *, dtype: torch.dtype | None, site_id: int) -> BottleneckAdapter:
         kind = BottleneckBeforeAdapter if self.placement == "series_in" else BottleneckAdapter
         return kind(self, module, dtype=dtype, site_id=site_id)
-
-
-def _require(name: str, value: object, ok: bool, expected: str) -> None:
-    if not ok:
-        raise PlanError(f"Bottleneck: {name} is not legal", expected=expected, found=repr(value))
 
 
 class Branch(Adapter):

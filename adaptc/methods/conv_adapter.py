@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adaptc.errors import PlanError, SiteError
+from adaptc.errors import SiteError
 from adaptc.ir.derive import derive
 from adaptc.ir.lora import draw_tensor
 from adaptc.methods import linear
@@ -68,16 +68,16 @@ class ConvAdapter(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require("r", self.r, type(self.r) is int and self.r > 0, "a positive integer")
-        _require("style", self.style, self.style in STYLES, " or ".join(STYLES))
+        self.require("r", type(self.r) is int and self.r > 0, "a positive integer")
+        self.require("style", self.style in STYLES, " or ".join(STYLES))
         some = self.kernel is None or (type(self.kernel) is int and self.kernel > 0)
-        _require("kernel", self.kernel, some, "a positive integer")
-        _require("placement", self.placement, self.placement in PLACEMENTS, " or ".join(PLACEMENTS))
-        _require("residual", self.residual, isinstance(self.residual, bool), "true or false")
-        _require("dropout", self.dropout, 0.0 <= self.dropout < 1.0, "a number in [0, 1)")
-        _require("init", self.init, self.init in INITS, " or ".join(INITS))
+        self.require("kernel", some, "a positive integer")
+        self.require("placement", self.placement in PLACEMENTS, " or ".join(PLACEMENTS))
+        self.require("residual", isinstance(self.residual, bool), "true or false")
+        self.require("dropout", 0.0 <= self.dropout < 1.0, "a number in [0, 1)")
+        self.require("init", self.init in INITS, " or ".join(INITS))
         known = self.features is None or (type(self.features) is int and self.features > 0)
-        _require("features", self.features, known, "a positive integer")
+        self.require("features", known, "a positive integer")
 
     def refusal(self, path: str, module: nn.Module) -> str | None:
         return None if self.width(module) is not None else linear.unknown_width(module)
@@ -88,11 +88,6 @@ class ConvAdapter(Method):
 
     def build(self, path: str, module: nn.Module, *, dtype: torch.dtype | None, site_id: int) -> ConvAdapterAdapter:
         return ConvAdapterAdapter(self, module, dtype=dtype, site_id=site_id)
-
-
-def _require(name: str, value: object, ok: bool, expected: str) -> None:
-    if not ok:
-        raise PlanError(f"ConvAdapter: {name} is not legal", expected=expected, found=repr(value))
 
 
 class ConvAdapterAdapter(Adapter):

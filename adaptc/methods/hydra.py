@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adaptc.errors import PlanError
 from adaptc.ir.derive import derive
 from adaptc.ir.lora import draw_tensor
 from adaptc.methods import linear
@@ -53,11 +52,11 @@ class Hydra(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         ranks = all(isinstance(r, int) and r >= 0 for r in self.ranks) and any(self.ranks)
-        _require("r", f"r={self.r}, r_sequential={self.r_sequential}", ranks, "ranks of at least 0, not both 0")
-        _require("dropout", self.dropout, 0.0 <= self.dropout < 1.0, "a number in [0, 1)")
-        _require("scale", self.scale, math.isfinite(self.scale), "a finite number")
+        self.require("r", ranks, "ranks of at least 0, not both 0", f"r={self.r}, r_sequential={self.r_sequential}")
+        self.require("dropout", 0.0 <= self.dropout < 1.0, "a number in [0, 1)")
+        self.require("scale", math.isfinite(self.scale), "a finite number")
         inits = ("xavier", "kaiming", "normal", "random")
-        _require("init", self.init, self.init in inits, f"one of {', '.join(inits)}")
+        self.require("init", self.init in inits, f"one of {', '.join(inits)}")
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -73,11 +72,6 @@ class Hydra(Method):
 
     def build(self, path: str, module: nn.Module, *, dtype: torch.dtype | None, site_id: int) -> Adapter:
         return HydraAdapter(self, module, dtype=dtype, site_id=site_id)
-
-
-def _require(name: str, value: object, ok: bool, expected: str) -> None:
-    if not ok:
-        raise PlanError(f"Hydra: {name} is not legal", expected=expected, found=repr(value))
 
 
 class HydraAdapter(ScaledAdapter):

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from adaptc.codegen.torch_internals import node_value
-from adaptc.errors import PlanError
 from adaptc.ir.dora import row_norm
 from adaptc.ir.edit import Edit
 from adaptc.ir.sites import LORA_LINEAR
@@ -73,32 +72,32 @@ class LoRA(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         ranks = [self.r, *self.rank_pattern.values()]
-        _require("r", self.r, all(isinstance(r, int) and r > 0 for r in ranks), "a positive integer")
-        _require("dropout", self.dropout, 0.0 <= self.dropout < 1.0, "a number in [0, 1)")
+        self.require("r", all(isinstance(r, int) and r > 0 for r in ranks), "a positive integer")
+        self.require("dropout", 0.0 <= self.dropout < 1.0, "a number in [0, 1)")
         known_init = lora_init.is_init(self.init)
-        _require("init", self.init, known_init, f"one of {', '.join(lora_init.INITS)}, pissa_niter_<k>")
-        _require("corda_method", self.corda_method, self.corda_method in ("ipm", "kpm"), "ipm or kpm")
+        self.require("init", known_init, f"one of {', '.join(lora_init.INITS)}, pissa_niter_<k>")
+        self.require("corda_method", self.corda_method in ("ipm", "kpm"), "ipm or kpm")
         self._check_combinations(ranks)
         biases = ("none", "lora_only", "all")
-        _require("bias", self.bias, self.bias in biases, f"one of {', '.join(biases)}")
+        self.require("bias", self.bias in biases, f"one of {', '.join(biases)}")
         finite = all(math.isfinite(a) for a in [self.alpha, *self.alpha_pattern.values()])
-        _require("alpha", self.alpha, finite, "a finite number")
+        self.require("alpha", finite, "a finite number")
         known = self.compute_dtype is None or isinstance(getattr(torch, self.compute_dtype, None), torch.dtype)
-        _require("compute_dtype", self.compute_dtype, known, 'a torch dtype name such as "float32"')
+        self.require("compute_dtype", known, 'a torch dtype name such as "float32"')
 
     def _check_combinations(self, ranks: list[int]) -> None:
         """What PEFT refuses as well, and what would not mean what it means there."""
         if self.init == "orthogonal":
-            _require("r", self.r, all(r % 2 == 0 for r in ranks), 'an even number with init "orthogonal"')
+            self.require("r", all(r % 2 == 0 for r in ranks), 'an even number with init "orthogonal"')
         if lora_init.reads_weight(self.init):
             alphas = [self.alpha, *self.alpha_pattern.values()]
-            _require("alpha", self.alpha, min(alphas) > 0, f'a positive number with init "{self.init}"')
+            self.require("alpha", min(alphas) > 0, f'a positive number with init "{self.init}"')
             # PEFT drops inputs of the trained part of W only, so the frozen part would no longer cancel it.
-            _require("dropout", self.dropout, self.dropout == 0, f'0 with init "{self.init}"')
+            self.require("dropout", self.dropout == 0, f'0 with init "{self.init}"')
         if self.lora_bias:
-            _require("lora_bias", True, not self.dora, "no lora_bias with dora")
+            self.require("lora_bias", not self.dora, "no lora_bias with dora")
             plain = ("default", "gaussian", "random")
-            _require("lora_bias", True, self.init in plain, f"init one of {', '.join(plain)} with lora_bias")
+            self.require("lora_bias", self.init in plain, f"init one of {', '.join(plain)} with lora_bias")
 
     @property
     def needs_covariance(self) -> bool:
@@ -140,11 +139,6 @@ class LoRA(Method):
         self, path: str, module: nn.Module, name: str, *, dtype: torch.dtype | None, site_id: int
     ) -> Adapter:
         return lora_sites.parameter_kind_of(module)(self, module, name, dtype=dtype, site_id=site_id)
-
-
-def _require(name: str, value: object, ok: bool, expected: str) -> None:
-    if not ok:
-        raise PlanError(f"LoRA: {name} is not legal", expected=expected, found=repr(value))
 
 
 def _first_match(pattern: Mapping[str, Any], path: str, default: Any) -> Any:

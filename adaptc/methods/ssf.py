@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from adaptc.errors import PlanError
 from adaptc.ir.derive import derive
 from adaptc.ir.lora import draw_tensor
 from adaptc.methods import linear
@@ -42,8 +41,7 @@ class SSF(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init not in ("default", "identity"):
-            raise PlanError("SSF: init is not legal", expected="default or identity", found=repr(self.init))
+        self.require("init", self.init in ("default", "identity"), "default or identity")
 
     def refusal(self, path: str, module: nn.Module) -> str | None:
         return None if channels(module) is not None else f"the channels of {type(module).__name__} are not known"

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from adaptc.errors import PlanError, UnsupportedError
+from adaptc.errors import UnsupportedError
 from adaptc.methods.base import Adapter, Method
 from adaptc.methods.codec import Option, is_rank, optional
 
@@ -48,12 +48,6 @@ class TokenMethod(Method):
             value = getattr(self, name)
             self.require(name, value is None or (type(value) is int and value > 0), "a positive integer")
         self.require("num_transformer_submodules", _is_stacks(self.num_transformer_submodules), "1, 2 or None")
-
-    def require(self, name: str, ok: bool, expected: str) -> None:
-        """Raise PlanError unless the option ``name`` is legal."""
-        if not ok:
-            text = f"{type(self).__name__}: {name} is not legal"
-            raise PlanError(text, expected=expected, found=repr(getattr(self, name)))
 
     def shape(self, model: nn.Module) -> tuple[int, int, int]:
         """(token_dim, num_attention_heads, num_layers) of the table, by the model's config."""

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adaptc.errors import PlanError
 from adaptc.ir.derive import derive
 from adaptc.ir.lora import draw_tensor
 from adaptc.methods import linear
@@ -52,12 +51,12 @@ class VeRA(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         whole = isinstance(self.r, int) and not isinstance(self.r, bool)
-        _require("r", self.r, whole and self.r > 0, "a positive integer")
-        _require("dropout", self.dropout, 0.0 <= self.dropout < 1.0, "a number in [0, 1)")
-        _require("d_initial", self.d_initial, math.isfinite(self.d_initial), "a finite number")
+        self.require("r", whole and self.r > 0, "a positive integer")
+        self.require("dropout", 0.0 <= self.dropout < 1.0, "a number in [0, 1)")
+        self.require("d_initial", math.isfinite(self.d_initial), "a finite number")
         key = self.projection_prng_key
-        _require("projection_prng_key", key, isinstance(key, int) and not isinstance(key, bool), "an integer")
-        _require("init", self.init, self.init in ("default", "random"), "default or random")
+        self.require("projection_prng_key", isinstance(key, int) and not isinstance(key, bool), "an integer")
+        self.require("init", self.init in ("default", "random"), "default or random")
 
     def refusal(self, path: str, module: nn.Module) -> str | None:
         return linear.refusal(path, module)
@@ -81,11 +80,6 @@ class VeRA(Method):
             for other in group[1:]:
                 # A plain reference: registered at every site, the matrices would be saved once a site.
                 object.__setattr__(other, "projections", shared)
-
-
-def _require(name: str, value: object, ok: bool, expected: str) -> None:
-    if not ok:
-        raise PlanError(f"VeRA: {name} is not legal", expected=expected, found=repr(value))
 
 
 class Projections(nn.Module):

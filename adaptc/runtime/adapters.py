@@ -16,7 +16,7 @@ from adaptc.methods.bias import Bias
 from adaptc.plan import Assignment, Plan, Resolution
 from adaptc.runtime import attach
 from adaptc.runtime.calibrate import covariances
-from adaptc.runtime.checkpoint import check_adapter_name
+from adaptc.runtime.names import check_adapter_name
 
 
 @dataclasses.dataclass(frozen=True)

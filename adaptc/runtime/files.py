@@ -16,6 +16,8 @@ from adaptc.methods.base import Adapter, Method
 from adaptc.plan import Assignment, Plan
 from adaptc.runtime import checkpoint, peft_format, processes
 from adaptc.runtime.adapters import with_all_biases
+from adaptc.runtime.fingerprint import compare_fingerprint, fingerprint
+from adaptc.runtime.names import check_adapter_name
 
 if TYPE_CHECKING:
     from adaptc.runtime.handle import Handle
@@ -94,7 +96,7 @@ def save(handle: Handle, directory: Any, name: str) -> None:
         UnsupportedError: PEFT has the method, and its format no place for these sites or options.
     """
     record = handle.adapters.record(name)
-    checkpoint.check_adapter_name(name, [p for p, _ in handle.model.named_modules() if ".adapters" not in f".{p}"])
+    check_adapter_name(name, [p for p, _ in handle.model.named_modules() if ".adapters" not in f".{p}"])
     parts = [(site, path, adapter) for site in handle.sites for path, adapter in site.parts(name)]
     sites = [_Saved(path, s.module, a.method_now(), a.parameter) for s, path, a in parts]
     config = None
@@ -115,7 +117,7 @@ def save(handle: Handle, directory: Any, name: str) -> None:
         config=config,
         tensors=tensors,
         plan=record.plan.to_dict(),
-        fingerprint=checkpoint.fingerprint(handle.model, [site.path for site, _, _ in parts]),
+        fingerprint=fingerprint(handle.model, [site.path for site, _, _ in parts]),
     )
     processes.write_once(handle.model, write)
 
@@ -147,5 +149,5 @@ def _check_same_sites(theirs: list[Assignment], handle: Handle, name: str) -> No
 
 def _warn_of_another_base(files: checkpoint.AdapterFiles, handle: Handle) -> None:
     if files.fingerprint is not None:
-        for difference in checkpoint.compare_fingerprint(files.fingerprint, handle.model):
+        for difference in compare_fingerprint(files.fingerprint, handle.model):
             warnings.warn(f"{files.path}: {difference}", AdaptcWarning, stacklevel=4)

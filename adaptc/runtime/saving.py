@@ -21,7 +21,8 @@ from torch import nn
 from adaptc.errors import AdapterNameError, CheckpointError, ResumeError, UnsupportedError
 from adaptc.runtime import files, processes
 from adaptc.runtime.attach import adapters_of
-from adaptc.runtime.checkpoint import WEIGHTS, adapter_directory
+from adaptc.runtime.checkpoint import WEIGHTS
+from adaptc.runtime.names import adapter_directory
 
 if TYPE_CHECKING:
     from adaptc.runtime.handle import Handle

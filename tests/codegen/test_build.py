@@ -294,7 +294,7 @@ def kinds(resting, monkeypatch):
 
 def test_instructions_are_probed_once_however_many_ask(kinds):
     find = cpu_vec_isa.valid_vec_isa_list
-    torch_internals._probe_at_once.__wrapped__()
+    torch_internals.cpp._probe_at_once.__wrapped__()
     answers = []
     threads = [threading.Thread(target=lambda: answers.append(cpu_vec_isa.valid_vec_isa_list())) for _ in range(4)]
     for thread in threads:
@@ -310,7 +310,7 @@ def test_instructions_are_probed_once_however_many_ask(kinds):
 
 @forks
 def test_a_forked_process_probes_for_itself(kinds):
-    torch_internals._probe_at_once.__wrapped__()
+    torch_internals.cpp._probe_at_once.__wrapped__()
     asking = torch_internals.in_thread(cpu_vec_isa.valid_vec_isa_list)  # in the middle of probing from now on
     while kinds[0].asked == 0:
         time.sleep(0.001)
@@ -345,7 +345,7 @@ def test_where_no_thread_is_left_the_step_goes_on_without(line, monkeypatch, kin
         line.add([lambda: None])
         for kind in kinds:
             kind.known = True
-        torch_internals._probe_at_once.__wrapped__()
+        torch_internals.cpp._probe_at_once.__wrapped__()
         assert cpu_vec_isa.valid_vec_isa_list() == [kinds[1]]
     piece = Piece()
     line.add([piece])

@@ -14,6 +14,7 @@ from adaptc import Plan
 from adaptc.methods.base import Adapter
 from adaptc.runtime import checkpoint, peft_format
 from adaptc.runtime.adapters import with_all_biases
+from adaptc.runtime.fingerprint import fingerprint
 from tests.models import hosts
 
 
@@ -108,7 +109,7 @@ class Adapted:
             config=config,
             tensors=peft_format.encode(self.adapters, config),
             plan=self.plan.to_dict(),
-            fingerprint=checkpoint.fingerprint(self.base, self.adapters),
+            fingerprint=fingerprint(self.base, self.adapters),
         )
 
 

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from adaptc import errors
-from adaptc.runtime import checkpoint
+from adaptc.runtime import checkpoint, names
 from tests.runtime.adapter_files import CONFIG, NAMES, PLAN, same_tensors, tensors, write
 
 # -- writing and reading ----------------------------------------------------------------------------------
@@ -216,19 +216,19 @@ def test_an_interrupted_save_and_a_later_change_are_not_mixed(tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ["default", "sft", "sft-v2", "_x", "Adapter_1", "a" * 100])
 def test_legal_names(name: str) -> None:
-    checkpoint.check_adapter_name(name, ["model.layers.0.q_proj"])
+    names.check_adapter_name(name, ["model.layers.0.q_proj"])
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "/etc", "..", ".", "a\\b", "a\0b"])
 def test_names_that_leave_the_directory(tmp_path: Path, name: str) -> None:
     with pytest.raises(errors.UnsafePathError, match="would leave its directory"):
-        checkpoint.adapter_directory(tmp_path, name)
+        names.adapter_directory(tmp_path, name)
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "1st", "-x", "a b", "é", "a" * 101, "a\n"])
 def test_names_that_are_no_words(name: str) -> None:
     with pytest.raises(errors.AdapterNameError, match="is not a legal adapter name"):
-        checkpoint.check_adapter_name(name)
+        names.check_adapter_name(name)
 
 
 @pytest.mark.parametrize(
@@ -247,12 +247,12 @@ def test_names_that_are_no_words(name: str) -> None:
 )
 def test_names_that_are_taken(name: str, owner: str) -> None:
     with pytest.raises(errors.AdapterNameError, match=f"{owner} has that name"):
-        checkpoint.check_adapter_name(name, ["model.layers.0.q_proj"])
+        names.check_adapter_name(name, ["model.layers.0.q_proj"])
 
 
 def test_default_lies_at_the_root_and_others_below(tmp_path: Path) -> None:
-    assert checkpoint.adapter_directory(tmp_path, "default") == tmp_path
-    assert checkpoint.adapter_directory(str(tmp_path), "sft") == tmp_path / "sft"
+    assert names.adapter_directory(tmp_path, "default") == tmp_path
+    assert names.adapter_directory(str(tmp_path), "sft") == tmp_path / "sft"
 
 
 def test_links_out_of_the_directory_are_refused(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_links_out_of_the_directory_are_refused(tmp_path: Path) -> None:
     root.mkdir()
     (root / "sft").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(errors.UnsafePathError, match="leads out of"):
-        checkpoint.adapter_directory(root, "sft")
+        names.adapter_directory(root, "sft")
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adaptc_plan.json"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from adaptc.runtime import checkpoint
+from adaptc.runtime.fingerprint import compare_fingerprint, fingerprint
 
 
 class Host(nn.Module):
@@ -27,15 +27,15 @@ SITES = ["a", "b", "small"]
 
 
 def saved(model: nn.Module) -> dict[str, Any]:
-    return json.loads(json.dumps(checkpoint.fingerprint(model, SITES)))
+    return json.loads(json.dumps(fingerprint(model, SITES)))
 
 
 def test_the_same_base_has_no_differences() -> None:
-    assert checkpoint.compare_fingerprint(saved(Host()), Host()) == []
+    assert compare_fingerprint(saved(Host()), Host()) == []
 
 
 def test_another_base_is_recognised() -> None:
-    assert checkpoint.compare_fingerprint(saved(Host()), Host(1)) == [
+    assert compare_fingerprint(saved(Host()), Host(1)) == [
         "the frozen weights have other values at 3 of 3 sites, first a"
     ]
 
@@ -45,7 +45,7 @@ def test_one_small_step_of_training_is_recognised() -> None:
     print_before = saved(model)
     with torch.no_grad():
         model.b.weight.mul_(1 + 1e-6)
-    assert checkpoint.compare_fingerprint(print_before, model) == [
+    assert compare_fingerprint(print_before, model) == [
         "the frozen weights have other values at 1 of 3 sites, first b"
     ]
 
@@ -53,13 +53,13 @@ def test_one_small_step_of_training_is_recognised() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_copy_in_another_dtype_is_the_same_base(dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
-    assert checkpoint.compare_fingerprint(saved(Host()), Host().to(dtype)) == [
+    assert compare_fingerprint(saved(Host()), Host().to(dtype)) == [
         f"the same weights in another dtype ({name}, it was float32) at 3 of 3 sites, first a"
     ]
-    assert checkpoint.compare_fingerprint(saved(Host().to(dtype)), Host()) == [
+    assert compare_fingerprint(saved(Host().to(dtype)), Host()) == [
         f"the same weights in another dtype (float32, it was {name}) at 3 of 3 sites, first a"
     ]
-    found = checkpoint.compare_fingerprint(saved(Host()), Host(1).to(dtype))
+    found = compare_fingerprint(saved(Host()), Host(1).to(dtype))
     assert found == [
         f"the frozen weights have other values, in {name} (it was float32) at 3 of 3 sites, first a"
     ]
@@ -72,7 +72,7 @@ def test_class_shape_and_missing_sites_are_named() -> None:
     model = Other()
     model.a = nn.Linear(30, 21)
     del model.small
-    assert checkpoint.compare_fingerprint(saved(Host()), model) == [
+    assert compare_fingerprint(saved(Host()), model) == [
         "saved on a Host, this is a Other",
         "the frozen weight has shape [21, 30], it had [20, 30] at 1 of 3 sites, first a",
         "no frozen weight is found at 1 of 3 sites, first small",
@@ -81,13 +81,13 @@ def test_class_shape_and_missing_sites_are_named() -> None:
 
 def test_weights_without_values_are_compared_by_shape() -> None:
     meta = copy.deepcopy(Host()).to("meta")
-    assert checkpoint.compare_fingerprint(saved(meta), meta) == []
-    assert checkpoint.compare_fingerprint(saved(Host()), meta) == []
+    assert compare_fingerprint(saved(meta), meta) == []
+    assert compare_fingerprint(saved(Host()), meta) == []
     meta.a = nn.Linear(30, 21, device="meta")
-    assert checkpoint.compare_fingerprint(saved(Host()), meta) == [
+    assert compare_fingerprint(saved(Host()), meta) == [
         "the frozen weight has shape [21, 30], it had [20, 30] at 1 of 3 sites, first a"
     ]
-    half = checkpoint.compare_fingerprint(saved(Host()), Host().to("meta", torch.float16))
+    half = compare_fingerprint(saved(Host()), Host().to("meta", torch.float16))
     assert half == [
         "the dtype is float16, it was float32, so the values cannot be compared at 3 of 3 sites, first a"
     ]

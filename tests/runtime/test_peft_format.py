@@ -15,6 +15,7 @@ from adaptc import Bias, LoRA, Match, Plan, Rule
 from adaptc.errors import UnsupportedError
 from adaptc.methods import codec
 from adaptc.runtime import checkpoint, peft_format
+from adaptc.runtime.names import adapter_directory
 from tests.models import hosts
 from tests.runtime.peft_cases import Adapted, load, logits, peft_load, peft_model, peft_save
 
@@ -128,11 +129,11 @@ def test_an_adapter_in_a_sub_folder(tmp_path: Path) -> None:
     model.set_adapter("sft")
     expected = logits(model, "llama")
     peft_save(model, tmp_path)
-    found = load("llama", checkpoint.adapter_directory(tmp_path, "sft"))
+    found = load("llama", adapter_directory(tmp_path, "sft"))
     assert sorted(found.adapters) == [f"model.layers.{i}.self_attn.v_proj" for i in (0, 1)]
     torch.testing.assert_close(logits(found, "llama"), expected, rtol=1e-10, atol=1e-10)
     assert (
-        load("llama", checkpoint.adapter_directory(tmp_path, "default")).adapters.keys()
+        load("llama", adapter_directory(tmp_path, "default")).adapters.keys()
         != found.adapters.keys()
     )
 

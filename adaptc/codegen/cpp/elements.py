@@ -43,6 +43,7 @@ VECTORS = (
 #endif
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
 constexpr int W = 16;
 #elif defined(__AVX__)
 constexpr int W = 8;
@@ -58,7 +59,11 @@ static inline void write(float* p, vec v) { *reinterpret_cast<vec*>(p) = v; }
 typedef uint16_t halves __attribute__((vector_size(W * 2), aligned(2), may_alias));
 static inline vec widened(const float* p) { return read(p); }
 static inline vec widened(const bf16* p) {
+#if defined(__AVX512F__)  // gcc makes two halves of it
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+#else
     return (vec)(__builtin_convertvector(*reinterpret_cast<const halves*>(p), words) << 16);
+#endif
 }
 static inline void narrow(float* p, vec v) { write(p, v); }
 static inline void narrow(bf16* p, vec v) {  // as store

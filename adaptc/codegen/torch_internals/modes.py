@@ -1,0 +1,107 @@
+"""Contexts and callbacks in which ops compute, are watched or recorded, and what is traced in them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaptc.codegen.torch_internals.inductor import inductor_decompositions
+from adaptc.codegen.torch_internals.values import fake_mode_of, tree_leaves
+
+
+@contextlib.contextmanager
+def autograd_again() -> Iterator[None]:
+    """A context in which operations are recorded for differentiation, also inside an op's kernel that a dispatch
+    mode called: there autograd is switched off for the thread. 2.11 to 2.15."""
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
+
+
+def watch_calls(on_call: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]) -> Any:
+    """A context that reports every ATen call: (op, args, kwargs, output). 2.11 to 2.15."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            output = func(*args, **(kwargs or {}))
+            on_call(func, args, kwargs or {}, output)
+            return output
+
+    return Watch()  # type: ignore[no-untyped-call]
+
+
+def replace_calls(run: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Any:
+    """A context in which ``run(op, args, kwargs)`` is called instead of every ATen op. 2.11 to 2.15."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Replace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return run(func, args, kwargs or {})
+
+    return Replace()  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def real_tensors() -> Iterator[None]:
+    """A context in which ops compute, inside a compilation that traces with fake tensors. 2.11 to 2.15."""
+    from torch._dispatch.python import no_python_dispatcher
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes(), no_python_dispatcher():
+        yield
+
+
+def saves_through_hooks() -> bool:
+    """Whether autograd's saved tensors pass through hooks now, as they do under checkpointing. 2.11 to 2.15."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def queue_after_backward(callback: Callable[[], None]) -> None:
+    """Call ``callback`` when the backward that is running has ended. 2.11 to 2.15."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def reparametrize(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """A context in which ``module`` computes with ``tensors`` instead of its own. 2.11 to 2.15."""
+    from torch.nn.utils import stateless
+
+    return stateless._reparametrize_module(module, dict(tensors))
+
+
+def trace_with_leaves(root: torch.nn.Module, functions: Sequence[Callable[..., Any]]) -> fx.Graph:
+    """The graph of ``root``'s forward, in which calls of ``functions`` are single nodes.
+
+    fx looks for them in the modules of one list only; theirs are added to it. 2.11 to 2.15.
+    """
+    tracer = fx.Tracer(autowrap_functions=tuple(functions))
+    tracer._autowrap_search.extend(sys.modules[name] for name in {f.__module__ for f in functions})
+    return tracer.trace(root)
+
+
+def trace_body(run: Callable[..., Any], values: Sequence[Any]) -> fx.Graph:
+    """The ATen calls that ``run`` makes on fake ``values``, in Inductor's decompositions. 2.11 to 2.15."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with fake_mode_of(tree_leaves(list(values))), torch.no_grad():
+        traced = make_fx(run, decomposition_table=inductor_decompositions())(*values)
+    for node in list(traced.graph.nodes):
+        if node.target in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+    traced.graph.eliminate_dead_code()
+    return traced.graph
+
+
+def lazy_graph_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """A graph module that writes its code at first use. 2.11 to 2.15."""
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    return _LazyGraphModule(root, graph)
