@@ -240,9 +240,11 @@ def _is_product(node: fx.Node) -> bool:
 
 
 def _is_new(node: fx.Node) -> bool:
-    """Whether a node's memory is no other's: a product's, or what a loop over elements writes. A cast may be none: to
-    the dtype that a value has it is the value."""
-    return node.target in (*_PRODUCTS, *_LOOPS)
+    """Whether a node's memory is no other's: a product's, or what a loop over elements writes. A cast to the dtype that
+    a value has is the value itself."""
+    if node.target is not torch.ops.prims.convert_element_type.default:
+        return node.target in (*_PRODUCTS, *_LOOPS)
+    return bool(node_value(node).dtype != node_value(cast(fx.Node, node.args[0])).dtype)
 
 
 def _is_dense(node: fx.Node) -> bool:

@@ -17,6 +17,7 @@ from adaptc.codegen.in_place import ADD_PRODUCT, ADD_PRODUCTS, OUTPUT_GRADS, RES
 from adaptc.ir import dialect
 
 aten = torch.ops.aten
+convert = torch.ops.prims.convert_element_type
 
 
 def operands():
@@ -211,6 +212,8 @@ RESCALED = {
     "what a loop writes": (lambda g, f: g * f, 1),
     "through views": (lambda g, f: (g * f).view(8, 5).view(2, 4, 5), 1),
     "a product": (lambda g, f: g @ (f[0, 0][:, None] * f[0, 0]), 1),
+    "a cast": (lambda g, f: convert(g.double() * f, g.dtype), 1),
+    "a cast that changes nothing": (lambda g, f: convert(g, g.dtype), 0),
     "an input of the graph": (lambda g, f: g, 0),
     "a slice": (lambda g, f: (torch.cat([g, g], -1) * 2)[..., :5], 0),
 }
@@ -390,7 +393,13 @@ def test_a_loop_that_inductor_lays_out_in_another_order_is_written_to_in_the_ord
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [torch.clone, lambda x: x + 0, lambda x: x * 1, lambda x: x / 1, lambda x: x + 2])
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.clone, lambda x: x + 0, lambda x: x * 1, lambda x: x / 1, lambda x: x + 2,
+        lambda x: x.double().float(), lambda x: x.float(), lambda x: convert(x.double().cos(), torch.float32),
+    ],
+)  # fmt: skip
 def test_a_loop_that_changes_nothing_is_not_the_memory_of_what_it_reads(make):
     joined = dialect.get("lora_input_grads").overload
 
