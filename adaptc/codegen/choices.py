@@ -109,17 +109,27 @@ def measure(question: str, make: Callable[[], Ways]) -> Mapping[str, float] | No
     if torch.are_deterministic_algorithms_enabled():
         return None
     path = _path()
-    if (path, question) not in _KNOWN:
+    known = _MEMORY.known
+    if (path, question) not in known:
         try:
-            _KNOWN[path, question] = Table(path).ask(question, lambda: _time_aside(make))
+            known[path, question] = Table(path).ask(question, lambda: _time_aside(make))
         except (RuntimeError, MemoryError) as error:
             log.warning("%s is computed as usual: timing it failed (%s)", question, error)
-            _KNOWN[path, question] = None
-    return _KNOWN[path, question]
+            known[path, question] = None
+    return known[path, question]
 
 
-#: (file, question) -> what this process has found; None where timing failed.
-_KNOWN: dict[tuple[Path, str], dict[str, float] | None] = {}
+class _Memory:
+    """What this process has found, by file and question; None where timing failed.
+
+    An object: plain data that a pass reads is part of its cache key, and times that it saw so far are no such thing.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[Path, str], dict[str, float] | None] = {}
+
+
+_MEMORY = _Memory()
 
 
 def _time_aside(make: Callable[[], Ways]) -> dict[str, float]:

@@ -85,7 +85,7 @@ def test_nothing_begins_while_the_line_is_held(line):
 
 def test_what_is_timed_has_the_machine_to_itself(line, monkeypatch, tmp_path):
     monkeypatch.setattr(choices.torch_internals, "cache_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(choices, "_KNOWN", {})
+    monkeypatch.setattr(choices._MEMORY, "known", {})
     first, second, beside = Piece(), Piece(), []
 
     def way():

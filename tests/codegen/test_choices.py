@@ -14,17 +14,18 @@ from hypothesis import strategies as st
 
 from adaptc.codegen import choices
 from adaptc.codegen.choices import MARGIN, Choice, Table, bucket, choose
+from adaptc.passes.manager import Pipeline
 
 
 @pytest.fixture(autouse=True)
 def private(tmp_path, monkeypatch):
     monkeypatch.setattr(choices.torch_internals, "cache_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(choices, "_KNOWN", {})
+    monkeypatch.setattr(choices._MEMORY, "known", {})
 
 
 def another_process():
     """What this one has learned is forgotten; the files stay."""
-    choices._KNOWN.clear()
+    choices._MEMORY.known.clear()
 
 
 def files(tmp_path):
@@ -58,6 +59,12 @@ def test_a_question_is_timed_once(tmp_path):
     assert stored["host"] == choices.host() and stored["choices"] == {"a product": dict(first.seconds)}
     choose("another", ways)
     assert ways.asked == 2 and list(json.loads(file.read_text())["choices"]) == ["a product", "another"]
+
+
+def test_what_was_timed_is_no_part_of_a_cache_key():
+    before = Pipeline.from_options().uuid()
+    assert choose("a product", Ways()) is not None
+    assert Pipeline.from_options().uuid() == before
 
 
 def test_the_ways_take_turns():

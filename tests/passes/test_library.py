@@ -145,7 +145,7 @@ def test_both_ways_are_timed_and_compute_the_same(monkeypatch, tmp_path):
     """What is timed is what runs: the products of the question, each by its library."""
     monkeypatch.setattr(library, "WORTH", 1)
     monkeypatch.setattr(choices.torch_internals, "cache_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(choices, "_KNOWN", {})
+    monkeypatch.setattr(choices._MEMORY, "known", {})
     monkeypatch.setattr(torch, "ones", lambda *size, **options: torch.rand(*size, **options) + 0.5)
     seen = []
 

@@ -510,7 +510,7 @@ def test_the_roofline_ranks_as_the_tables_do(rows, rank, best):
 
 def test_the_rates_of_this_host(tmp_path, monkeypatch):
     monkeypatch.setattr(choices.torch_internals, "cache_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(choices, "_KNOWN", {})
+    monkeypatch.setattr(choices._MEMORY, "known", {})
     times = {"product": 0.5, "copy": 0.25, "small": 1e-6}
     monkeypatch.setattr(choices, "_time", lambda ways: [run() for run in ways.values()] and times)
     found = roofline.rates(torch.device("cpu"), torch.float32)
