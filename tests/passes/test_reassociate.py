@@ -443,16 +443,29 @@ def test_what_is_predicted_to_be_slow_is_not_timed(timed):
     assert report.splitlines()[line + 1].strip() == "layers.0.up"
 
 
-def test_what_could_be_the_fastest_is_timed_and_chosen(timed):
+@pytest.mark.parametrize("library", [False, True], ids=["", "another library"])
+def test_what_could_be_the_fastest_is_timed_and_chosen(library, timed, monkeypatch):
+    monkeypatch.setattr(pass_module, "may_call_onednn", lambda: library)
+    other = ", split by oneDNN" if library else ""
     asked = timed({"split": 1.0, "dense": 0.8}, {"split": 0.010, "merge": 0.0095, "dense": 0.009})
     _, model = adapted()
     graph = trained_graph(model)
     assert [question.rpartition(" (")[0] for question in asked] == [
-        "LoRA 16 x 6 x 10, rank 4, no gradient of x, float32: split, dense",
-        "LoRA 16 x 10 x 6, rank 4, float32: split, dense",
+        "LoRA 16 x 6 x 10, rank 4, no gradient of x, float32: split, dense" + other,
+        "LoRA 16 x 10 x 6, rank 4, float32: split, dense" + other,
     ]
     assert [choice.chosen for choice in graph.choices[:2]] == ["dense"] * 2 and len(applied(model).applied) == 2
     assert "dense, 800 ms; split takes 1.25 times as long (1.11 predicted)" in str(model.adaptc.explain())
+
+
+def test_the_usual_order_is_as_fast_as_the_faster_library(timed, monkeypatch):
+    monkeypatch.setattr(pass_module, "may_call_onednn", lambda: True)
+    timed({"split": 1.0, "dense": 0.8, "split by oneDNN": 0.7}, {"split": 0.010, "merge": 0.0095, "dense": 0.009})
+    _, model = adapted()
+    graph = trained_graph(model)
+    assert applied(model).applied == []
+    for choice in graph.choices[:2]:
+        assert choice.chosen == "split" and choice.seconds == {"split": 0.7, "dense": 0.8}
 
 
 @pytest.mark.parametrize("seconds, predicted", [
@@ -475,11 +488,12 @@ def test_small_layers_are_not_asked_for(timed, monkeypatch):
 
 
 @pytest.mark.parametrize("forward_only", [False, True])
-@pytest.mark.parametrize("plan", plans.PLANS)
+@pytest.mark.parametrize("plan", pass_module._RUN)
 def test_what_is_timed_is_the_order(plan, forward_only, monkeypatch):
     """The products of each order, in fp64, by what they write: all results of a step."""
     torch.manual_seed(0)
     x, g, W, A, B = (torch.randn(s, dtype=torch.float64) for s in ((9, 5), (9, 7), (7, 5), (2, 5), (7, 2)))
+    monkeypatch.setattr(pass_module, "onednn_linear", lambda x, W, bias: torch.nn.functional.linear(x, W, bias))
     seen = []
 
     class Record(torch.utils._python_dispatch.TorchDispatchMode):
@@ -489,8 +503,8 @@ def test_what_is_timed_is_the_order(plan, forward_only, monkeypatch):
             return out
 
     with Record():
-        plans.PLANS[plan](x, None if forward_only else g, W, A, B, True)
-    name = {"split": "b1", "merge": "b5", "dense": "b4"}[plan]
+        pass_module._RUN[plan](x, None if forward_only else g, W, A, B, True)
+    name = {"split": "b1", "merge": "b5", "dense": "b4", pass_module.ONEDNN: "b1"}[plan]
     for want in orders(x, g, W, A, B, 1.0)[name][: 1 if forward_only else 4]:
         assert any(out.shape == want.shape and torch.allclose(out, want) for out in seen)
 

@@ -8,7 +8,8 @@ after:   %E = lora_merged_weight(W, A, B, s);  %y2 = mm(%x, %E^T)               
 or       %Z = lora_factor_grad(%g, %x);  %dA, %dB = lora_dense_grads(%Z, A, B, s);  %dx = mm(%g, %E)        "dense"
 
 The orders are predicted by the roofline of this host; those that promise to be faster are timed, once for each shape,
-with as many rows as the graph was captured with, to the next power of two. E is made again for the backward.
+with as many rows as the graph was captured with, to the next power of two. E is made again for the backward. Another
+library may make the frozen products, but not those with E, so that the usual order is timed with either.
 
 Legal where nothing is dropped, weight and factors are of one dtype of 32 bits or more (a smaller one would round the
 correction away beside the weight), and nothing else reads the frozen layer's output.
@@ -20,6 +21,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import fx
@@ -27,7 +29,13 @@ from torch import fx
 from adaptc.codegen import choices
 from adaptc.codegen.choices import Choice
 from adaptc.codegen.roofline import Rates, finished, on, rates
-from adaptc.codegen.torch_internals import node_value, product_precision, size_hint
+from adaptc.codegen.torch_internals import (
+    may_call_onednn,
+    node_value,
+    onednn_linear,
+    product_precision,
+    size_hint,
+)
 from adaptc.ir.code_hash import code_hash
 from adaptc.ir.edit import Result
 from adaptc.ir.sites import lora_nodes, site_of
@@ -45,6 +53,8 @@ WORTH = 1 << 25
 GAIN = 0.93
 #: Seconds that the usual order may be predicted to take for any to be timed, and elements of the largest weight.
 MOST, LARGEST = 0.25, 1 << 27
+#: The usual order with the frozen products of the other library, where the pass ``library`` may call that.
+ONEDNN = "split by oneDNN"
 
 
 def reassociate(gm: fx.GraphModule, context: Context) -> Result:
@@ -112,16 +122,31 @@ def _choose(site: Site) -> Choice | None:
     timed = [name for name in names if name == usual or predicted[name] <= GAIN * predicted[usual]]
     if len(timed) == 1 or predicted[usual] > MOST:
         return choice
+    if value.device.type == "cpu" and value.dtype == torch.float32 and may_call_onednn():
+        timed.append(ONEDNN)
 
     def make() -> choices.Ways:
-        x, g, W, A, B = _operands(shapes, value.dtype, value.device)
-        ways = {name: functools.partial(plans.PLANS[name], x, g, W, A, B, input_grad) for name in timed}
-        return {name: finished(run, value.device) for name, run in ways.items()}
+        operands = *_operands(shapes, value.dtype, value.device), input_grad
+        return {name: finished(functools.partial(_RUN[name], *operands), value.device) for name in timed}
 
     # What is timed is written here: another version of it is another question.
-    version = hashlib.sha256(b"".join(map(code_hash, plans.PLANS.values()))).hexdigest()[:8]
+    version = hashlib.sha256(b"".join(map(code_hash, _RUN.values()))).hexdigest()[:8]
     seconds = choices.measure(f"{question}: {', '.join(timed)} ({version})", make)
-    return choice if seconds is None else dataclasses.replace(choice, seconds=seconds)
+    return choice if seconds is None else dataclasses.replace(choice, seconds=_as_run(seconds))
+
+
+def _by_onednn(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    return onednn_linear(x, W, None)
+
+
+_RUN: dict[str, Callable[..., None]] = {**plans.PLANS, ONEDNN: functools.partial(plans.split, linear=_by_onednn)}
+
+
+def _as_run(seconds: Mapping[str, float]) -> dict[str, float]:
+    """What each order takes with the frozen products of the library that is faster."""
+    found = dict(seconds)
+    found["split"] = min(found["split"], found.pop(ONEDNN, math.inf))
+    return found
 
 
 Shapes = tuple[tuple[int, int] | None, ...]

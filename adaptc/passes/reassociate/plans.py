@@ -18,14 +18,22 @@ import torch
 Tensor = torch.Tensor
 
 
-def split(x: Tensor, g: Tensor | None, W: Tensor, A: Tensor, B: Tensor, input_grad: bool) -> None:
-    y, h = x @ W.t(), x @ A.t()
+def _linear(x: Tensor, W: Tensor) -> Tensor:
+    return x @ W.t()
+
+
+def split(
+    x: Tensor, g: Tensor | None, W: Tensor, A: Tensor, B: Tensor, input_grad: bool,
+    linear: Callable[[Tensor, Tensor], Tensor] = _linear,
+) -> None:  # fmt: skip
+    """``linear``: what makes the frozen products, (x, W) -> x W^T."""
+    y, h = linear(x, W), x @ A.t()
     torch.addmm(y, h, B.t(), out=y)
     if g is None:
         return
     q = _factor_grads(x, g, A, B, h)
     if input_grad:
-        dx = g @ W
+        dx = linear(g, W.t())
         torch.addmm(dx, q, A, out=dx)
 
 
