@@ -18,6 +18,7 @@ from adaptc.errors import UnsupportedError
 from adaptc.methods import quantised
 from adaptc.runtime import attach, output_hooks, regions, warmup
 from adaptc.runtime.prologue import Capture, EntryMethod, Prologue, compiled
+from adaptc.runtime.restart import Before
 
 if TYPE_CHECKING:
     from adaptc.runtime.handle import Handle
@@ -42,8 +43,9 @@ class Captures:
         self._blocks: dict[str, Callable[..., Any]] = {}
         #: Path of each block that is captured by itself -> the name of those it shares its graphs with.
         self.regions: dict[str, str] = {}
-        #: Kinds of calls that a block found to need capturing whole.
+        #: Kinds of calls that a block found to need capturing whole, and kinds of which one ran to its end by block.
         self._whole: set[tuple[object, ...]] = set()
+        self._by_block: set[tuple[object, ...]] = set()
         #: Whether the last call was captured whole, for blocks that its backward computes again.
         self.last_was_whole = False
         #: Whether what a training step needs was begun with.
@@ -65,12 +67,16 @@ class Captures:
         kind = (entry, *regions.kind_of_call(model, kwargs))
         if not self.regions or kind in self._whole or regions.wants_whole(model, args, kwargs):
             return self._capture(entry, function, backend)(*args, **kwargs)
-        eager = set(self.eager)
+        eager, before = set(self.eager), None if kind in self._by_block else Before(model)
         try:
-            return self._capture(entry, function, None)(*args, **kwargs)
+            result = self._capture(entry, function, None)(*args, **kwargs)
+            self._by_block.add(kind)
+            return result
         except regions.CaptureWhole:
             self._whole.add(kind)
             self.eager = eager
+        if before is not None:
+            before.restore()
         return self._capture(entry, function, backend)(*args, **kwargs)
 
     def _capture(self, entry: str, function: Callable[..., Any], backend: AdapterBackend | None) -> Capture:
@@ -134,7 +140,7 @@ class Captures:
         if self.backend is not None:
             self.counts["past_graphs"] += len(self.backend.graphs)
         self.backend, self._callables, self._blocks, self._packable = None, {}, {}, None
-        self.regions, self._whole = {}, set()
+        self.regions, self._whole, self._by_block = {}, set(), set()
         epoch = str(next(_EPOCHS))
         for site in self.handle.sites:
             adapters = attach.adapters_of(site.module)

@@ -15,6 +15,7 @@ import adaptc
 from adaptc.errors import LiftedRegionWarning, NewSignatureWarning
 from adaptc.ir import dialect
 from adaptc.runtime.regions import arm
+from adaptc.runtime.restart import LARGEST
 from tests.models import hosts
 from tests.reference import (
     check_against_reference,
@@ -267,6 +268,39 @@ def test_what_only_a_block_can_see_has_the_call_captured_whole(freeze):
             check_against_reference(model, base, ids)
     (graph,) = model.adaptc.graphs
     assert len(graph.sites) == 14 and model.adaptc.eager_sites() == []
+
+
+class Statistics(nn.Module):
+    """Random numbers and running statistics in front of blocks that run without gradients; in the last one too."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm1d(6), nn.Dropout(0.5)
+        self.register_buffer("weight", torch.ones(LARGEST + 1))
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)) for _ in range(3))
+
+    def forward(self, x):
+        x = self.layers[0](self.drop(self.norm(x)))
+        with torch.no_grad():
+            return self.layers[2](self.layers[1](x))
+
+
+def test_a_call_that_begins_anew_leaves_behind_what_one_call_does():
+    torch.manual_seed(0)
+    base, x = Statistics(), torch.randn(8, 6) + 3
+    by_block, whole = regional(base), regional(base, regional=False)
+    for source, target in zip(whole.adaptc.parameters(), by_block.adaptc.parameters(), strict=True):
+        target.data.copy_(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LiftedRegionWarning)
+        for calls in (1, 2):
+            found = []
+            for model in (by_block, whole):
+                torch.manual_seed(calls)
+                found.append([model(x), torch.rand(3), *model.buffers()])
+            torch.testing.assert_close(*found)
+            assert by_block.norm.num_batches_tracked == by_block.layers[0][1].num_batches_tracked == calls
+    assert by_block.adaptc.captures.regions and by_block.adaptc.captures.last_was_whole
 
 
 @pytest.mark.slow
