@@ -188,6 +188,7 @@ def host() -> dict[str, str]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
+        "onednn": str(torch.backends.mkldnn.enabled),
         "precision": " ".join(map(torch_internals.product_precision, ("cpu", "cuda"))),
         "build": hashlib.sha256(torch.__config__.show().encode()).hexdigest()[:16],
     }

@@ -155,7 +155,9 @@ def _take_requires_grad(handle: Handle, trained: dict[str, bool], live: tuple[st
 def _plain_key(key: str, adapter: str) -> str:
     """PEFT's parameter name as it stands in a file: without the adapter's name."""
     parts = key.replace(f".modules_to_save.{adapter}.", ".").split(".")
-    return ".".join(part for i, part in enumerate(parts) if part != adapter or i < len(parts) - 2)
+    plain = ".".join(part for i, part in enumerate(parts) if part != adapter or i < len(parts) - 2)
+    # Of a magnitude PEFT's file has the name of the module that holds it.
+    return plain.removesuffix(".weight") if plain.endswith(".lora_magnitude_vector.weight") else plain
 
 
 def check_name(model: nn.Module, name: str) -> None:

@@ -32,6 +32,9 @@ def seed_dropout(gm: fx.GraphModule, context: Context) -> Result:
 
 def _seed(gm: fx.GraphModule, context: Context, result: Result) -> None:
     for node, x, p in _dropouts(gm):
+        if not all(dialect.of_target(user.target) for user in node.users):
+            result.refuse(_site(node), "the base model's product reads what it drops too: its mask is kept")
+            continue
         if not context.spend():
             result.refuse(_site(node), "limit reached")
             continue
@@ -41,17 +44,17 @@ def _seed(gm: fx.GraphModule, context: Context, result: Result) -> None:
 
 
 def _dropouts(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.Node, float]]:
-    """The active dropouts that adapters read, and nothing else does; with what they drop and how often."""
+    """The active dropouts that adapters read; with what they drop and how often."""
     found = []
     for node in gm.graph.find_nodes(op="call_function", target=F.dropout):
         dropout = dropout_of(node)
         if dropout is None or not dropout[2] or dropout[1] == 0:
             continue
         x, p, _ = dropout
-        if node.users and all(dialect.of_target(user.target) for user in node.users):
+        if any(dialect.of_target(user.target) for user in node.users):
             found.append((node, x, p))
     return found
 
 
 def _site(node: fx.Node) -> str:
-    return site_of(next(iter(node.users)))
+    return site_of(next(user for user in node.users if dialect.of_target(user.target)))

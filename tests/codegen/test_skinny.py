@@ -259,3 +259,36 @@ def test_without_a_compiler_the_bodies_run(name, monkeypatch):
     without = dialect.get(name).overload(*args)
     torch.testing.assert_close(with_kernel, without)
     assert dialect.get(name).kernel(*args) is None
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("drops", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_share_the_rows_and_find_nothing_of_earlier_calls(dtype, drops, threads):
+    """As many rows as there is work for each thread, in memory that calls before left NaN in."""
+    torch.manual_seed(0)
+    (M, K), ranks = (1003, 517), [16, 33]
+    x, h = torch.randn(M, K).to(dtype), [torch.randn(M, r).to(dtype) for r in ranks]
+    A, scale = [torch.randn(r, K).to(dtype) for r in ranks], [torch.full((1,), 0.75, dtype=torch.float64)] * 2
+    seeds, p = ([torch.tensor([3]), torch.tensor([7])], [0.1, 0.5]) if drops else ([], [])
+    wide, nan = torch.full((M, 640), torch.nan).to(dtype), [torch.full((M, 40), torch.nan).to(dtype)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        skinny.update(wide.clone(), nan, [torch.full((40, 640), torch.nan).to(dtype)], [], [])
+        skinny.gradient(nan, wide, dtype, [], [])
+        skinny.shrink(wide, [torch.full((40, 640), torch.nan).to(dtype)], scale[:1], [], [])
+        total = x.clone()
+        skinny.update(total, h, A, seeds, p)
+        got = [*skinny.shrink(x, A, scale, seeds, p), *skinny.gradient(h, x, torch.float32, seeds, p), total]
+        got += [] if drops else skinny.both(x, h[0], A[0].t(), scale[0], torch.float32)
+    finally:
+        torch.set_num_threads(before)
+    kept, wide_x = masks(x, len(ranks), seeds, p), x.double()
+    want = [0.75 * (wide_x * mask) @ a.double().t() for mask, a in zip(kept, A, strict=True)]
+    want += [one.double().t() @ (wide_x * mask) for mask, one in zip(kept, h, strict=True)]
+    want += [wide_x + sum(mask * (q.double() @ a.double()) for mask, q, a in zip(kept, h, A, strict=True))]
+    want += [] if drops else [0.75 * wide_x @ A[0].double().t(), wide_x.t() @ h[0].double()]
+    for one, exact in zip(got, want, strict=True):
+        bound = 1e-5 if one.dtype == torch.float32 else 6e-3
+        assert float((one.double() - exact).norm() / exact.norm()) < bound

@@ -24,6 +24,8 @@ def lora(**options):
 CASES = {
     "lora": ("llama", lora(target_modules=["q_proj", "down_proj"])),
     "rslora": ("llama", lora(use_rslora=True, rank_pattern={"k_proj": 5}, target_modules=["k_proj", "v_proj"])),
+    "dora": ("llama", lora(use_dora=True, target_modules=["q_proj", "up_proj"])),
+    "lora bias": ("bert", lora(lora_bias=True, target_modules=["query", "value"])),
     "conv1d": ("gpt2", lora(target_modules=["c_attn"], fan_in_fan_out=True)),
     "head": ("bert", lora(target_modules=["query"], task_type="SEQ_CLS")),
     "biases": ("bert", lora(target_modules=["query", "value"], bias="lora_only")),
@@ -35,6 +37,8 @@ def ours_to_theirs(name):
     """An adaptc parameter name in PEFT's words."""
     name = re.sub(r"\.adapters\.(\w+)\.copy\.", r".modules_to_save.\1.", name)
     name = re.sub(r"\.adapters\.(\w+)\.(lora_[AB])$", r".\2.\1.weight", name)
+    name = re.sub(r"\.adapters\.(\w+)\.lora_magnitude$", r".lora_magnitude_vector.\1.weight", name)
+    name = re.sub(r"\.adapters\.(\w+)\.lora_B_bias$", r".lora_B.\1.bias", name)
     name = re.sub(r"\.adapters\.(\w+)\.(ia3_l)$", r".\2.\1", name)
     return "base_model.model." + re.sub(r"\.adapters\.(\w+)\.bias$", r".base_layer.bias", name)
 

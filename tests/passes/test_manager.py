@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import adaptc
-from adaptc.codegen import lowering
+from adaptc.codegen import choices, lowering
 from adaptc.errors import PipelineError, PlanError
 from adaptc.ir import dialect
 from adaptc.ir.code_hash import code_hash
@@ -277,8 +277,9 @@ def edited(function):
     return changed
 
 
+PARTS = ("body", "fake", "save", "gradient", "cost", "lowering", "kernel", "whole")
 OP_PARTS = [
-    (name, part) for name in dialect.names() for part in ("body", "fake", "save", "gradient", "cost", "lowering")
+    (name, part) for name in dialect.names() for part in PARTS
     if getattr(dialect.get(name), part) is not None
 ]  # fmt: skip
 
@@ -293,6 +294,19 @@ def test_the_key_changes_with_every_part_of_an_op(monkeypatch, name, part):
     assert pipeline.uuid() != before
     monkeypatch.undo()
     assert pipeline.uuid() == before
+
+
+@pytest.mark.parametrize("key", choices.host())
+def test_the_key_and_the_table_change_with_what_timings_depend_on(monkeypatch, key):
+    before, table, another = Pipeline.from_options().uuid(), choices._path(), {**choices.host(), key: "another"}
+    monkeypatch.setattr(choices, "host", lambda: another)
+    assert Pipeline.from_options().uuid() != before and choices._path() != table
+
+
+def test_the_key_changes_with_a_library_that_is_switched_off():
+    before = Pipeline.from_options().uuid()
+    with torch.backends.mkldnn.flags(enabled=not torch.backends.mkldnn.enabled):
+        assert Pipeline.from_options().uuid() != before
 
 
 @pytest.mark.parametrize("name", list(lowering._ATEN))

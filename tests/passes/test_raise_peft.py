@@ -15,6 +15,7 @@ import adaptc
 from adaptc.codegen import peft_backend
 from adaptc.codegen.backend import AdapterBackend, BackendOptions
 from adaptc.errors import AdaptcWarning
+from adaptc.ir import dialect
 from adaptc.passes.manager import Pipeline, op_counts
 from adaptc.passes.raise_peft import site_path
 from tests.models import hosts
@@ -148,6 +149,9 @@ def test_dropout_is_seeded_and_eval_has_none():
     assert losses[0] == losses[1] != losses[2]
     found = op_counts(backend.graphs[0].graph_module("seed_dropout"))
     assert found["seeded_dropout"] == SITES and "dropout" not in found
+    seeded = dialect.get("seeded_dropout").overload
+    graph = backend.graphs[0].graph_module("seed_dropout").graph
+    assert {node.args[2] for node in graph.find_nodes(op="call_function", target=seeded)} == {0.4}
     model.eval()
     torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss)
     assert "dropout" not in op_counts(backend.graphs[-1].graph_module("canonicalise"))
