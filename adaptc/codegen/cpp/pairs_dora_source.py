@@ -76,7 +76,7 @@ static void dora_output_grads(const half* g, const half* z, const float* bias, c
                 Factor rest = h;
                 rest.data = static_cast<const char*>(rest.data) + i0 * rest.across * (rest.is_bf16 ? 2 : 4);
                 pack_others(rest, n, left, ranks, 0, (n + 1) / 2);
-                gradient_block(g + i0 * width, width, width, n, left, ranks, own, stride);
+                gradient_block(g + i0 * width, width, width, n, left, ranks, own, stride, z + i0 * width);
                 std::fill_n(partial, stride, 0.0f);
                 for (int64_t i = i0; i < i0 + n; ++i)
                     dora_row(g + i * width, z + i * width, bias, own_c, dz + i * width, partial, width);

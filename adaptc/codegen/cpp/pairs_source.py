@@ -24,7 +24,7 @@ typedef uint32_t pair;  // two of them, the first in the low bits
 constexpr int W = 16;
 // 24 sums and what they read fit the 32 registers. Rows of a power of two bytes fall on few sets of a cache: no more of
 // them than it has ways for.
-constexpr int64_t ROWS = 12, BLOCK = 96, STRIP = 2 * W, TILE = 8;
+constexpr int64_t ROWS = 12, BLOCK = 96, STRIP = 2 * W, TILE = 8, AHEAD = 4 * STRIP;
 
 // A result, dense: (other side, rank), or (rank, other side).
 struct Part {
@@ -164,9 +164,10 @@ static void shrink_block(const half* x, int64_t ldx, int64_t width, const pair* 
     if (c < columns) shrink_rows<1>(x, ldx, width, p + c, columns, out + c, rows, left);
 }
 
-// sums[columns, stride] += h^T x for a block of rows of x, whose pairs ``h`` (rows / 2, columns) holds.
+// sums[columns, stride] += h^T x for a block of rows of x, whose pairs ``h`` (rows / 2, columns) holds; ``soon``: as
+// many rows of the same width that are read behind it, which the memory is asked for meanwhile.
 static void gradient_block(const half* x, int64_t ldx, int64_t width, int64_t rows, const pair* h, int64_t columns,
-                           float* sums, int64_t stride) {
+                           float* sums, int64_t stride, const half* soon = nullptr) {
     const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
                                            37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
@@ -177,6 +178,9 @@ static void gradient_block(const half* x, int64_t ldx, int64_t width, int64_t ro
         const __mmask32 mask = count == STRIP ? ~0u : (1u << count) - 1;
         for (int64_t k = 0; k < pairs; ++k) {
             const half* row = x + 2 * k * ldx + c;
+            if (soon != nullptr)
+                for (int64_t i = 2 * k; i < std::min(2 * k + 2, rows); ++i)
+                    _mm_prefetch((const char*)(soon + i * width + c), _MM_HINT_T1);
             const __m512i a = _mm512_maskz_loadu_epi16(mask, row);
             const __m512i b = 2 * k + 1 < rows ? _mm512_maskz_loadu_epi16(mask, row + ldx) : _mm512_setzero_si512();
             strip[k][0] = _mm512_permutex2var_epi16(a, first, b);
@@ -357,6 +361,8 @@ static inline void update_tile(const half* from, half* out, int64_t ld, const pa
 template <bool RESCALES>
 static void update_rows(const half* from, half* out, int64_t ld, int64_t rows, const pair* q, int64_t depth,
                         const pair* a, int64_t lda, __mmask32 mask, Columns at) {
+    // What is written soon is fetched first, where it is not the memory that is read.
+    for (int64_t i = 0; i < rows && RESCALES; ++i) __builtin_prefetch(out + i * ld + AHEAD, 1);
     if (rows == ROWS) return update_tile<ROWS, RESCALES>(from, out, ld, q, depth, a, lda, mask, at);
     for (int64_t i = 0; i < rows; ++i) {
         update_tile<1, RESCALES>(from, out, ld, q, depth, a, lda, mask, at);
