@@ -18,7 +18,7 @@ from torch import fx
 from adaptc.codegen.torch_internals import node_value
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
-from adaptc.ir.sites import dropout_of, site_of
+from adaptc.ir.sites import dropout_of, is_inserted, site_of
 from adaptc.passes.contract import Context, Contract, everywhere
 
 CONTRACT = Contract(
@@ -33,7 +33,8 @@ def seed_dropout(gm: fx.GraphModule, context: Context) -> Result:
 def _seed(gm: fx.GraphModule, context: Context, result: Result) -> None:
     for node, x, p in _dropouts(gm):
         if not all(dialect.of_target(user.target) for user in node.users):
-            result.refuse(_site(node), "the base model's product reads what it drops too: its mask is kept")
+            if is_inserted(node):  # else it is one of the base model, which is none of ours
+                result.refuse(_site(node), "the base model's product reads what it drops too: its mask is kept")
             continue
         if not context.spend():
             result.refuse(_site(node), "limit reached")

@@ -19,8 +19,7 @@ class Before:
         self._cpu = torch.get_rng_state()
         devices = {p.device for p in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
         self._devices = [(device, _generator(device, "get_rng_state")()) for device in devices]
-        plain = [b for b in model.buffers() if type(b) is torch.Tensor and not (b.is_meta or b.is_inference())]
-        self._buffers = [(b, b.detach().clone()) for b in plain if b.numel() <= LARGEST]
+        self._buffers = [(b, b.detach().clone()) for b in model.buffers() if _is_plain(b) and b.numel() <= LARGEST]
 
     def restore(self) -> None:
         """Make them what they were."""
@@ -31,6 +30,12 @@ class Before:
             for buffer, values in self._buffers:
                 if not torch.equal(buffer, values):
                     buffer.copy_(values)
+
+
+def _is_plain(buffer: torch.Tensor) -> bool:
+    """Whether its values can be read and written: not those of a subclass, which may be elsewhere."""
+    dense = type(buffer) is torch.Tensor and buffer.layout is torch.strided and not buffer.is_nested
+    return dense and not (buffer.is_meta or buffer.is_inference())
 
 
 def _generator(device: torch.device, name: str) -> Any:

@@ -216,6 +216,23 @@ def test_a_block_that_is_computed_again_has_the_same_masks(dtype, options):
         assert torch.equal(plain, recomputed)
 
 
+def refusals(model):
+    report = next(r for r in trained_graph(model).reports if r.name == "seed_dropout")
+    assert report.result.applied == []
+    return report.result.refused
+
+
+def test_a_mask_that_is_kept_is_told_and_a_dropout_of_the_base_model_is_not():
+    _, model = adapted(dropout=0.4, dora=True)
+    reason = "the base model's product reads what it drops too: its mask is kept"
+    assert refusals(model) == [("layers.0.up", reason), ("layers.0.down", reason)]
+    base = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 4)).train()
+    model = adaptc.compile(base, adaptc.LoRA(r=2, targets="all-linear"), backend="aot_eager")
+    model(torch.randn(3, 6)).sum().backward()
+    (graph,) = model.adaptc.graphs
+    assert [r.result.refused for r in graph.reports if r.name == "seed_dropout"] == [[]]
+
+
 def test_verified_it_holds():
     _, model = adapted(dropout=0.4, verify="raise")
     report = next(r for r in trained_graph(model).reports if r.name == "seed_dropout")
