@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from functorch.compile import aot_module_simplified, make_boxed_func, min_cut_rematerialization_partition
 from torch import fx
 
-from adaptc.codegen import torch_internals
+from adaptc.codegen import choices, torch_internals
 from adaptc.codegen.adapter_inputs import AdapterTensors, positions
 from adaptc.codegen.cpp import build
 from adaptc.codegen.graphs import CapturedGraph
@@ -26,6 +28,8 @@ from adaptc.runtime.recompute import mark
 
 #: Backends whose joint forward+backward graph the passes can reach.
 JOINT_BACKENDS = ("inductor", "aot_eager")
+#: Of a graph whose compiled code was made before.
+FROM_CACHE = "compiled code from the cache: the joint passes ran when it was made"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +108,7 @@ class AdapterBackend:
                 on_stage=graph.keep_stage,
                 validate=validate.validator(self.options.verify, inputs),
             )
-        graph.reports += reports
+        graph.keep_reports(reports)
         compiled = self._lower(gm, inputs, graph)
         return _note_sites(compiled, list(site_ids), self.ran, graph.ran)
 
@@ -128,9 +132,13 @@ class AdapterBackend:
         joint = JointStage(self.pipeline, self.options, graph)
         if name == "inductor":
             patches = {**torch_internals.inductor_mode_options(self.options.mode), **self.options.options}
+            ambient = torch_internals.ambient_modes()
             compiled = torch_internals.compile_with_inductor(gm, inputs, patches, joint, LastStage(joint))
-            if "joint" not in graph.stages:
-                graph.notes.append("compiled code from the cache: the joint passes ran when it was made")
+            if not graph.saw_joint:
+                graph.notes.append(FROM_CACHE)
+                # Fake ones: a report does not keep a batch alive.
+                fakes = [torch_internals.node_value(n) for n in gm.graph.nodes if n.op == "placeholder"]
+                graph.run_joint_passes = functools.partial(joint.run_again, gm, fakes, patches, ambient)
             return compiled
         if name == "aot_eager":
             return compile_aot_eager(gm, inputs, joint)
@@ -188,11 +196,12 @@ class JointStage:
         torch_internals.name_joint_inputs(gm, self.graph.input_sources)
         torch_internals.mark_backward(gm)
         start = self.graph.keep_stage("joint", gm)
+        context = Context(record=bool(self.options.verify))
         with build.hold():
             rewritten, reports = self.pipeline.run(
                 gm,
                 "joint",
-                Context(record=bool(self.options.verify), choices=self.graph.choices),
+                context,
                 start=start,
                 on_stage=self.graph.keep_stage,
                 validate=validate.validator(self.options.verify, None),
@@ -200,10 +209,28 @@ class JointStage:
         if rewritten is not gm:
             # A rolled-back pass leaves a copy; the caller holds `graph`, so its nodes are replaced.
             gm.graph = rewritten.graph
-        self.graph.reports += reports
+        self.graph.keep_reports(reports, context.choices)
 
-    def uuid(self) -> str:
-        return self.pipeline.uuid()
+    def run_again(
+        self,
+        gm: fx.GraphModule,
+        fakes: Sequence[Any],
+        patches: Mapping[str, Any],
+        ambient: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> None:
+        """Do for a report what was done when the code that the cache had was made: choices are read from their file,
+        and nothing is timed."""
+        with ambient(), choices.known_only() as unknown:
+            try:
+                torch_internals.show_joint_graph(gm, fakes, patches, self)
+            except Exception as error:  # whatever it is: the compiled code is right without a report on it
+                self.graph.notes.append(f"they cannot be shown: {type(error).__name__}: {error}".splitlines()[0])
+        if unknown:
+            self.graph.notes.append(f"what it chose is no longer on file for: {'; '.join(dict.fromkeys(unknown))}")
+
+    def uuid(self) -> str | None:
+        """None with ``verify``: code from a cache would not have been checked."""
+        return None if self.options.verify else self.pipeline.uuid()
 
 
 class LastStage:
@@ -216,7 +243,7 @@ class LastStage:
         torch_internals.order_reads_after_writes()
         self.joint.graph.in_place += accumulate_in_place(graph)
 
-    def uuid(self) -> str:
+    def uuid(self) -> str | None:
         return self.joint.uuid()
 
 

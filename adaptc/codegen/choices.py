@@ -8,6 +8,7 @@ process: of several that ask at once, one times and the others wait for it. Dele
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import hashlib
@@ -18,7 +19,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import filelock
@@ -109,8 +110,11 @@ def measure(question: str, make: Callable[[], Ways]) -> Mapping[str, float] | No
     if torch.are_deterministic_algorithms_enabled():
         return None
     path = _path()
-    known = _MEMORY.known
+    known, unanswered = _MEMORY.known, _MEMORY.unanswered.get()
     if (path, question) not in known:
+        if unanswered is not None and question not in Table(path).read():
+            unanswered.append(question)
+            return None
         try:
             known[path, question] = Table(path).ask(question, lambda: _time_aside(make))
         except (RuntimeError, MemoryError) as error:
@@ -127,9 +131,22 @@ class _Memory:
 
     def __init__(self) -> None:
         self.known: dict[tuple[Path, str], dict[str, float] | None] = {}
+        #: Where nothing is to be timed: the questions whose answers are not on file.
+        self.unanswered: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("unanswered", default=None)
 
 
 _MEMORY = _Memory()
+
+
+@contextlib.contextmanager
+def known_only() -> Iterator[list[str]]:
+    """Time nothing inside the block; collects the questions that would have been timed."""
+    unanswered: list[str] = []
+    token = _MEMORY.unanswered.set(unanswered)
+    try:
+        yield unanswered
+    finally:
+        _MEMORY.unanswered.reset(token)
 
 
 def _time_aside(make: Callable[[], Ways]) -> dict[str, float]:

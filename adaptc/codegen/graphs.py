@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import fx
@@ -22,7 +23,8 @@ class CapturedGraph:
     """One graph that Dynamo captured, with a snapshot after every pass.
 
     Stages are called "captured", by the name of each pass that ran on the captured graph, "joint", and by the
-    name of each pass that ran on the joint graph.
+    name of each pass that ran on the joint graph. Of code that
+    came from a cache the latter are made when somebody asks.
     """
 
     index: int
@@ -33,7 +35,6 @@ class CapturedGraph:
     training: bool
     pipeline: str
     sites: list[str] = dataclasses.field(default_factory=list)
-    reports: list[PassReport] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     #: Where Dynamo read each input, in order.
     input_sources: list[str | None] = dataclasses.field(default_factory=list, repr=False)
@@ -43,15 +44,50 @@ class CapturedGraph:
     is_recompile: bool = False
     #: Sums that Inductor's code makes where their first term is.
     in_place: int = 0
-    #: What passes chose by its speed, once for each product.
-    choices: list[Choice] = dataclasses.field(default_factory=list, repr=False)
+    #: Runs the joint passes, where the compiled code is from a cache and they have not run in this process.
+    run_joint_passes: Callable[[], None] | None = dataclasses.field(default=None, repr=False)
     #: ``id`` of the site-id tensors it was called with: of several layers, where they share the graph.
     ran: set[int] = dataclasses.field(default_factory=set)
     _stages: dict[str, fx.GraphModule] = dataclasses.field(default_factory=dict, repr=False)
+    _reports: list[PassReport] = dataclasses.field(default_factory=list, repr=False)
+    _choices: list[Choice] = dataclasses.field(default_factory=list, repr=False)
 
     @property
     def stages(self) -> list[str]:
+        self._complete()
         return list(self._stages)
+
+    @property
+    def reports(self) -> Sequence[PassReport]:
+        """What each pass did, in order."""
+        self._complete()
+        return self._reports
+
+    @property
+    def capture_reports(self) -> Sequence[PassReport]:
+        """What the passes on the captured graph did."""
+        return [report for report in self._reports if report.level == "dynamo"]
+
+    @property
+    def choices(self) -> Sequence[Choice]:
+        """What passes chose by its speed, once for each product."""
+        self._complete()
+        return self._choices
+
+    @property
+    def saw_joint(self) -> bool:
+        """Whether the joint passes have run."""
+        return "joint" in self._stages
+
+    def _complete(self) -> None:
+        run, self.run_joint_passes = self.run_joint_passes, None
+        if run is not None:
+            run()
+
+    def keep_reports(self, reports: Sequence[PassReport], choices: Sequence[Choice] = ()) -> None:
+        """Add what passes did and chose."""
+        self._reports += reports
+        self._choices += choices
 
     def keep_stage(self, name: str, gm: fx.GraphModule) -> fx.GraphModule:
         """Keep a copy of ``gm`` as stage ``name``; returns it."""
@@ -67,6 +103,8 @@ class CapturedGraph:
         Raises:
             PipelineError: there is no such stage.
         """
+        if name not in self._stages:
+            self._complete()
         if name not in self._stages:
             raise PipelineError(f"graph {self.index} has no stage {name!r}", found=", ".join(self._stages))
         return self._stages[name]

@@ -56,7 +56,7 @@ def _no_tensors() -> AdapterTensors:
 
 
 def _report(graph: CapturedGraph) -> None:
-    raised = next(report for report in graph.reports if report.name == "raise_peft")
+    raised = next(report for report in graph.capture_reports if report.name == "raise_peft")
     LOG.info("%d of PEFT's LoRA layers are rewritten", len(raised.result.applied))
     for site, reason in raised.result.refused:
         LOG.info("left as it was: %s: %s", site, reason)

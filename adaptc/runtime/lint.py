@@ -167,7 +167,7 @@ class Lint:
 
 def lifted(graphs: Sequence[CapturedGraph]) -> set[str]:
     """The sites whose ``no_grad`` region was lifted in one of the graphs."""
-    reports = [r for graph in graphs for r in graph.reports if r.name == "lift_no_grad" and not r.rolled_back]
+    reports = [r for graph in graphs for r in graph.capture_reports if r.name == "lift_no_grad" and not r.rolled_back]
     return {path for r in reports for rewrite in r.result.applied for path in rewrite.site.split(SEPARATOR)}
 
 

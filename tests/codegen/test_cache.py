@@ -6,6 +6,11 @@ uuid.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -15,9 +20,11 @@ from torch._inductor.codecache import FxGraphCache
 from torch._inductor.utils import fresh_cache
 
 import adaptc
-from adaptc.codegen import lowering
+from adaptc.codegen import lowering, torch_internals
+from adaptc.codegen.backend import FROM_CACHE
 from adaptc.ir import dialect, lora
 from adaptc.passes.manager import Pipeline
+from tests.models import hosts
 
 pytestmark = pytest.mark.inductor
 
@@ -110,8 +117,121 @@ def test_the_report_says_what_came_from_the_cache():
         model = adaptc.compile(Site(), adaptc.LoRA(r=3, init="random", targets="fc"))
         model(torch.randn(4, 6)).sum().backward()
         notes.append(model.adaptc.graphs[0].notes)
-        assert (notes[-1] == []) == ("lower" in model.adaptc.graphs[0].stages)
-    assert notes == [[], ["compiled code from the cache: the joint passes ran when it was made"]]
+        assert (notes[-1] == []) == model.adaptc.graphs[0].saw_joint
+    assert notes == [[], [FROM_CACHE]]
+
+
+def report_on(options, autocast):
+    """(whether the joint passes were still to run when the step had ended, the report, every stage as text)."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = adaptc.compile(hosts.build("llama"), adaptc.LoRA(r=4, dropout=0.05, targets="all-linear"), **options)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(**hosts.batch("llama"))[0].float().sum().backward()
+    graphs = model.adaptc.graphs
+    waiting = [not graph.saw_joint for graph in graphs]
+    state = torch.get_rng_state()
+    told = model.adaptc.explain().to_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    return waiting, told, [graph.stage(stage) for graph in graphs for stage in graph.stages]
+
+
+@pytest.mark.parametrize(
+    "options, autocast", [({}, False), ({"regional": True}, True)], ids=["whole", "regional, autocast"]
+)
+def test_a_report_on_code_from_the_cache_says_what_the_first_one_said(options, autocast):
+    (first_waits, first, stages), (waiting, again, same) = (report_on(options, autocast) for _ in range(2))
+    assert not any(first_waits) and all(waiting)
+    passes = first["graph 0: passes"]
+    assert [line.split()[0] for line in passes if not line.startswith(" ")] == str(Pipeline.from_options()).split(",")
+    # What Inductor's own graph holds is not made again.
+    only_of_the_first = ("in place ", "compiled code from the cache")
+    first, again = (
+        {title: [line for line in lines if not line.strip().startswith(only_of_the_first)]
+         for title, lines in told.items()}
+        for told in (first, again)
+    )  # fmt: skip
+    assert again == first and same == stages
+
+
+def test_what_cannot_be_shown_says_why(monkeypatch):
+    step()
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = adaptc.compile(Site(), adaptc.LoRA(r=3, alpha=6, init="random", targets="fc"))
+    model(torch.randn(4, 6)).sum().backward()
+    (graph,) = model.adaptc.graphs
+
+    def fails(*_):
+        raise RuntimeError("torch has changed")
+
+    monkeypatch.setattr(torch_internals, "show_joint_graph", fails)
+    assert "lower" not in graph.stages
+    assert graph.notes[1] == "they cannot be shown: RuntimeError: torch has changed"
+    assert "  they cannot be shown" in str(model.adaptc.explain())
+
+
+PROCESS = """
+import json, torch
+from torch import nn
+import adaptc
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512))
+plan = adaptc.LoRA(r=256, init="random", dropout=0.1, targets="all-linear")
+model = adaptc.compile(model, plan)
+x = torch.randn(256, 512, requires_grad=True)
+out = model(x)
+out.square().sum().backward()
+(graph,) = model.adaptc.graphs
+numbers = [out, x.grad, *(p.grad for p in model.adaptc.parameters())]
+print(json.dumps({
+    "cached": not graph.saw_joint,
+    "numbers": [t.detach().double().sum().item().hex() for t in numbers],
+    "chosen": model.adaptc.explain().to_dict().get("chosen for this host"),
+    "notes": graph.notes,
+}))
+"""
+
+
+def test_another_process_finds_code_and_choices_and_computes_the_same(tmp_path):
+    def run():
+        folder = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", PROCESS], env=folder, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def tables():
+        return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("adaptc/*.json")}
+
+    first = run()
+    timed = tables()
+    again = run()
+    assert not first["cached"] and again["cached"]
+    assert again["numbers"] == first["numbers"]
+    assert first["chosen"] and again["chosen"] == first["chosen"]
+    assert again["notes"] == [FROM_CACHE] and tables() == timed != {}
+    for name in timed:
+        (tmp_path / "adaptc" / name).unlink()
+    without = run()
+    assert without["cached"] and without["numbers"] == first["numbers"]
+    assert without["chosen"] is None and tables() == {}
+    assert without["notes"][1].startswith("what it chose is no longer on file for: ")
+
+
+def test_with_verify_nothing_comes_from_the_cache():
+    """What was made without the checks was not checked."""
+    plan = adaptc.LoRA(r=3, alpha=6, init="random", targets="fc")
+    for verify, checked in ((False, False), ("raise", True), ("raise", True), (False, False)):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model = adaptc.compile(Site(), plan, verify=verify)
+        model(torch.randn(4, 6)).sum().backward()
+        reports = [r for r in model.adaptc.graphs[0].reports if r.result.applied]
+        assert len(reports) > 3 and all((r.errors is not None) == checked for r in reports)
 
 
 def test_another_pipeline_does_not_find_it():

@@ -51,6 +51,7 @@ from adaptc.codegen.torch_internals.inductor import (
     inductor_missing,
     inductor_mode_options,
     order_reads_after_writes,
+    show_joint_graph,
     writes_products,
 )
 from adaptc.codegen.torch_internals.joint import (
@@ -63,6 +64,7 @@ from adaptc.codegen.torch_internals.joint import (
     name_joint_inputs,
 )
 from adaptc.codegen.torch_internals.modes import (
+    ambient_modes,
     autograd_again,
     lazy_graph_module,
     queue_after_backward,
@@ -96,6 +98,7 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "active_data_parallel",
+    "ambient_modes",
     "as_fake",
     "autograd_again",
     "cache_dir",
@@ -145,6 +148,7 @@ __all__ = [
     "reset_dynamo",
     "saves_through_hooks",
     "sets_grad_mode",
+    "show_joint_graph",
     "size_hint",
     "size_text",
     "source_name",

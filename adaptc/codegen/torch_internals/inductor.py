@@ -11,6 +11,9 @@ from torch import fx
 from adaptc.codegen.torch_internals.values import node_value
 from adaptc.errors import UnsupportedError
 
+#: Inductor's option for passes on the joint graph.
+_JOINT = "joint_custom_pre_pass"
+
 
 def compile_with_inductor(
     gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any], joint_pass: Any, last_pass: Any
@@ -24,14 +27,38 @@ def compile_with_inductor(
     from torch._inductor.compile_fx import compile_fx
 
     merged = dict(patches)
-    for key, one in (("joint_custom_pre_pass", joint_pass), ("post_grad_custom_post_pass", last_pass)):
+    for key, one in ((_JOINT, joint_pass), ("post_grad_custom_post_pass", last_pass)):
         merged[key] = graph_pass(one, patches.get(key, getattr(config, key)))
     compiled: Any = compile_fx(gm, list(inputs), config_patches=merged)
     return compiled  # type: ignore[no-any-return]
 
 
+class _SeenEnough(Exception):  # noqa: N818 - it is no error
+    """Ends a compilation of which only the joint graph is wanted."""
+
+
+def show_joint_graph(
+    gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any], joint_pass: Callable[[fx.Graph], None]
+) -> None:
+    """Call ``joint_pass`` with the joint graph that :func:`compile_with_inductor` gives it, and compile nothing.
+    ``inputs``: fake tensors and sizes. 2.11 to 2.15."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    def look(graph: fx.Graph) -> None:  # without a uuid: no cache is asked
+        joint_pass(graph)
+        raise _SeenEnough
+
+    try:
+        merged = {**patches, _JOINT: graph_pass(look, patches.get(_JOINT, getattr(config, _JOINT)))}
+        compile_fx(gm, list(inputs), config_patches=merged)
+    except _SeenEnough:
+        return
+
+
 def graph_pass(own: Any, before: Any) -> Any:
-    """Wrap a ``(graph) -> None`` pass with a ``uuid()`` as Inductor's CustomGraphPass. 2.11 to 2.15."""
+    """Wrap a ``(graph) -> None`` pass with a ``uuid()``, None where its result is not to be kept in a cache, as
+    Inductor's CustomGraphPass. 2.11 to 2.15."""
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
     earlier = list(before) if isinstance(before, list | tuple) else [before] if before is not None else []
@@ -43,9 +70,9 @@ def graph_pass(own: Any, before: Any) -> Any:
             own(graph)
 
         def uuid(self) -> Any:
-            ids = [getattr(one, "uuid", lambda: None)() for one in earlier]
+            ids = [getattr(one, "uuid", lambda: None)() for one in (*earlier, own)]
             # A neighbour without a uuid makes the whole chain uncacheable, as Inductor itself decides.
-            return None if any(i is None for i in ids) else (*ids, own.uuid())
+            return None if any(i is None for i in ids) else tuple(ids)
 
     return GraphPass()
 

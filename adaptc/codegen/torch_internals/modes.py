@@ -49,6 +49,32 @@ def replace_calls(run: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) ->
     return Replace()  # type: ignore[no-untyped-call]
 
 
+def ambient_modes() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """What a compilation reads beside its graph, as it is now: makes a context in which it is so again. Public names.
+    """
+    grad, deterministic = torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
+    casts = {device: _autocast_of(device) for device in ("cpu", "cuda")}
+    caches = torch.is_autocast_cache_enabled()
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        with contextlib.ExitStack() as stack:
+            stack.callback(torch.use_deterministic_algorithms, before[0], warn_only=before[1])
+            torch.use_deterministic_algorithms(deterministic)
+            stack.enter_context(torch.set_grad_enabled(grad))
+            for device, (enabled, dtype) in casts.items():
+                if (enabled, dtype) != _autocast_of(device):
+                    stack.enter_context(torch.autocast(device, dtype, enabled, caches))
+            yield
+
+    return again
+
+
+def _autocast_of(device: str) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
 @contextlib.contextmanager
 def real_tensors() -> Iterator[None]:
     """A context in which ops compute, inside a compilation that traces with fake tensors. 2.11 to 2.15."""
