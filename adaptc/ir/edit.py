@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from adaptc.codegen.torch_internals import fake_mode_of, lazy_graph_module, node_value, tree_leaves
-from adaptc.ir.origin import INHERITED, OF_CHECKPOINTS, Origin
+from adaptc.ir.origin import INHERITED, Origin
 
 
 @dataclasses.dataclass
@@ -110,7 +110,7 @@ class Edit:
         if self._origin is not None:
             node.meta.update(self._origin.meta)
         else:
-            for key in (*INHERITED, *(OF_CHECKPOINTS if self.of_base else ())):
+            for key in INHERITED:
                 if key in self.position.meta:
                     node.meta[key] = self.position.meta[key]
             mark = {} if self.of_base else {"adaptc": self.site}

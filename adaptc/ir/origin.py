@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import fx
 
+#: What a checkpoint does with a node's value.
+OF_CHECKPOINTS = ("recompute", "ac_graph_id")
 #: What a new node takes over from the node it stands before: where it comes from, and on a joint graph whether it
-#: belongs to the forward or the backward.
+#: belongs to the forward or the backward, and to which checkpoint: a product that does not is saved.
 INHERITED = (
     "nn_module_stack", "fwd_nn_module_stack", "stack_trace", "seq_nr", "source_fn_stack",
-    "partitioner_tag", "autograd_backward",
+    "partitioner_tag", "autograd_backward", *OF_CHECKPOINTS,
 )  # fmt: skip
-#: And a node of the base model that takes another's place: what a checkpoint does with it.
-OF_CHECKPOINTS = ("recompute", "ac_graph_id")
 #: The key at which a node keeps the origins of those that it stands for.
 _KEY = "adaptc_origins"
 
@@ -33,7 +33,7 @@ class Origin:
 
 
 def origin_of(node: fx.Node) -> Origin:
-    return Origin({key: node.meta[key] for key in (*INHERITED, *OF_CHECKPOINTS, "custom") if key in node.meta})
+    return Origin({key: node.meta[key] for key in (*INHERITED, "custom") if key in node.meta})
 
 
 def checkpoint_marks(node: fx.Node) -> dict[str, Any]:

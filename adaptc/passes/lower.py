@@ -25,7 +25,6 @@ from adaptc.codegen.torch_internals import mark_recomputed, node_value, tree_lea
 from adaptc.ir import dialect
 from adaptc.ir.derive import tracing_once
 from adaptc.ir.edit import Edit, Result
-from adaptc.ir.origin import checkpoint_marks
 from adaptc.ir.sites import dialect_nodes, site_of
 from adaptc.passes.contract import Context, Contract, everywhere
 
@@ -75,7 +74,6 @@ def _lower(gm: fx.GraphModule, context: Context, result: Result) -> None:
         values = lowering.aten_lowering(op.name)(edit, *node.args)
         if op.recomputed:
             for new in edit.new_nodes:
-                new.meta.update(checkpoint_marks(node))
                 mark_recomputed(new)
         chosen = [values[cast(int, o.args[1])] for o in outputs] if outputs else [values[0]]
         result.applied.append(edit.finish(*chosen))
