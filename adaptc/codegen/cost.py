@@ -146,17 +146,15 @@ def saved_bytes(forward: fx.GraphModule, backward: fx.GraphModule) -> tuple[int,
     """
     made = {node.name: node for node in forward.graph.nodes}
     inputs = {node.name for node in forward.graph.nodes if node.op == "placeholder"}
-    known = {torch_internals.storage_key(t) for n in inputs for t in _tensors(node_value(made[n]))}
+    counted = _Counted(made[name] for name in inputs)
     base = adapters = 0
     for node in backward.graph.nodes:
         # What the backward alone receives are the gradients of the outputs.
         if node.op != "placeholder" or node.name in inputs or node.name not in made:
             continue
         for tensor in _tensors(node_value(node)):
-            key = torch_internals.storage_key(tensor)
-            if key in known:
+            if not counted.is_new(tensor):
                 continue
-            known.add(key)
             readers = [user for user in node.users if user.op != "output"]
             if is_adapter(made[node.name]) or (readers and all(is_adapter(user) for user in readers)):
                 adapters += tensor_bytes(tensor)
@@ -167,19 +165,31 @@ def saved_bytes(forward: fx.GraphModule, backward: fx.GraphModule) -> tuple[int,
 
 def crossing_bytes(joint: fx.GraphModule) -> int:
     """Bytes that the backward part of a joint graph reads from the forward part, were nothing recomputed."""
-    known = {
-        torch_internals.storage_key(t)
-        for node in joint.graph.nodes if node.op == "placeholder" for t in _tensors(node_value(node))
-    }  # fmt: skip
+    counted = _Counted(node for node in joint.graph.nodes if node.op == "placeholder")
     total = 0
     for node in joint.graph.nodes:
         if node.op == "placeholder" or is_backward(node) or not any(is_backward(user) for user in node.users):
             continue
         for tensor in _tensors(node_value(node)):
-            if (key := torch_internals.storage_key(tensor)) not in known:
-                known.add(key)
+            if counted.is_new(tensor):
                 total += tensor_bytes(tensor)
     return total
+
+
+class _Counted:
+    """What was counted of memory: nothing that is an input's, and each place of it once."""
+
+    def __init__(self, inputs: Iterable[fx.Node]) -> None:
+        self._inputs = {torch_internals.storage_key(t) for n in inputs for t in _tensors(node_value(n))}
+        self._places: set[tuple[int, Any]] = set()
+
+    def is_new(self, tensor: torch.Tensor) -> bool:
+        memory = torch_internals.storage_key(tensor)
+        place = memory, 0 if tensor.layout != torch.strided else size_hint(tensor.storage_offset())
+        if memory in self._inputs or place in self._places:
+            return False
+        self._places.add(place)
+        return True
 
 
 def partition(joint: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -190,9 +200,10 @@ def partition(joint: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
 
     inputs = [n for n in joint.graph.nodes if n.op == "placeholder" and not n.name.startswith("tangents")]
     outputs = next(n for n in joint.graph.nodes if n.op == "output").args[0]
-    parts = min_cut_rematerialization_partition(
-        copy_graph_module(joint), None, num_fwd_outputs=len(outputs) - len(inputs)
-    )
+    with torch_internals.fake_mode_of(list(map(node_value, inputs))):  # it may add states of generators
+        parts = min_cut_rematerialization_partition(
+            copy_graph_module(joint), None, num_fwd_outputs=len(outputs) - len(inputs)
+        )
     return parts  # type: ignore[no-any-return]
 
 

@@ -208,14 +208,15 @@ def _cost_changes(report: PassReport) -> Iterator[str]:
 
 
 def _costs(graph: CapturedGraph) -> Iterator[str]:
-    stages = graph.stages
-    last = graph.graph_module(stages[-1])
-    for phase, share in cost.shares(last).items():
+    last_stage = graph.stages[-1]
+    phases = cost.shares(graph.graph_module(last_stage))
+    for phase, share in phases.items():
         flops = _over(share.base.flops, share.adapters.flops, "FLOP")
         moved = _over(_moved(share.base), _moved(share.adapters), "B")
         yield f"{phase:<9} {flops}    moved {moved}"
-    if graph.parts is not None:
-        yield f"saved     {_over(*cost.saved_bytes(*graph.parts), 'B')}"
+    if "backward" in phases:
+        now, before = (_over(*graph.saved_bytes(stage), "B") for stage in (last_stage, "joint"))
+        yield f"saved     {now}" + (f"; {before} before these passes" if before != now else "")
     if graph.in_place:
         yield f"in place  {graph.in_place} results are made in the memory of their first operand"
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
+from adaptc.codegen import cost
 from adaptc.codegen.choices import Choice
 from adaptc.errors import PipelineError
 from adaptc.ir import show
@@ -50,6 +51,7 @@ class CapturedGraph:
     ran: set[int] = dataclasses.field(default_factory=set)
     _stages: dict[str, fx.GraphModule] = dataclasses.field(default_factory=dict, repr=False)
     _reports: list[PassReport] = dataclasses.field(default_factory=list, repr=False)
+    _saved: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict, repr=False)
     _choices: list[Choice] = dataclasses.field(default_factory=list, repr=False)
 
     @property
@@ -108,6 +110,18 @@ class CapturedGraph:
         if name not in self._stages:
             raise PipelineError(f"graph {self.index} has no stage {name!r}", found=", ".join(self._stages))
         return self._stages[name]
+
+    def saved_bytes(self, stage: str) -> tuple[int, int]:
+        """Bytes that a step would keep for the backward if the joint graph were compiled as it is after ``stage``: for
+        the base, and for the adapters. As AOTAutograd's min-cut partitioner cuts it.
+
+        Raises:
+            PipelineError: there is no such stage.
+        """
+        if stage not in self._saved:
+            parts = self.parts if stage == self.stages[-1] else None
+            self._saved[stage] = cost.saved_bytes(*(parts or cost.partition(self.graph_module(stage))))
+        return self._saved[stage]
 
     def stage(self, name: str) -> str:
         """The graph after stage ``name`` as text."""

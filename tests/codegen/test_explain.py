@@ -74,6 +74,29 @@ def test_costs_over_the_frozen_base():
     assert f"{m * 10 * 4} B + {2 * m * r * 4} B" in saved
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+def test_bytes_kept_before_and_after(backend):
+    """With dropout torch keeps for each site the bottleneck and what the mask left of the input; the passes keep the
+    bottleneck and a seed."""
+    plan = adaptc.LoRA(r=3, alpha=6, init="random", dropout=0.5, targets=["up", "down"])
+    model = adaptc.compile(Net(), plan, backend=backend)
+    model(torch.randn(5, 6)).sum().backward()
+    lines = model.adaptc.explain().to_dict()["graph 0: cost over the frozen base (estimated)"]
+    m, r, seeds = 5, 3, 3 * 8  # the partitioner may keep both, and what they are parts of
+    tanh, bottlenecks, dropped = 4 * m * 10, 4 * m * 2 * r, 4 * m * (6 + 10)
+    (graph,) = model.adaptc.graphs
+    (base, now), (base_before, before) = map(graph.saved_bytes, (graph.stages[-1], "joint"))
+    assert base == base_before == tanh
+    assert bottlenecks <= now <= bottlenecks + seeds
+    assert bottlenecks + dropped <= before <= bottlenecks + dropped + seeds
+    (saved,) = [line for line in lines if line.startswith("saved ")]
+    assert saved.startswith(f"saved     {tanh} B + {now} B (") and saved.endswith(" before these passes")
+    assert f"; {tanh} B + {before} B (" in saved
+    (share,) = [line for line in model.adaptc.explain().to_dict()["graph 0: passes"] if line.startswith("share ")]
+    # Before, one seed is read in the backward; then both are.
+    assert f"saved {tanh + bottlenecks + dropped + 8} B -> {tanh + bottlenecks + 16} B" in share
+
+
 def test_passes_show_counts_and_refusals():
     plan = adaptc.Plan([adaptc.LoRA(r=3, targets=["up", "down"])], passes={"limit": {"insert": 1}})
     model = adaptc.compile(Net(), plan, backend="aot_eager")

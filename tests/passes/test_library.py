@@ -133,6 +133,21 @@ def test_where_others_choose_it_does_not(name, timed):
         assert library.library(gm, Context()).applied == [] and asked == []
 
 
+def test_what_runs_deterministically_does_not_depend_on_timing(monkeypatch, tmp_path):
+    monkeypatch.setattr(choices.torch_internals, "cache_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(choices._MEMORY, "known", {})
+    monkeypatch.setattr(library, "WORTH", 1)
+    context = Context()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert library.library(lowered_graph(), context).applied == []
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert context.choices == [] and not list(tmp_path.rglob("*.json"))
+    library.library(lowered_graph(), context)
+    assert len(context.choices) == 5 and len(list(tmp_path.rglob("*.json"))) == 1
+
+
 def test_a_limit_is_kept(timed):
     timed(FASTER)
     gm = lowered_graph()

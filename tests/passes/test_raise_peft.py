@@ -215,6 +215,24 @@ def test_what_is_not_recognised_stays_and_says_why():
     assert left == ("base_model.model.model.embed_tokens", "its first factor is not the weight of a linear layer")
 
 
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """The backend by its name with aot_eager below."""
+    monkeypatch.setattr(peft_backend, "_told", set())
+    monkeypatch.setattr(peft_backend, "AdapterBackend", lambda pipeline, options, tensors: AdapterBackend(
+        pipeline, BackendOptions("aot_eager"), tensors))  # fmt: skip
+
+
+def test_the_log_says_what_was_left_and_why(caplog, without_kernels):
+    model = peft_model(targets=["embed_tokens", "q_proj"])
+    with caplog.at_level(logging.INFO, logger="adaptc"):
+        torch.compile(model, backend="adaptc")(**hosts.batch("llama"))
+    assert [record.getMessage() for record in caplog.records if record.name == "adaptc"] == [
+        "1 of PEFT's LoRA layers are rewritten",
+        "left as it was: base_model.model.model.embed_tokens: its first factor is not the weight of a linear layer",
+    ]
+
+
 class Written(nn.Module):
     """LoRA's names with another form around them."""
 
@@ -285,14 +303,13 @@ def test_by_its_name_under_inductor(caplog, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_break_is_told_once_with_the_cure(monkeypatch):
-    monkeypatch.setattr(peft_backend, "_told", set())
-    monkeypatch.setattr(peft_backend, "AdapterBackend", lambda pipeline, options, tensors: AdapterBackend(
-        pipeline, BackendOptions("aot_eager"), tensors))  # fmt: skip
-    model = peft_model(use_dora=True, targets=["q_proj"])
+def test_a_break_is_told_once_with_the_cure(without_kernels):
+    model = peft_model(use_dora=True, targets=["q_proj", "v_proj"])
     compiled = torch.compile(model, backend="adaptc")
+    peft_backend.GRAPHS.clear()
     with pytest.warns(AdaptcWarning, match=r"adaptc\.compile\(peft_model\) takes the model over") as told:
         got = compiled(**hosts.batch("llama")).loss
+    assert sum(graph.break_reason is not None for graph in peft_backend.GRAPHS) > 1
     assert len([w for w in told if issubclass(w.category, AdaptcWarning)]) == 1
     torch.testing.assert_close(got, model(**hosts.batch("llama")).loss)
     taken = adaptc.compile(copy.deepcopy(model), backend="aot_eager")
