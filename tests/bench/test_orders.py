@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from adaptc.codegen import choices
 from bench import orders
 from bench.__main__ import main
 from bench.errors import BenchError
@@ -23,6 +25,20 @@ def test_a_run_writes_what_it_measured(tmp_path: Path) -> None:
     ratios = [a / b for a, b in zip(row["seconds"]["chosen"], row["seconds"]["split"], strict=True)]
     assert min(ratios) <= row["over_split"]["median"] <= max(ratios)
     assert "| 64x32x48x4 | split |" in (tmp_path / "orders-cpu.md").read_text()
+
+
+@pytest.mark.inductor
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", orders.SHAPES)
+def test_the_chosen_order_is_no_slower_than_the_split_one(shape: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """Than 1.02 of it, as far as a busy machine can tell: of three runs one has an interval that reaches so low."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(choices._MEMORY, "known", {})
+    arguments = argparse.Namespace(device="cpu", rounds=12, seed=0)
+    rows: list[dict[str, Any]] = []
+    while len(rows) < 3 and (not rows or rows[-1]["over_split"]["low"] > 1.02):
+        rows.append(orders.measure(orders._parsed(shape), arguments))
+    assert rows[-1]["over_split"]["low"] <= 1.02, rows
 
 
 def test_a_wrong_order_is_refused() -> None:

@@ -174,6 +174,24 @@ def test_where_it_is_not_legal(name, chosen, monkeypatch):
     assert all(reason in why for _, why in result.refused)
 
 
+class Computed(nn.Linear):
+    """Its weight is a product of codes and scales, as a quantised one's is."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.round() * 0.5, self.bias)
+
+
+def test_a_weight_that_is_computed_is_not_merged_with(chosen, monkeypatch):
+    chosen("merge")
+    monkeypatch.setattr(pass_module, "_could_gain", lambda node: True)
+    model = adaptc.compile(nn.Sequential(Computed(6, 5)), method(targets="all-linear"), backend="aot_eager")
+    model(torch.randn(4, 6)).sum().backward()
+    assert applied(model).applied == []
+    assert [(site, why.partition(":")[0]) for site, why in applied(model).refused] == [
+        ("0", "its frozen layer multiplies by what is computed")
+    ]
+
+
 @pytest.mark.parametrize("plan", MERGE)
 def test_a_step_of_any_number_of_rows(plan, chosen):
     """It is chosen for as many as at the capture."""

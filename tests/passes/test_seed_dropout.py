@@ -172,6 +172,33 @@ def test_every_site_has_a_mask_of_its_own():
     assert len({node.args[0] for node in nodes}) == 1 and len({node.args[1] for node in nodes}) == 3
 
 
+@pytest.mark.parametrize("rates", [(0.2, 0.6), (0.6, 0.2), (0.0, 0.5)])
+def test_two_adapters_of_a_site_drop_at_their_own_rates(rates):
+    """Against the formula in fp64 with the masks of the seeds, which are drawn in the adapters' order."""
+    methods = [adaptc.LoRA(r=3, alpha=6, init="random", dropout=p, targets=["0"]) for p in rates]
+    model = adaptc.compile(nn.Sequential(nn.Linear(40, 5)).double().train(), methods[0], backend="aot_eager")
+    model.adaptc.add("other", methods[1])
+    model.adaptc.switch(["default", "other"])
+    x = torch.randn(30, 40, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(3)
+    out = model(x)
+    out.square().sum().backward()
+    torch.manual_seed(3)
+    seeds = iter(torch.randint(2**62, (2,)).split(1))
+    copied = x.detach().requires_grad_()
+    want, factors = nn.functional.linear(copied, model[0].weight, model[0].bias), []
+    for name, p in zip(("default", "other"), rates, strict=True):
+        A, B = (getattr(model[0].adapters[name], f"lora_{f}").detach().requires_grad_() for f in "AB")
+        mask = keep_mask(x, next(seeds), p) / (1 - p) if p else 1
+        want = want + 2 * (copied * mask) @ A.T @ B.T
+        factors += [A, B]
+    want.square().sum().backward()
+    torch.testing.assert_close(out, want)
+    got = [x, *(p for name in ("default", "other") for p in model.adaptc.parameters(name))]
+    for one, other in zip(got, [copied, *factors], strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
 def saved(graph):
     """(dtype, shape) of what the forward keeps for the backward, beyond the model's own tensors."""
     forward, _ = graph.parts
