@@ -93,6 +93,8 @@ def build_base(settings: Settings, case: Case) -> Base:
         embeds = torch.randn(*shape, settings.hidden) * config.initializer_range
         labels = torch.randint(settings.vocab, shape)
     model.train().requires_grad_(False)
+    if settings.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     plain: nn.Module = model
     return Base(plain.to(case.torch_dtype), embeds.to(case.torch_dtype), labels)
 

@@ -68,7 +68,7 @@ def render(data: Path) -> list[Path]:
 
 
 def _method(flags: dict[str, Any]) -> str:
-    return "DoRA" if flags.get("dora") else "LoRA"
+    return ("DoRA" if flags.get("dora") else "LoRA") + ", checkpointed," * bool(flags.get("checkpointing"))
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -27,6 +27,8 @@ class Settings:
     alpha: float = 32.0
     #: DoRA instead of LoRA, in every contender that has an adapter.
     dora: bool = False
+    #: Every decoder layer is computed again in the backward, in every contender and the floor.
+    checkpointing: bool = False
     device: str = "cpu"
     backend: str = "inductor"
     threads: int = 0

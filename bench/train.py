@@ -71,6 +71,7 @@ HELP = {
     "rank": "LoRA rank",
     "alpha": "LoRA alpha",
     "dora": "train DoRA instead of LoRA",
+    "checkpointing": "checkpoint every decoder layer (not re-entrant)",
     "device": "cpu or cuda",
     "backend": "backend of torch.compile and adaptc",
     "threads": "CPU threads; 0: torch's choice",
@@ -98,7 +99,8 @@ def run(arguments: argparse.Namespace) -> list[Path]:
         raise BenchError(f"unknown contenders {unknown}; known: {', '.join(BUILDERS)}")
     report.require_plotting()
     out = arguments.out or results_folder(torch.device(settings.device))
-    stem = f"{arguments.command}-{'dora-' if settings.dora else ''}{torch.device(settings.device).type}"
+    marks = [name for name in ("dora", "checkpointing") if getattr(settings, name)]
+    stem = "-".join([arguments.command, *marks, torch.device(settings.device).type])
     # Written after every case, so that a run that is cut off leaves what it has.
     results = measure(
         settings, cases, arguments.contenders, after=lambda found: report.write(found, out, stem)
