@@ -68,7 +68,7 @@ def render(data: Path) -> list[Path]:
 
 
 def _method(flags: dict[str, Any]) -> str:
-    return ("DoRA" if flags.get("dora") else "LoRA") + ", checkpointed," * bool(flags.get("checkpointing"))
+    return ("checkpointed " if flags.get("checkpointing") else "") + ("DoRA" if flags.get("dora") else "LoRA")
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import weakref
@@ -127,18 +126,20 @@ class AdapterBackend:
 
     def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], graph: CapturedGraph) -> Callable[..., Any]:
         name = self.options.name
+        graph.modes = torch_internals.ambient_modes()
         if name == "eager":
             return gm
         joint = JointStage(self.pipeline, self.options, graph)
         if name == "inductor":
             patches = {**torch_internals.inductor_mode_options(self.options.mode), **self.options.options}
-            ambient = torch_internals.ambient_modes()
             compiled = torch_internals.compile_with_inductor(gm, inputs, patches, joint, LastStage(joint))
-            if not graph.saw_joint:
+            if not torch_internals.runs_joint_passes(patches):
+                graph.notes.append("Inductor is not to run passes on joint graphs: none ran")
+            elif not graph.saw_joint:
                 graph.notes.append(FROM_CACHE)
-                # Fake ones: a report does not keep a batch alive.
-                fakes = [torch_internals.node_value(n) for n in gm.graph.nodes if n.op == "placeholder"]
-                graph.run_joint_passes = functools.partial(joint.run_again, gm, fakes, patches, ambient)
+                # A report does not keep a batch alive.
+                fakes = torch_internals.traced_inputs(gm, inputs)
+                graph.run_joint_passes = functools.partial(joint.run_again, gm, fakes, patches, choices.table())
             return compiled
         if name == "aot_eager":
             return compile_aot_eager(gm, inputs, joint)
@@ -212,18 +213,15 @@ class JointStage:
         self.graph.keep_reports(reports, context.choices)
 
     def run_again(
-        self,
-        gm: fx.GraphModule,
-        fakes: Sequence[Any],
-        patches: Mapping[str, Any],
-        ambient: Callable[[], contextlib.AbstractContextManager[None]],
+        self, gm: fx.GraphModule, fakes: Sequence[Any], patches: Mapping[str, Any], table: choices.Table
     ) -> None:
-        """Do for a report what was done when the code that the cache had was made: choices are read from their file,
-        and nothing is timed."""
-        with ambient(), choices.known_only() as unknown:
+        """Do for a report what was done when the code that the cache had was made: choices are read from ``table``, and
+        nothing is timed."""
+        with self.graph.modes(), choices.known_only(table) as unknown:
             try:
                 torch_internals.show_joint_graph(gm, fakes, patches, self)
             except Exception as error:  # whatever it is: the compiled code is right without a report on it
+                self.graph.drop_joint_stages()
                 self.graph.notes.append(f"they cannot be shown: {type(error).__name__}: {error}".splitlines()[0])
         if unknown:
             self.graph.notes.append(f"what it chose is no longer on file for: {'; '.join(dict.fromkeys(unknown))}")

@@ -109,12 +109,10 @@ def measure(question: str, make: Callable[[], Ways]) -> Mapping[str, float] | No
     """
     if torch.are_deterministic_algorithms_enabled():
         return None
-    path = _path()
-    known, unanswered = _MEMORY.known, _MEMORY.unanswered.get()
+    if (asking := _MEMORY.known_only.get()) is not None:
+        return asking.answer(question)
+    path, known = _path(), _MEMORY.known
     if (path, question) not in known:
-        if unanswered is not None and question not in Table(path).read():
-            unanswered.append(question)
-            return None
         try:
             known[path, question] = Table(path).ask(question, lambda: _time_aside(make))
         except (RuntimeError, MemoryError) as error:
@@ -131,22 +129,34 @@ class _Memory:
 
     def __init__(self) -> None:
         self.known: dict[tuple[Path, str], dict[str, float] | None] = {}
-        #: Where nothing is to be timed: the questions whose answers are not on file.
-        self.unanswered: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("unanswered", default=None)
+        #: What answers where nothing is to be timed.
+        self.known_only: contextvars.ContextVar[_KnownOnly | None] = contextvars.ContextVar("known_only", default=None)
 
 
 _MEMORY = _Memory()
 
 
+class _KnownOnly:
+    """The answers of one table, and which questions it has none for."""
+
+    def __init__(self, table: Table) -> None:
+        self.answers, self.unanswered = table.read(), []  # type: tuple[dict[str, dict[str, float]], list[str]]
+
+    def answer(self, question: str) -> dict[str, float] | None:
+        if question not in self.answers:
+            self.unanswered.append(question)
+        return self.answers.get(question)
+
+
 @contextlib.contextmanager
-def known_only() -> Iterator[list[str]]:
-    """Time nothing inside the block; collects the questions that would have been timed."""
-    unanswered: list[str] = []
-    token = _MEMORY.unanswered.set(unanswered)
+def known_only(table: Table) -> Iterator[list[str]]:
+    """Time nothing inside the block, and read ``table``; collects the questions that it has no answer to."""
+    asking = _KnownOnly(table)
+    token = _MEMORY.known_only.set(asking)
     try:
-        yield unanswered
+        yield asking.unanswered
     finally:
-        _MEMORY.unanswered.reset(token)
+        _MEMORY.known_only.reset(token)
 
 
 def _time_aside(make: Callable[[], Ways]) -> dict[str, float]:
@@ -218,6 +228,11 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def table() -> Table:
+    """That of this host, as it is set up now."""
+    return Table(_path())
 
 
 def _path() -> Path:

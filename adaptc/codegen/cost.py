@@ -32,7 +32,7 @@ from adaptc.codegen.torch_internals import (
 )  # fmt: skip
 from adaptc.ir import dialect
 from adaptc.ir.dialect import Cost
-from adaptc.ir.edit import nested
+from adaptc.ir.edit import copy_graph_module, nested
 from adaptc.ir.effects import may_write
 from adaptc.ir.names import op_name
 from adaptc.ir.sites import is_inserted
@@ -153,13 +153,12 @@ def saved_bytes(forward: fx.GraphModule, backward: fx.GraphModule) -> tuple[int,
         if node.op != "placeholder" or node.name in inputs or node.name not in made:
             continue
         for tensor in _tensors(node_value(node)):
-            if not counted.is_new(tensor):
-                continue
+            size = counted.bytes_of(tensor)
             readers = [user for user in node.users if user.op != "output"]
             if is_adapter(made[node.name]) or (readers and all(is_adapter(user) for user in readers)):
-                adapters += tensor_bytes(tensor)
+                adapters += size
             else:
-                base += tensor_bytes(tensor)
+                base += size
     return base, adapters
 
 
@@ -171,40 +170,28 @@ def crossing_bytes(joint: fx.GraphModule) -> int:
         if node.op == "placeholder" or is_backward(node) or not any(is_backward(user) for user in node.users):
             continue
         for tensor in _tensors(node_value(node)):
-            if counted.is_new(tensor):
-                total += tensor_bytes(tensor)
+            total += counted.bytes_of(tensor)
     return total
 
 
 class _Counted:
-    """What was counted of memory: nothing that is an input's, and each place of it once."""
+    """What was counted of memory: nothing that is an input's."""
 
     def __init__(self, inputs: Iterable[fx.Node]) -> None:
-        self._inputs = {torch_internals.storage_key(t) for n in inputs for t in _tensors(node_value(n))}
-        self._places: set[tuple[int, Any]] = set()
+        self._known = {torch_internals.storage_key(t) for n in inputs for t in _tensors(node_value(n))}
 
-    def is_new(self, tensor: torch.Tensor) -> bool:
+    def bytes_of(self, tensor: torch.Tensor) -> int:
+        """Those that keeping a tensor keeps alive, and nothing that was counted does: all of what it is a part of."""
         memory = torch_internals.storage_key(tensor)
-        place = memory, 0 if tensor.layout != torch.strided else size_hint(tensor.storage_offset())
-        if memory in self._inputs or place in self._places:
-            return False
-        self._places.add(place)
-        return True
+        if memory in self._known:
+            return 0
+        self._known.add(memory)
+        return torch_internals.storage_bytes(tensor)
 
 
 def partition(joint: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Cut a copy of a joint graph as AOTAutograd's min-cut partitioner would."""
-    from functorch.compile import min_cut_rematerialization_partition
-
-    from adaptc.ir.edit import copy_graph_module
-
-    inputs = [n for n in joint.graph.nodes if n.op == "placeholder" and not n.name.startswith("tangents")]
-    outputs = next(n for n in joint.graph.nodes if n.op == "output").args[0]
-    with torch_internals.fake_mode_of(list(map(node_value, inputs))):  # it may add states of generators
-        parts = min_cut_rematerialization_partition(
-            copy_graph_module(joint), None, num_fwd_outputs=len(outputs) - len(inputs)
-        )
-    return parts  # type: ignore[no-any-return]
+    return torch_internals.cut(copy_graph_module(joint))
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:

@@ -51,6 +51,8 @@ def explain(handle: Handle) -> Explanation:
     if not graphs:
         graphs = handle.preview()
         previewed = bool(graphs)
+    for graph in graphs:
+        graph.complete()  # which may add notes
     sections: list[tuple[str, Iterable[str]]] = [
         (f"{type(handle.model).__name__}: {_count(len(handle.sites), 'adapted module')}", _sites(handle)),
         ("base", _base(handle)),
@@ -215,10 +217,17 @@ def _costs(graph: CapturedGraph) -> Iterator[str]:
         moved = _over(_moved(share.base), _moved(share.adapters), "B")
         yield f"{phase:<9} {flops}    moved {moved}"
     if "backward" in phases:
-        now, before = (_over(*graph.saved_bytes(stage), "B") for stage in (last_stage, "joint"))
-        yield f"saved     {now}" + (f"; {before} before these passes" if before != now else "")
+        yield f"saved     {_saved(graph, last_stage)}"
     if graph.in_place:
         yield f"in place  {graph.in_place} results are made in the memory of their first operand"
+
+
+def _saved(graph: CapturedGraph, last_stage: str) -> str:
+    try:
+        now, before = (_over(*graph.saved_bytes(stage), "B") for stage in (last_stage, "joint"))
+    except Exception as error:  # the partitioner is given what it may not be made for, and a report is to be read
+        return f"not known: {type(error).__name__}: {error}".splitlines()[0]
+    return now if now == before else f"{now}; {before} before these passes"
 
 
 def _choices(graphs: Sequence[CapturedGraph]) -> Iterator[str]:

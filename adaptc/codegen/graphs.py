@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from torch import fx
 
 from adaptc.codegen import cost
 from adaptc.codegen.choices import Choice
+from adaptc.codegen.torch_internals import compiling
 from adaptc.errors import PipelineError
 from adaptc.ir import show
 from adaptc.ir.edit import snapshot
@@ -24,8 +26,8 @@ class CapturedGraph:
     """One graph that Dynamo captured, with a snapshot after every pass.
 
     Stages are called "captured", by the name of each pass that ran on the captured graph, "joint", and by the
-    name of each pass that ran on the joint graph. Of code that
-    came from a cache the latter are made when somebody asks.
+    name of each pass that ran on the joint graph. Of code that came from a cache the latter are made when somebody
+    asks.
     """
 
     index: int
@@ -47,22 +49,27 @@ class CapturedGraph:
     in_place: int = 0
     #: Runs the joint passes, where the compiled code is from a cache and they have not run in this process.
     run_joint_passes: Callable[[], None] | None = dataclasses.field(default=None, repr=False)
+    #: Makes a context in which torch's modes are as they were when the graph was compiled.
+    modes: Callable[[], contextlib.AbstractContextManager[None]] = dataclasses.field(
+        default=contextlib.nullcontext, repr=False
+    )
     #: ``id`` of the site-id tensors it was called with: of several layers, where they share the graph.
     ran: set[int] = dataclasses.field(default_factory=set)
     _stages: dict[str, fx.GraphModule] = dataclasses.field(default_factory=dict, repr=False)
     _reports: list[PassReport] = dataclasses.field(default_factory=list, repr=False)
+    _completing: bool = dataclasses.field(default=False, repr=False)
     _saved: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict, repr=False)
     _choices: list[Choice] = dataclasses.field(default_factory=list, repr=False)
 
     @property
     def stages(self) -> list[str]:
-        self._complete()
+        self.complete()
         return list(self._stages)
 
     @property
     def reports(self) -> Sequence[PassReport]:
         """What each pass did, in order."""
-        self._complete()
+        self.complete()
         return self._reports
 
     @property
@@ -73,7 +80,7 @@ class CapturedGraph:
     @property
     def choices(self) -> Sequence[Choice]:
         """What passes chose by its speed, once for each product."""
-        self._complete()
+        self.complete()
         return self._choices
 
     @property
@@ -81,10 +88,24 @@ class CapturedGraph:
         """Whether the joint passes have run."""
         return "joint" in self._stages
 
-    def _complete(self) -> None:
-        run, self.run_joint_passes = self.run_joint_passes, None
-        if run is not None:
-            run()
+    def complete(self) -> None:
+        """Run the joint passes if the compiled code is from a cache."""
+        if self.run_joint_passes is None or self._completing:
+            return
+        with compiling():  # another thread that asks meanwhile waits for the whole
+            run, self._completing = self.run_joint_passes, True
+            try:
+                if run is not None:
+                    run()
+                self.run_joint_passes = None
+            finally:
+                self._completing = False
+
+    def drop_joint_stages(self) -> None:
+        """Forget what was kept of joint passes that did not come to their end."""
+        names = list(self._stages)
+        for name in names[names.index("joint") :] if self.saw_joint else ():
+            del self._stages[name]
 
     def keep_reports(self, reports: Sequence[PassReport], choices: Sequence[Choice] = ()) -> None:
         """Add what passes did and chose."""
@@ -106,7 +127,7 @@ class CapturedGraph:
             PipelineError: there is no such stage.
         """
         if name not in self._stages:
-            self._complete()
+            self.complete()
         if name not in self._stages:
             raise PipelineError(f"graph {self.index} has no stage {name!r}", found=", ".join(self._stages))
         return self._stages[name]
@@ -120,7 +141,8 @@ class CapturedGraph:
         """
         if stage not in self._saved:
             parts = self.parts if stage == self.stages[-1] else None
-            self._saved[stage] = cost.saved_bytes(*(parts or cost.partition(self.graph_module(stage))))
+            with self.modes():
+                self._saved[stage] = cost.saved_bytes(*(parts or cost.partition(self.graph_module(stage))))
         return self._saved[stage]
 
     def stage(self, name: str) -> str:

@@ -11,7 +11,6 @@ from bench import train
 from bench.agreement import Agreement
 from bench.contenders import build_adaptc, build_base, build_peft_compile
 from bench.memory import step_memory
-from bench.report import _method
 from bench.settings import Case, Settings
 
 PLAIN = Settings(layers=2, hidden=64, head_dim=16, vocab=32, tokens=48, rank=3, backend="aot_eager")
@@ -38,4 +37,3 @@ def test_the_flag_is_off_unless_given() -> None:
     train.add_arguments(parser)
     assert parser.parse_args([]).checkpointing is False
     assert parser.parse_args(["--checkpointing"]).checkpointing is True
-    assert _method({"rank": 3}) == "LoRA" and _method({"checkpointing": True}) == "LoRA, checkpointed,"

@@ -31,12 +31,12 @@ def test_a_run_writes_what_it_measured(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", orders.SHAPES)
 def test_the_chosen_order_is_no_slower_than_the_split_one(shape: str, tmp_path: Path, monkeypatch: Any) -> None:
-    """Than 1.02 of it, as far as a busy machine can tell: of three runs one has an interval that reaches so low."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(choices._MEMORY, "known", {})
+    """Than 1.02 of it, as far as a busy machine can tell: of three choices, each timed anew, one is."""
     arguments = argparse.Namespace(device="cpu", rounds=12, seed=0)
     rows: list[dict[str, Any]] = []
     while len(rows) < 3 and (not rows or rows[-1]["over_split"]["low"] > 1.02):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / str(len(rows))))
+        monkeypatch.setattr(choices._MEMORY, "known", {})
         rows.append(orders.measure(orders._parsed(shape), arguments))
     assert rows[-1]["over_split"]["low"] <= 1.02, rows
 

@@ -82,13 +82,13 @@ def test_bytes_kept_before_and_after(backend):
     model = adaptc.compile(Net(), plan, backend=backend)
     model(torch.randn(5, 6)).sum().backward()
     lines = model.adaptc.explain().to_dict()["graph 0: cost over the frozen base (estimated)"]
-    m, r, seeds = 5, 3, 3 * 8  # the partitioner may keep both, and what they are parts of
+    m, r = 5, 3
     tanh, bottlenecks, dropped = 4 * m * 10, 4 * m * 2 * r, 4 * m * (6 + 10)
     (graph,) = model.adaptc.graphs
     (base, now), (base_before, before) = map(graph.saved_bytes, (graph.stages[-1], "joint"))
     assert base == base_before == tanh
-    assert bottlenecks <= now <= bottlenecks + seeds
-    assert bottlenecks + dropped <= before <= bottlenecks + dropped + seeds
+    assert now - bottlenecks in (16, 24)  # the seeds; the partitioner may keep one of them twice
+    assert before == bottlenecks + dropped + 8  # of the first dropout the input's gradient needs the mask
     (saved,) = [line for line in lines if line.startswith("saved ")]
     assert saved.startswith(f"saved     {tanh} B + {now} B (") and saved.endswith(" before these passes")
     assert f"; {tanh} B + {before} B (" in saved

@@ -13,7 +13,7 @@ import torch
 from packaging.version import Version
 from torch import fx
 
-from adaptc.codegen.torch_internals.values import is_fake
+from adaptc.codegen.torch_internals.values import is_fake, node_value
 from adaptc.errors import UnsupportedError
 
 TORCH = Version(torch.__version__.split("+")[0])
@@ -166,6 +166,33 @@ def fake_of(values: Sequence[Any], tensor: torch.Tensor) -> torch.Tensor | None:
     """
     mode = next((value.fake_mode for value in values if is_fake(value)), None)
     return None if mode is None else mode.fake_tensor_converter._get_memo(tensor)
+
+
+def traced_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """What a compiler that is given a captured graph with ``inputs`` traces it with: fake tensors, and sizes.
+
+    Dynamo's own, at the graph's inputs, are as its tracing left them: writes may have changed them. 2.11 to 2.15.
+    """
+    context = torch._guards.TracingContext.try_get()
+    mode = None if context is None else context.fake_mode
+    found = []
+    placeholders = (node for node in gm.graph.nodes if node.op == "placeholder")
+    for node, value in zip(placeholders, inputs, strict=True):
+        fake = value
+        if isinstance(value, torch.Tensor) and not is_fake(value):
+            known = None if mode is None else mode.fake_tensor_converter._get_memo(value)
+            fake = node_value(node) if known is None else known
+        found.append(fake)
+    return found
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """A block that does not run while another thread compiles: what tracing notes is the process's. 2.11 to 2.15."""
+    from torch._dynamo.convert_frame import compile_lock
+
+    with compile_lock:
+        yield
 
 
 def tracing_attempt() -> Any:

@@ -40,20 +40,33 @@ class _SeenEnough(Exception):  # noqa: N818 - it is no error
 def show_joint_graph(
     gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any], joint_pass: Callable[[fx.Graph], None]
 ) -> None:
-    """Call ``joint_pass`` with the joint graph that :func:`compile_with_inductor` gives it, and compile nothing.
-    ``inputs``: fake tensors and sizes. 2.11 to 2.15."""
+    """Call ``joint_pass`` with the graphs that :func:`compile_with_inductor` gives it, and compile nothing. ``inputs``:
+    fake tensors and sizes. 2.11 to 2.15."""
+    from torch._functorch import config as functorch_config
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
-    def look(graph: fx.Graph) -> None:  # without a uuid: no cache is asked
-        joint_pass(graph)
+    ended = False
+
+    def end(*_: Any, **__: Any) -> Any:
+        nonlocal ended
+        ended = True
         raise _SeenEnough
 
+    merged = {**patches, _JOINT: graph_pass(joint_pass, patches.get(_JOINT, getattr(config, _JOINT)))}
     try:
-        merged = {**patches, _JOINT: graph_pass(look, patches.get(_JOINT, getattr(config, _JOINT)))}
-        compile_fx(gm, list(inputs), config_patches=merged)
-    except _SeenEnough:
-        return
+        with functorch_config.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False):
+            compile_fx(gm, list(inputs), inner_compile=end, config_patches=merged)
+    except Exception:
+        if not ended:
+            raise
+
+
+def runs_joint_passes(patches: Mapping[str, Any]) -> bool:
+    """Whether Inductor is to run passes on joint graphs at all. 2.11 to 2.15."""
+    from torch._inductor import config
+
+    return bool(patches.get("use_joint_graph_passes", config.use_joint_graph_passes))
 
 
 def graph_pass(own: Any, before: Any) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
 
 from adaptc.codegen.torch_internals.dynamo import keep_source_name
-from adaptc.codegen.torch_internals.values import OpOverload
+from adaptc.codegen.torch_internals.values import OpOverload, fake_mode_of, node_value
 
 #: Metadata key of :func:`mark_backward`.
 _BACKWARD = "adaptc_backward"
@@ -43,6 +44,36 @@ def gradient_inputs(joint: fx.GraphModule) -> list[fx.Node | None] | None:
         return None
     inputs = {n.meta["desc"]: n for n in joint.graph.nodes if n.op == "placeholder" and "desc" in n.meta}
     return [inputs.get(getattr(one, "grad_of", None)) for one in described]
+
+
+def forward_outputs(joint: fx.GraphModule) -> int:
+    """How many of the results of AOTAutograd's joint graph are the forward's: they are the first ones. 2.11 to 2.15."""
+    output = next(n for n in joint.graph.nodes if n.op == "output")
+    results, described = output.args[0], output.meta.get("desc")
+    if isinstance(described, list | tuple) and len(described) == len(results):
+        return next((i for i, one in enumerate(described) if _is_of_backward(one)), len(results))
+    inputs = [n for n in joint.graph.nodes if n.op == "placeholder" and not n.name.startswith("tangents")]
+    return len(results) - len(inputs)
+
+
+def _is_of_backward(described: Any) -> bool:
+    """Whether a result is a gradient, or nothing in the place of one, a part of a tensor subclass's, or a token."""
+    while (base := getattr(described, "base", None)) is not None:
+        described = base
+    return described is None or type(described).__name__ in ("GradAOTOutput", "BackwardTokenAOTOutput")
+
+
+def cut(joint: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Forward and backward, as AOTAutograd's min-cut partitioner would cut a joint graph, which it changes. Asks no
+    other process. 2.11 to 2.15."""
+    from functorch.compile import min_cut_rematerialization_partition
+    from torch._functorch import config
+
+    values = [node_value(n) for n in joint.graph.nodes if n.op == "placeholder"]
+    # The fake mode is for states of generators that it may add.
+    with fake_mode_of(values), config.patch(_sync_decision_cross_ranks=False):
+        parts = min_cut_rematerialization_partition(joint, None, num_fwd_outputs=forward_outputs(joint))
+    return parts  # type: ignore[no-any-return]
 
 
 def keeps_inputs(joint: fx.GraphModule) -> bool:

@@ -50,22 +50,26 @@ def replace_calls(run: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) ->
 
 
 def ambient_modes() -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """What a compilation reads beside its graph, as it is now: makes a context in which it is so again. Public names.
-    """
-    grad, deterministic = torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
+    """What a compilation reads of torch's modes, as it is now: makes a context in which it is so again. What is so
+    anyway is not touched. 2.11 to 2.15."""
+    from torch._functorch import config
+
+    grad, caches, deterministic = torch.is_grad_enabled(), torch.is_autocast_cache_enabled(), _deterministic()
     casts = {device: _autocast_of(device) for device in ("cpu", "cuda")}
-    caches = torch.is_autocast_cache_enabled()
+    attention, budget = _attention_kernels(), config.activation_memory_budget
 
     @contextlib.contextmanager
     def again() -> Iterator[None]:
-        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         with contextlib.ExitStack() as stack:
-            stack.callback(torch.use_deterministic_algorithms, before[0], warn_only=before[1])
-            torch.use_deterministic_algorithms(deterministic)
             stack.enter_context(torch.set_grad_enabled(grad))
+            stack.enter_context(config.patch(activation_memory_budget=budget))
             for device, (enabled, dtype) in casts.items():
                 if (enabled, dtype) != _autocast_of(device):
                     stack.enter_context(torch.autocast(device, dtype, enabled, caches))
+            if deterministic != _deterministic():
+                stack.enter_context(_deterministic_as(*deterministic))
+            if attention != _attention_kernels():
+                stack.enter_context(torch.nn.attention.sdpa_kernel(attention))
             yield
 
     return again
@@ -73,6 +77,30 @@ def ambient_modes() -> Callable[[], contextlib.AbstractContextManager[None]]:
 
 def _autocast_of(device: str) -> tuple[bool, torch.dtype]:
     return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def _attention_kernels() -> list[Any]:
+    from torch.nn.attention import _cur_sdpa_kernel_backends
+
+    return list(_cur_sdpa_kernel_backends())
+
+
+def _deterministic() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+@contextlib.contextmanager
+def _deterministic_as(mode: bool, warn_only: bool) -> Iterator[None]:
+    """torch sets Inductor's own option with its own, which may have been set by itself."""
+    from torch._inductor import config
+
+    before, inductors = _deterministic(), config.deterministic
+    torch.use_deterministic_algorithms(mode, warn_only=warn_only)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        config.deterministic = inductors
 
 
 @contextlib.contextmanager

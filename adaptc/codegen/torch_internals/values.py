@@ -75,6 +75,14 @@ def storage_key(tensor: torch.Tensor) -> int:
         return id(tensor)
 
 
+def storage_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of the memory that a tensor, which may be fake, is in or a part of. 2.11 to 2.15."""
+    try:
+        return size_hint(tensor.untyped_storage().nbytes())
+    except NotImplementedError:  # a sparse one
+        return tensor._nnz() * tensor.element_size()
+
+
 def is_wrapped(tensor: torch.Tensor) -> bool:
     """Whether a tensor stands for another under vmap, grad or jvp. 2.11 to 2.15."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))

@@ -10,7 +10,7 @@ from torch import fx
 from adaptc.codegen.torch_internals import node_value
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Rewrite
-from adaptc.ir.origin import checkpoint_marks, origin_of
+from adaptc.ir.origin import origin_of
 from adaptc.ir.products import Product, views_down_to, without_views
 from adaptc.ir.sites import site_of
 from adaptc.ir.sums import ADD, flatten
@@ -57,8 +57,6 @@ def _merged_right(edit: Edit, site: Site) -> fx.Node:
     transposed = node_value(right).is_contiguous()
     W = right if transposed else _turned(edit, right)
     E = edit.call(dialect.get("lora_merged_weight").overload, W, A, B, scale, transposed)
-    # In a checkpointed block it is made again with the product: marks of another block would have it kept.
-    E.meta.update(checkpoint_marks(site.product.node))
     return E if transposed else _turned(edit, E)
 
 
