@@ -90,13 +90,15 @@ class CapturedGraph:
 
     def complete(self) -> None:
         """Run the joint passes if the compiled code is from a cache."""
-        if self.run_joint_passes is None or self._completing:
+        if self.run_joint_passes is None:
             return
         with compiling():  # another thread that asks meanwhile waits for the whole
-            run, self._completing = self.run_joint_passes, True
+            run = self.run_joint_passes
+            if run is None or self._completing:
+                return
+            self._completing = True
             try:
-                if run is not None:
-                    run()
+                run()
                 self.run_joint_passes = None
             finally:
                 self._completing = False
