@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; 0 when a report was written, 2 when the run is refused."""
     # Kineto prints two lines for every profile up to level 5; it reads this when torch is imported.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    from bench import orders, report, train
+    from bench import orders, overhead, report, train
     from bench.errors import BenchError
 
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
@@ -23,11 +23,17 @@ def main(argv: list[str] | None = None) -> int:
     train.add_arguments(compiling)
     compiling.set_defaults(**train.COMPILE_DEFAULTS)
     orders.add_arguments(commands.add_parser("orders", help=orders.__doc__, formatter_class=formatter))
+    called = commands.add_parser("overhead", help=overhead.__doc__, formatter_class=formatter)
+    overhead.add_arguments(called)
     render = commands.add_parser("render", help="write table and plot again from a result file")
     render.add_argument("json", type=Path)
     arguments = parser.parse_args(argv)
     try:
-        runs = {"render": lambda: report.render(arguments.json), "orders": lambda: orders.run(arguments)}
+        runs = {
+            "render": lambda: report.render(arguments.json),
+            "orders": lambda: orders.run(arguments),
+            "overhead": lambda: overhead.run(arguments),
+        }
         written = runs.get(arguments.command, lambda: train.run(arguments))()
     except BenchError as error:
         print(f"refused: {error}", file=sys.stderr)

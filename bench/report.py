@@ -67,7 +67,7 @@ def render(data: Path) -> list[Path]:
     return [table, picture]
 
 
-def _method(flags: dict[str, Any]) -> str:
+def method_name(flags: dict[str, Any]) -> str:
     return ("checkpointed " if flags.get("checkpointing") else "") + ("DoRA" if flags.get("dora") else "LoRA")
 
 
@@ -76,7 +76,7 @@ def markdown(results: dict[str, Any]) -> str:
     flags, machine = results["flags"], results["machine"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
     lines = [
-        f"# Training step, {_method(flags)} r = {flags['rank']} on all linear layers, {flags['device']}",
+        f"# Training step, {method_name(flags)} r = {flags['rank']} on all linear layers, {flags['device']}",
         "",
         f"Llama: {flags['layers']} layers, hidden {flags['hidden']}, MLP {flags['intermediate']}, "
         f"{flags['batch']} x {flags['tokens']} tokens; backend {flags['backend']}; {flags['rounds']} rounds; "
@@ -112,9 +112,9 @@ def _case_table(case: dict[str, Any]) -> list[str]:
         rows.append([
             LABELS.get(name, name),
             ", ".join(row["adapter_dtypes"]) or "none",
-            _interval(row["time"], 1e3, ".1f"),
-            _interval(row.get("over_floor")),
-            _interval(row.get("over_peft_compile")),
+            interval(row["time"], 1e3, ".1f"),
+            interval(row.get("over_floor")),
+            interval(row.get("over_peft_compile")),
             f"{row['peak_bytes'] / MIB:.1f}",
             _number(row.get("peak_over_peft_compile")),
             f"{row['saved_bytes'] / MIB:.1f}",
@@ -127,15 +127,15 @@ def _case_table(case: dict[str, Any]) -> list[str]:
     if any(name.startswith("adaptc-") and "over_adaptc" in row for name, row in case["contenders"].items()):
         head.insert(5, "/adaptc")
         for cells, row in zip(rows, case["contenders"].values(), strict=True):
-            cells.insert(5, _interval(row.get("over_adaptc")))
-    return _table(head, rows)
+            cells.insert(5, interval(row.get("over_adaptc")))
+    return table(head, rows)
 
 
 def _libraries_line(found: dict[str, Any]) -> str:
-    seconds = " and ".join(f"{_interval(found[k], 1e3, '.1f')} ms in {n}" for k, n in LIBRARIES.items())
+    seconds = " and ".join(f"{interval(found[k], 1e3, '.1f')} ms in {n}" for k, n in LIBRARIES.items())
     return (
         f"The base's linear layers alone, forward and backward: {seconds}; oneDNN over MKL "
-        f"{_interval(found['onednn_over_mkl'])}. The floor and PEFT call MKL, adaptc what is faster for a shape."
+        f"{interval(found['onednn_over_mkl'])}. The floor and PEFT call MKL, adaptc what is faster for a shape."
     )
 
 
@@ -143,22 +143,22 @@ def _cold_table(cold: dict[str, Any]) -> list[str]:
     rows = [
         [
             LABELS.get(name, name),
-            _interval(row["time"], 1, ".1f"),
-            _interval(row.get("over_floor")),
-            _interval(row.get("over_peft_compile")),
-            _interval(row.get("over_adaptc")),
+            interval(row["time"], 1, ".1f"),
+            interval(row.get("over_floor")),
+            interval(row.get("over_peft_compile")),
+            interval(row.get("over_adaptc")),
         ]
         for name, row in cold.items()
     ]
-    return _table(["cold compile", "seconds", "/floor", "/PEFT", "/adaptc"], rows)
+    return table(["cold compile", "seconds", "/floor", "/PEFT", "/adaptc"], rows)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return ["| " + " | ".join(cells) + " |" for cells in [head, rule, *rows]]
 
 
-def _interval(found: dict[str, float] | None, scale: float = 1.0, form: str = ".3f") -> str:
+def interval(found: dict[str, float] | None, scale: float = 1.0, form: str = ".3f") -> str:
     if found is None:
         return "-"
     middle, low, high = (format(found[key] * scale, form) for key in ("median", "low", "high"))
@@ -208,7 +208,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         panel.margins(x=0.15)
     flags = results["flags"]
     figure.suptitle(
-        f"One {_method(flags)} training step: {flags['layers']} layers, hidden {flags['hidden']}, "
+        f"One {method_name(flags)} training step: {flags['layers']} layers, hidden {flags['hidden']}, "
         f"{flags['batch']} x {flags['tokens']} tokens, r = {flags['rank']}, {flags['device']}", size=11
     )  # fmt: skip
     figure.savefig(path, dpi=120)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from adaptc.codegen.cpp import build
-from bench import report
+from bench import against, report
 from bench.agreement import Agreement
 from bench.cold import COLD_METHOD, measure_cold
 from bench.contenders import BUILDERS, USUAL, Contender, build_base
@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dropouts", type=_numbers, default=[0.0, 0.05], help="LoRA dropout probabilities")
     parser.add_argument(
         "--contenders", type=_names, default=list(USUAL), help="some of " + ",".join(BUILDERS)
+        + "; with --against adaptc unless it is given"
     )
+    against.add_argument(parser)
     parser.add_argument("--out", type=Path, help="folder of the result files; bench/results/<device> by default")
 
 
@@ -97,9 +99,13 @@ def run(arguments: argparse.Namespace) -> list[Path]:
     unknown = [name for name in arguments.contenders if name not in BUILDERS]
     if unknown or not arguments.contenders:
         raise BenchError(f"unknown contenders {unknown}; known: {', '.join(BUILDERS)}")
+    marks = [name for name in ("dora", "checkpointing") if getattr(settings, name)]
+    if arguments.against is not None:
+        names = ["adaptc"] if arguments.contenders == list(USUAL) else arguments.contenders
+        stem = "-".join([arguments.command, *marks])
+        return against.run(arguments.against, settings, cases, names, arguments.out, stem)
     report.require_plotting()
     out = arguments.out or results_folder(torch.device(settings.device))
-    marks = [name for name in ("dora", "checkpointing") if getattr(settings, name)]
     stem = "-".join([arguments.command, *marks, torch.device(settings.device).type])
     # Written after every case, so that a run that is cut off leaves what it has.
     results = measure(
