@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -113,14 +114,20 @@ def test_builds_take_their_steps_in_turn_and_each_as_often_first() -> None:
 
 
 @pytest.mark.slow
-def test_a_slower_build_is_told_in_both_tables(slower: Path, tmp_path: Path) -> None:
-    assert main(["overhead", *TINY, "--against", str(slower), "--out", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "overhead-against-cpu.json").read_text())["rows"]
-    for name, row in found.items():
-        if name.startswith("adaptc"):
-            assert row["ratio"]["high"] < 0.7, name
-            assert row["time"][1]["median"] > 0.02, name
-            assert row["facts"][0]["graphs"] == row["facts"][1]["graphs"] == 1
+def test_a_slower_build_is_told_by_its_python_per_call(slower: Path) -> None:
+    settings = Settings(layers=1, hidden=32, tokens=8, head_dim=32)
+    with builds.opened(None) as ours, builds.opened(slower) as other:
+        row = against.measure(
+            (ours, other), 6, 0, "overhead", settings=dataclasses.asdict(settings), contender="adaptc",
+            capture="whole", mode="training",
+        )  # fmt: skip
+    assert row["ratio"]["high"] < 0.7
+    assert row["time"][1]["median"] > 0.02
+    assert [facts["graphs"] for facts in row["facts"]] == [1, 1]
+
+
+@pytest.mark.slow
+def test_a_slower_build_is_told_by_its_training_step(slower: Path, tmp_path: Path) -> None:
     flags = [*TINY, "--backend", "aot_eager", "--head-dim", "16", "--vocab", "64", "--rank", "4", "--dtypes", "fp32"]
     assert main(["train", *flags, "--dropouts", "0.05", "--against", str(slower), "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "train-against-cpu.json").read_text())
@@ -128,6 +135,17 @@ def test_a_slower_build_is_told_in_both_tables(slower: Path, tmp_path: Path) -> 
     assert found["rows"][0]["ratio"]["median"] < 1 < found["rows"][0]["time"][1]["median"] / 0.02
     table = (tmp_path / "train-against-cpu.md").read_text()
     assert all(name in table for name in found["builds"])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_the_table_of_python_per_call_has_every_row_and_its_share_of_a_step(tmp_path: Path) -> None:
+    assert main(["overhead", *TINY, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "overhead-cpu.json").read_text())
+    assert len(found["rows"]) == 9
+    assert all(len(row["time"]) == 1 and "ratio" not in row for row in found["rows"].values())
+    assert all(name in (tmp_path / "overhead-cpu.md").read_text() for name in found["rows"])
+    assert len(found["notes"]) == 2
 
 
 @pytest.mark.slow
