@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -12,12 +13,13 @@ import torch
 from functorch.compile import aot_module_simplified, make_boxed_func, min_cut_rematerialization_partition
 from torch import fx
 
+from adaptc import methods
 from adaptc.codegen import choices, torch_internals
 from adaptc.codegen.adapter_inputs import AdapterTensors, positions
 from adaptc.codegen.cpp import build
 from adaptc.codegen.graphs import CapturedGraph
 from adaptc.codegen.in_place import accumulate_in_place
-from adaptc.errors import VerifyError
+from adaptc.errors import UnsupportedError, VerifyError
 from adaptc.ir import validate
 from adaptc.ir.edit import copy_graph_module
 from adaptc.passes.contract import Context
@@ -66,6 +68,8 @@ class AdapterBackend:
         self.graphs: list[CapturedGraph] = []
         #: ``id`` of the site-id tensors that compiled graphs were called with.
         self.ran: set[int] = set()
+        #: Where the code of a frame is that runs as it is -> the op for which it cannot be compiled.
+        self.uncompiled: dict[str, str] = {}
         #: Compilation -> the attempt at it that its graphs are from.
         self._attempts: dict[tuple[int, int], weakref.ref[Any]] = {}
 
@@ -108,8 +112,25 @@ class AdapterBackend:
                 validate=validate.validator(self.options.verify, inputs),
             )
         graph.keep_reports(reports)
-        compiled = self._lower(gm, inputs, graph)
+        try:
+            compiled = self._lower(gm, inputs, graph)
+        except Exception as error:
+            self._let_break(captured, graph, error)
+            raise
         return _note_sites(compiled, list(site_ids), self.ran, graph.ran)
+
+    def _let_break(self, captured: fx.GraphModule, graph: CapturedGraph, error: Exception) -> None:
+        """Do as torch.compile does with ``h[mask] = values``, whose gradient has a size that only data say: the frame
+        runs as it is, and what it calls is compiled."""
+        if not torch_internals.is_of_data(error):
+            return
+        if others := torch_internals.users_functions(captured, methods.anchors()):
+            raise UnsupportedError(
+                f"a frame with {', '.join(others)} cannot be compiled: a size in its backward is only known from data",
+                found=str(error), do="leave out its torch.compiler.allow_in_graph, or use torch.where for the mask",
+            ) from error  # fmt: skip
+        self.graphs.remove(graph)
+        self.uncompiled[torch_internals.let_frame_break()] = str(error)
 
     def _forget_other_attempts(self, compile_id: tuple[int, int] | None) -> None:
         """Dynamo starts a capture over when it learns something on the way: the first try is not run.
@@ -261,19 +282,44 @@ def compile_aot_eager(
 
     def infer(forward: fx.GraphModule, example_inputs: Any) -> Any:
         joint(forward.graph)
-        return make_boxed_func(forward)
+        return _run_forward(forward, example_inputs)
 
     torch_internals.note_aot_call()
     return aot_module_simplified(  # type: ignore[no-any-return]
         gm,
         inputs,
-        fw_compiler=_run_as_it_is,
+        fw_compiler=_run_forward,
         bw_compiler=_run_as_it_is,
         inference_compiler=infer,
         decompositions=None if decompositions is None else dict(decompositions),
         partition_fn=partition,
         keep_inference_input_mutations=True,
     )
+
+
+def _run_forward(gm: fx.GraphModule, example_inputs: Any) -> Any:
+    """``gm`` as it is, but for results that became views when ops were lowered: AOTAutograd takes them for new memory,
+    and autograd refuses writes to a view that its caller did not make."""
+    output = gm.graph.output_node()
+    views = dict.fromkeys(node for node in output.all_input_nodes if _is_view(node))
+    for node in views:
+        with gm.graph.inserting_after(node):
+            own = gm.graph.call_function(torch.ops.aten.clone.default, (node,))
+        own.meta = dict(node.meta)
+        node.replace_all_uses_with(own, delete_user_cb=lambda user: user is output)
+    if views:
+        gm.recompile()
+    return make_boxed_func(gm)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node is a view of memory that the graph makes."""
+    root = node
+    while root.target is operator.getitem or (
+        isinstance(root.target, torch_internals.OpOverload) and root.target.is_view
+    ):
+        root = root.all_input_nodes[0]
+    return root is not node and root.op != "placeholder"
 
 
 def _run_as_it_is(gm: fx.GraphModule, example_inputs: Any) -> Any:

@@ -254,6 +254,9 @@ def _attention(handle: Handle) -> Iterator[str]:
     if handle.graphs or handle.captures.eager:
         yield from (f"did not run in any forward: {path}" for path in fold(handle.idle_sites()))
     yield from (f"ran outside a captured graph: {path}" for path in fold(handle.eager_sites()))
+    if handle.captures.backend is not None:
+        for frame, op in handle.captures.backend.uncompiled.items():
+            yield f"not compiled itself, for it needs a size that only data say ({op}): {frame}"
     yield from handle.lint.rows()
     if hit := handle.captures.counts["recompile_limits_hit"]:
         yield f"recompile limit hit {hit} times: those frames run eagerly"

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from adaptc.codegen.torch_internals import OpOverload
+from adaptc.codegen.torch_internals import OpOverload, not_views
 from adaptc.ir.code_hash import code_hash
 
 #: op name -> module that defines it; importing the module registers the op. Methods define their own beside these.
@@ -120,7 +120,7 @@ def define(op: DialectOp) -> DialectOp:
         with torch.autocast(device, enabled=False):
             kernel = _OPS[name].kernel
             result = None if kernel is None else kernel(*args, **kwargs)
-            return _OPS[name].body(*args, **kwargs) if result is None else result
+            return not_views(_OPS[name].body(*args, **kwargs) if result is None else result)
 
     implement(_LIBRARY, name, op.schema, run_body)
     torch.library.register_fake(f"adaptc::{name}", lambda *a, **k: _OPS[name].fake(*a, **k), lib=_LIBRARY)

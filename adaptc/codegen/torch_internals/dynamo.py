@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -199,6 +199,37 @@ def tracing_attempt() -> Any:
     """An object that stands for this attempt at capturing a frame: all parts of one graph have it in common.
     2.11 to 2.15."""
     return torch._guards.TracingContext.try_get()
+
+
+def is_of_data(error: Exception) -> bool:
+    """Whether an error of a compiler says that a size, or another number that it needs, is only known from data. 2.11
+    to 2.15."""
+    from torch._dynamo.exc import exceptions_allowed_to_be_fallback
+
+    return isinstance(error, exceptions_allowed_to_be_fallback)
+
+
+def users_functions(gm: fx.GraphModule, ours: Container[Any]) -> list[str]:
+    """Names of the functions that users let into a graph or its bodies by ``allow_in_graph``; not those in ``ours``."""
+    graphs = (module.graph for module in gm.modules() if isinstance(module, fx.GraphModule))
+    targets = dict.fromkeys(node.target for graph in graphs for node in graph.nodes)
+    functions = (target for target in targets if isinstance(target, types.FunctionType) and target not in ours)
+    return [f.__name__ for f in functions if f.__module__.partition(".")[0] != "torch"]
+
+
+def let_frame_break() -> str:
+    """Let Dynamo run the frame that is compiled as it is, and compile what it calls, when the backend raises an error
+    of :func:`is_of_data`; returns where the frame's code is.
+
+    Dynamo does so by itself unless the graph has functions of ``allow_in_graph``, of which it does not know whether
+    they run outside a graph. 2.11 to 2.15.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    output = InstructionTranslator.current_tx().output
+    output.has_user_defined_allowed_in_graph = False
+    code = output.root_tx.f_code
+    return f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
 
 
 def note_aot_call() -> None:

@@ -83,6 +83,14 @@ def storage_bytes(tensor: torch.Tensor) -> int:
         return tensor._nnz() * tensor.element_size()
 
 
+def not_views(results: Any) -> Any:
+    """What an op returns (a tensor, or a tuple or list), without a view of a tensor that it made on the way: autograd
+    refuses writes to one, and the memory is no other's. 2.11 to 2.15."""
+    if isinstance(results, torch.Tensor):
+        return results.data if results._is_view() else results
+    return type(results)(map(not_views, results)) if type(results) in (tuple, list) else results
+
+
 def is_wrapped(tensor: torch.Tensor) -> bool:
     """Whether a tensor stands for another under vmap, grad or jvp. 2.11 to 2.15."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
