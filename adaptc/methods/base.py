@@ -69,6 +69,10 @@ class Method:
         """The method as it applies at the site ``path`` (per-site patterns resolved)."""
         return self
 
+    def patterns(self) -> Mapping[str, Mapping[str, Any]]:
+        """The options that :meth:`at` resolves: name -> expressions on paths (``methods.patterns``) and values."""
+        return {}
+
     def why_not(self, path: str, module: nn.Module) -> str | None:
         """Why this method cannot adapt ``module`` as it is stored, or None when it can: a quantised base, then
         :meth:`refusal`. This is what plans ask."""

@@ -45,6 +45,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adaptc.errors import ConfigTypeError, PlanError, UnsupportedError
+from adaptc.methods.patterns import value_at
 
 if TYPE_CHECKING:
     from adaptc.methods.base import Adapter, Method
@@ -341,7 +342,7 @@ class Sites:
         if len(self.written) == 1:
             own = dict(sorted(getattr(self.written[0], pattern).items()))
             default = _whole(getattr(self.written[0], name))
-            if all(pattern_value(own, path, default) == value for path, value in values.items()):
+            if all(value_at(own, path, default) == value for path, value in values.items()):
                 return default, {key: _whole(value) for key, value in own.items()}
         common = Counter(values.values()).most_common(1)[0][0]
         return common, {f"^{re.escape(p)}": v for p, v in values.items() if v != common}
@@ -363,14 +364,6 @@ def _inverse(values: Mapping[Any, str]) -> dict[str, Any]:
 def _whole(value: float) -> float:
     """16.0 as 16, as PEFT's own configs have it."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def pattern_value(found: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """The value of the first expression that matches the path or its last components."""
-    for expression, value in (found or {}).items():
-        if re.match(rf"(.*\.)?({expression})$", path):
-            return value
-    return default
 
 
 # ------------------------------------------------------------------------------------------ registry

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -23,7 +22,7 @@ from adaptc.codegen.torch_internals import node_value
 from adaptc.ir.dora import row_norm
 from adaptc.ir.edit import Edit
 from adaptc.ir.sites import LORA_LINEAR
-from adaptc.methods import dora, linear, lora_init, lora_sites
+from adaptc.methods import dora, linear, lora_init, lora_sites, patterns
 from adaptc.methods.base import Adapter, Anchor, Method
 from adaptc.methods.bias import bias_site
 from adaptc.methods.scaled import ScaledAdapter, draw_factors, storage_dtype
@@ -45,7 +44,8 @@ class LoRA(Method):
         lora_bias: also train a bias (N,) of the second factor.
         bias: "none", "lora_only" (also train the biases of the adapted layers) or "all" (every bias).
         rank_pattern, alpha_pattern: regular expression on the module path -> r or alpha at those sites, as
-            in PEFT: a key matches the whole path or a dotted suffix of it; the first match counts.
+            in PEFT: a key matches the whole path or a dotted suffix of it; the first match counts. A key that
+            changes nothing at any site of its rule is refused.
         compute_dtype: dtype name ("float32") in which the correction is computed; None means the dtype of
             the site's output. Factors are cast, so a 16-bit activation is never copied in full precision.
     """
@@ -108,9 +108,12 @@ class LoRA(Method):
         return self.alpha / math.sqrt(self.r) if self.rslora else self.alpha / self.r
 
     def at(self, path: str) -> LoRA:
-        r = _first_match(self.rank_pattern, path, self.r)
-        alpha = _first_match(self.alpha_pattern, path, self.alpha)
+        r = patterns.value_at(self.rank_pattern, path, self.r)
+        alpha = patterns.value_at(self.alpha_pattern, path, self.alpha)
         return dataclasses.replace(self, r=r, alpha=alpha, rank_pattern={}, alpha_pattern={})
+
+    def patterns(self) -> Mapping[str, Mapping[str, Any]]:
+        return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
 
     def reads_weight(self) -> str | None:
         if self.dora:
@@ -139,13 +142,6 @@ class LoRA(Method):
         self, path: str, module: nn.Module, name: str, *, dtype: torch.dtype | None, site_id: int
     ) -> Adapter:
         return lora_sites.parameter_kind_of(module)(self, module, name, dtype=dtype, site_id=site_id)
-
-
-def _first_match(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
 
 
 class LoRAAdapter(ScaledAdapter):

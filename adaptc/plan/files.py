@@ -59,6 +59,14 @@ def write(path: Path, data: Mapping[str, Any]) -> None:
             aside.unlink()
 
 
+def is_peft_config(source: object) -> bool:
+    """Whether ``source`` is a PEFT config, or the path of one or of its folder."""
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        return path.is_dir() or path.name == PEFT_CONFIG
+    return hasattr(source, "peft_type") and not hasattr(source, "peft_kind")  # the latter: one of adaptc's methods
+
+
 def read_peft_config(source: object) -> dict[str, Any]:
     """A PEFT config as a plain dict, from the object, a mapping, its file or its folder."""
     if isinstance(source, str | os.PathLike):

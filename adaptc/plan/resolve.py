@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +14,9 @@ from torch import nn
 from adaptc import methods
 from adaptc.errors import PlanError, SiteError
 from adaptc.methods.base import Adapter, Method
+from adaptc.methods.patterns import fits, idle_keys
 from adaptc.plan.rules import Plan, Rule
-from adaptc.plan.select import Selection, select
+from adaptc.plan.select import Selection, nearest_names, select
 from adaptc.plan.tree import ModuleTree, self_and_parents
 
 
@@ -81,11 +84,13 @@ def resolve(plan: Plan, model: nn.Module) -> Resolution:
     error if it comes earlier, since half a module cannot be trained as a whole.
 
     Raises:
-        PlanError: a rule, or an entry of it, that selects nothing; rules that contradict each other.
+        PlanError: a rule, an entry of it, or a key of its patterns, that selects nothing; rules that contradict each
+            other.
         SiteError: a module that a rule names and that its method cannot adapt.
     """
     tree = ModuleTree(model)
     selections = [select(rule, number, tree) for number, rule in enumerate(plan.rules, start=1)]
+    _check_patterns(tree, plan.rules, selections)
     winners, shadowed = _first_matches(plan.rules, selections)
     _check_shared(tree, plan.rules, selections, winners)
     winners, inside = _enclosed(plan.rules, winners)
@@ -120,6 +125,72 @@ def _first_matches(rules: Iterable[Rule], selections: list[Selection]) -> tuple[
             if not rule.stack:
                 first.setdefault(path, index)
     return dict(winners), shadowed
+
+
+def _check_patterns(tree: ModuleTree, rules: tuple[Rule, ...], selections: list[Selection]) -> None:
+    """Each key of a method's patterns must change something."""
+    paths = _paths_of_methods(rules, selections)
+    for number, rule in enumerate(rules, start=1):
+        for option, pattern in _patterns(rule).items():
+            for key, winner in idle_keys(pattern, paths[rule.method]).items():
+                headline = f"rule {number}: {option} {json.dumps(key)}"
+                raise _idle_key(tree, headline, rule, key, winner, paths[rule.method])
+
+
+def _paths_of_methods(rules: Iterable[Rule], selections: list[Selection]) -> dict[Method | None, list[str]]:
+    """What each method is for. Rules with one method go together: a PEFT config becomes one rule for its modules and
+    one for its parameters."""
+    paths: dict[Method | None, list[str]] = defaultdict(list)
+    for rule, selection in zip(rules, selections, strict=True):
+        paths[rule.method] += selection.taken
+    return paths
+
+
+def _patterns(rule: Rule) -> Mapping[str, Mapping[str, Any]]:
+    return {} if rule.method is None else rule.method.patterns()
+
+
+def drop_idle_keys(plan: Plan, model: nn.Module) -> tuple[Plan, dict[str, list[str]]]:
+    """The plan without the keys of patterns that change nothing on ``model``, and these keys by option.
+
+    A plan that does not fit the model comes back as it is.
+    """
+    if not any(pattern for rule in plan.rules for pattern in _patterns(rule).values()):
+        return plan, {}
+    tree = ModuleTree(model)
+    try:
+        selections = [select(rule, number, tree) for number, rule in enumerate(plan.rules, start=1)]
+    except (PlanError, SiteError):
+        return plan, {}
+    paths = _paths_of_methods(plan.rules, selections)
+    dropped: dict[str, list[str]] = {}
+    rules = []
+    for rule in plan.rules:
+        changes: dict[str, Any] = {}
+        for option, pattern in _patterns(rule).items():
+            if idle := idle_keys(pattern, paths[rule.method]):
+                dropped.setdefault(option, []).extend(key for key in idle if key not in dropped[option])
+                changes[option] = {key: value for key, value in pattern.items() if key not in idle}
+        if changes and rule.method is not None:
+            rule = dataclasses.replace(rule, method=dataclasses.replace(rule.method, **changes))
+        rules.append(rule)
+    return Plan(rules, plan.passes), dropped
+
+
+def _idle_key(
+    tree: ModuleTree, headline: str, rule: Rule, key: str, winner: str | None, sites: list[str]
+) -> PlanError:
+    if winner is not None:
+        return PlanError(
+            f"{headline} changes nothing: an earlier key counts",
+            rule=rule, found=f'"{winner}" fits the same sites and comes first', do="put the narrower key first",
+        )  # fmt: skip
+    elsewhere = next((path for path in tree.order if path not in sites and fits(key, path)), None)
+    if elsewhere is not None:
+        found, do = f"it fits {elsewhere}, which the rule does not adapt", "correct the key, or adapt that one too"
+    else:
+        found, do = nearest_names(key, sites), "correct the key, an expression on the paths of the rule's sites"
+    return PlanError(f"{headline} matches nothing", rule=rule, found=found, do=do)
 
 
 def _check_shared(tree: ModuleTree, rules: tuple[Rule, ...], selections: list[Selection], winners: _Winners) -> None:

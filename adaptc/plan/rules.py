@@ -238,14 +238,14 @@ class Plan:
 
 
 def _read_rules(source: object) -> tuple[tuple[Rule, ...], Passes | None]:
-    if isinstance(source, str | os.PathLike):
-        path = Path(source)
-        is_peft = path.is_dir() or path.name == "adapter_config.json"
-        source = Plan.from_peft(path) if is_peft else Plan.load(path)
+    from adaptc.plan.files import is_peft_config
+
+    if is_peft_config(source):
+        source = Plan.from_peft(source)
+    elif isinstance(source, str | os.PathLike):
+        source = Plan.load(source)
     elif isinstance(source, Mapping) and "match" not in source:
         source = Plan.from_dict(source)
-    elif hasattr(source, "peft_type") and not isinstance(source, Method):
-        source = Plan.from_peft(source)
     if isinstance(source, Plan):
         return source.rules, source.passes
     if isinstance(source, Method | Rule | Mapping):

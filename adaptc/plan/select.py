@@ -163,6 +163,14 @@ class _Scope:
         return kept
 
     def check_layers(self, covered: set[str]) -> None:
+        for selector in self.match.layers_pattern:
+            alone = dataclasses.replace(self.match, layers_pattern=(selector,))
+            if all(alone.layer_of(path) is None for path in covered):
+                raise PlanError(
+                    f'rule {self.number}: layers_pattern "{selector}" matches nothing',
+                    rule=self.rule, found=f"{_count(list(covered))}, none of them in a numbered layer of that list",
+                    do="correct layers_pattern, the list that a layer's number indexes",
+                )  # fmt: skip
         found = sorted({n for path in covered if (n := self.match.layer_of(path)) is not None})
         for first, last in self.match.layer_spans or ():
             if not any(first <= n and (last is None or n <= last) for n in found):
@@ -264,18 +272,24 @@ class _Scope:
         modules = self.tree.modules
         paths = [p for p in modules if everything or self._refusal(p) is None]
         linear = bool(paths) and all(is_linear(modules[p]) for p in paths)
-        count = _count(paths, "linear layer" if linear else "module" if everything else "adaptable module")
-        names = Counter(path.rpartition(".")[2] for path in paths)
-        numbered = {name for name in names if name.isdecimal()}
-        words = [word for word in re.findall(r"\w+", selector) if len(word) > 1]
-        near_names = _close(words, [*(set(names) - numbered), ALL_LINEAR], selector)
-        near_paths = difflib.get_close_matches(selector, paths, n=2, cutoff=0.75) if "." in selector else []
-        shown = [f"{name} ({names[name]})" if name in names else f'"{name}"' for name in near_names]
-        near_paths = [path for path in near_paths if path not in near_names]
-        if near_names or near_paths:
-            return f"{count}; nearest names: {', '.join([*near_paths, *shown])}"
-        usual = [f"{name} ({n})" for name, n in names.most_common(8) if name not in numbered]
-        return f"{count}; names: {', '.join(usual)}" if usual else count
+        noun = "linear layer" if linear else "module" if everything else "adaptable module"
+        return nearest_names(selector, paths, noun, ALL_LINEAR)
+
+
+def nearest_names(selector: str, paths: list[str], noun: str = "site", *others: str) -> str:
+    """How many there are, and the names among them, or the whole paths, that are most like the selector."""
+    count = _count(paths, noun)
+    names = Counter(path.rpartition(".")[2] for path in paths)
+    numbered = {name for name in names if name.isdecimal()}
+    words = [word for word in re.findall(r"\w+", selector) if len(word) > 1]
+    near_names = _close(words, [*(set(names) - numbered), *others], selector)
+    near_paths = difflib.get_close_matches(selector, paths, n=2, cutoff=0.75) if "." in selector else []
+    shown = [f"{name} ({names[name]})" if name in names else f'"{name}"' for name in near_names]
+    near_paths = [path for path in near_paths if path not in near_names]
+    if near_names or near_paths:
+        return f"{count}; nearest names: {', '.join([*near_paths, *shown])}"
+    usual = [f"{name} ({n})" for name, n in names.most_common(8) if name not in numbered]
+    return f"{count}; names: {', '.join(usual)}" if usual else count
 
 
 def _close(words: list[str], names: list[str], selector: str) -> list[str]:

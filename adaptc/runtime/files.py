@@ -14,6 +14,7 @@ import torch
 from adaptc.errors import AdaptcWarning, ConfigError
 from adaptc.methods.base import Adapter, Method
 from adaptc.plan import Assignment, Plan
+from adaptc.plan.files import is_peft_config
 from adaptc.runtime import checkpoint, peft_format, processes
 from adaptc.runtime.adapters import with_all_biases
 from adaptc.runtime.fingerprint import compare_fingerprint, fingerprint
@@ -39,12 +40,15 @@ def plan_of(source: Any, model: torch.nn.Module | None = None) -> Plan:
     """The plan that ``source`` means, as ``adaptc.compile`` takes it; a folder's own, when it has one."""
     if is_adapter_directory(source):
         return _plan_in(checkpoint.read_adapter(source), model)
+    if model is not None and is_peft_config(source):
+        return Plan.from_peft(source, model=model)
     return Plan.coerce(source)
 
 
 def _plan_in(files: checkpoint.AdapterFiles, model: torch.nn.Module | None) -> Plan:
     if files.plan is not None:
-        return Plan.from_dict(files.plan)
+        plan = Plan.from_dict(files.plan)
+        return plan if model is None else peft_format.without_idle_keys(plan, model)
     assert files.config is not None  # read_adapter: a folder without a config has a plan
     return peft_format.config_to_plan(files.config, model=model, loading=True)
 

@@ -214,7 +214,7 @@ class Handle:
         if files.is_adapter_directory(plan):
             files.add(self, plan, name)
         else:
-            self.install(name, files.plan_of(plan), calibration=calibration)
+            self.install(name, files.plan_of(plan, self.model), calibration=calibration)
         self.lint.check_values(name)
 
     def install(

@@ -1,7 +1,7 @@
 """PEFT's file format: the config, read and written, and the tensor keys; kinds are rows of ``methods.codec``."""
 
 from adaptc.runtime.peft_export import codec_of_sites, comparable, plan_to_config
-from adaptc.runtime.peft_import import config_to_plan
+from adaptc.runtime.peft_import import config_to_plan, without_idle_keys
 from adaptc.runtime.peft_keys import assign, decode, encode, tensors_of
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "encode",
     "plan_to_config",
     "tensors_of",
+    "without_idle_keys",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +12,9 @@ from torch import nn
 from adaptc.errors import AdaptcWarning, ConfigTypeError
 from adaptc.methods.codec import Part
 from adaptc.plan.match import ALL_LINEAR, MODEL, Match, matcher
+from adaptc.plan.resolve import drop_idle_keys
 from adaptc.plan.rules import Plan, Rule
+from adaptc.runtime import peft_fit
 from adaptc.runtime import peft_matching as peft
 from adaptc.runtime.peft_options import check_config
 
@@ -42,23 +43,47 @@ def config_to_plan(
     codec, used = check_config(config, loading=loading)
     # PEFT adds the classifier when it wraps a model for a task; in files it is written out.
     added = () if loading else peft.classifier_names(config.get("task_type"))
+    if model is not None and not codec.on_model:
+        used = peft_fit.fitted(used, model)
     saved = list(dict.fromkeys([*(used["modules_to_save"] or ()), *added]))
-    parts = codec.rules(used)
-    adapted: list[Rule] = []
-    if codec.on_model:
-        adapted = [Rule(Match((MODEL,)), part.method) for part in parts]
-    elif used["target_modules"]:
-        adapted = _as_written(used, parts)
-        if model is None:
-            _check_names(adapted)
-        else:
-            adapted = _rules_on(model, used, parts, config.get("task_type"))
     if model is not None:
-        saved = _present(saved, "modules_to_save", peft.saved_paths, list(peft.module_paths(model)))
-    if used.get("target_parameters"):
-        adapted.append(Rule(_parameter_match(used["target_parameters"], model), parts[0].method))
+        saved = peft_fit.present(saved, "modules_to_save", peft.saved_paths, list(peft.module_paths(model)))
+    if codec.on_model:
+        adapted = [Rule(Match((MODEL,)), part.method) for part in codec.rules(used)]
+    else:
+        adapted = _adapted(used, codec.rules(used), model, config.get("task_type"))
     rules = [Rule(Match(_saved_selectors(saved, model)), train="full")] if saved else []
-    return Plan([*rules, *adapted])
+    plan = Plan([*rules, *adapted])
+    return plan if model is None else without_idle_keys(plan, model)
+
+
+def without_idle_keys(plan: Plan, model: nn.Module) -> Plan:
+    """The plan without the keys of its patterns that change nothing on ``model``, which a warning names: PEFT passes
+    over them, and adaptc's own files did once."""
+    plan, idle = drop_idle_keys(plan, model)
+    for option, keys in idle.items():
+        peft_fit.warn(f"{option} of the adapter's config has keys that change nothing at its sites: {', '.join(keys)}")
+    return plan
+
+
+def _adapted(
+    used: Mapping[str, Any], parts: Sequence[Part], model: nn.Module | None, task_type: str | None
+) -> list[Rule]:
+    """The rules for modules and for parameters; with the host, those only that select something on it."""
+    modules = _as_written(used, parts) if used["target_modules"] else []
+    names = used.get("target_parameters")
+    parameters = [Rule(_parameter_match(names, model), parts[0].method)] if names else []
+    if model is None:
+        _check_names(modules)
+        return [*modules, *parameters]
+    fitting = _rules_on(model, used, parts, task_type) if modules else []
+    there = peft.target_parameters(names, peft.parameter_paths(model))
+    if modules and not fitting and there:
+        peft_fit.warn(f"target_modules of the adapter's config select nothing on this model: {used['target_modules']}")
+    if there:
+        return [*fitting, *parameters]
+    # When nothing is matched: resolving the plan names near misses.
+    return fitting or modules or parameters
 
 
 def _as_written(used: Mapping[str, Any], parts: Sequence[Part]) -> list[Rule]:
@@ -71,9 +96,9 @@ def _parameter_match(names: Sequence[str], model: nn.Module | None) -> Match:
     if model is None:
         return written
     paths, modules = peft.parameter_paths(model), list(peft.module_paths(model))
-    found = _present(list(written.targets), "target_parameters", _suffixed, paths)
+    found = peft_fit.present(list(written.targets), "target_parameters", peft.suffixed, paths)
     # Where such a name is also a module's, it means the module to adaptc.
-    if not found or (all(map(is_name, found)) and not _suffixed(found, modules)):
+    if not found or (all(map(is_name, found)) and not peft.suffixed(found, modules)):
         return Match(tuple(found) or written.targets)
     return Match((f"re:{exactly(peft.target_parameters(found, paths))}",))
 
@@ -108,8 +133,7 @@ def _rules_on(
             written = _match_as_written(_of_part(used, part))
             rules.append(Rule(_match_on(model, chosen, written, own, taken), part.method))
             taken.update(own)
-    # When nothing is matched: resolving the plan names near misses.
-    return rules or _as_written(used, parts)
+    return rules
 
 
 def _match_as_written(used: Mapping[str, Any]) -> Match:
@@ -127,7 +151,7 @@ def _saved_selectors(names: list[str], model: nn.Module | None) -> tuple[str, ..
     """PEFT takes any path that ends in the text: "classifier" means DistilBERT's pre_classifier too."""
     if model is not None:
         paths = list(peft.module_paths(model))
-        if peft.saved_paths(names, paths) == _suffixed(names, paths) and all(map(is_name, names)):
+        if peft.saved_paths(names, paths) == peft.suffixed(names, paths) and all(map(is_name, names)):
             return tuple(names)
     return (f"re:.*(?:{'|'.join(re.escape(name) for name in names)})",)
 
@@ -156,45 +180,13 @@ def _odd_name(selectors: Iterable[str]) -> str | None:
     return next(odd, None)
 
 
-def _present(names: list[str], key: str, select: Any, paths: list[str]) -> list[str]:
-    """The names that select something, as PEFT ignores the others; they are named in a warning."""
-    found = [name for name in names if select([name], paths)]
-    absent = [name for name in names if name not in found]
-    # PEFT itself adds both of its names for classifiers, so these say nothing about the user's intent.
-    task_names = (*peft.CLASSIFIER_NAMES, *peft.ANSWER_NAMES) if key == "modules_to_save" else ()
-    told = [name for name in absent if name not in task_names]
-    if told:
-        warnings.warn(
-            f"{key} of the adapter's config names {key.split('_')[-1] if key == 'target_parameters' else 'modules'} "
-            f"that this model does not have, which PEFT ignores: "
-            f"{', '.join(told)}",
-            AdaptcWarning,
-            stacklevel=4,
-        )
-    return found
-
-
 def _match_on(
     model: nn.Module, used: Mapping[str, Any], written: Match, wanted: list[str], taken: set[str]
 ) -> Match:
     """A match that selects ``wanted``, beside what earlier rules have taken: as written, if it does."""
-    modules = peft.module_paths(model)
-    targets, exclude = written.targets, written.exclude
-    if all(is_name(name) for name in targets):
-        targets = tuple(_present(list(targets), "target_modules", _suffixed, list(modules)))
-    if exclude and is_name(exclude[0]):
-        exclude = tuple(_present(list(exclude), "exclude_modules", _suffixed, list(modules)))
-    elif exclude and not any(matcher(exclude[0])(path) for path in modules):
-        exclude = ()
-    if targets:
-        match = dataclasses.replace(written, targets=targets, exclude=exclude)
-        if _selected(match, model, used) - taken == set(wanted):
-            return match
+    if _selected(written, model, used) - taken == set(wanted):
+        return written
     return Match((f"re:{exactly(wanted)}",))
-
-
-def _suffixed(names: Sequence[str], paths: Iterable[str]) -> list[str]:
-    return [path for path in paths if any(peft.has_suffix(path, name) for name in names)]
 
 
 def _selected(match: Match, model: nn.Module, used: Mapping[str, Any]) -> set[str]:

@@ -54,7 +54,7 @@ def _is_target(config: Mapping[str, Any], path: str) -> bool:
         return re.fullmatch(targets, path) is not None
     if path in targets:
         return True
-    return any(has_suffix(path, name) for name in targets) and _in_layers(config, path)
+    return any(has_suffix(path, name) for name in targets) and in_layers(config, path)
 
 
 def parameter_paths(model: nn.Module) -> list[str]:
@@ -74,7 +74,12 @@ def has_suffix(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
-def _in_layers(config: Mapping[str, Any], path: str) -> bool:
+def suffixed(names: Sequence[str], paths: Iterable[str]) -> list[str]:
+    return [path for path in paths if any(has_suffix(path, name) for name in names)]
+
+
+def in_layers(config: Mapping[str, Any], path: str) -> bool:
+    """Whether the path lies in the layers that the config names; in any, where it names none."""
     layers = config.get("layers_to_transform")
     if layers is None or layers == []:
         return True

@@ -57,6 +57,36 @@ from tests.models import hosts
             "1 module, none of them in a numbered layer",
         ),
         ("llama", LoRA(targets="q_proj", layers=[0, 9]), "rule 2: layers 9 matches nothing"),
+        (
+            "llama",
+            Rule(Match("q_proj", layers=[0], layers_pattern=["layers", "h"]), LoRA()),
+            'rule 2: layers_pattern "h" matches nothing',
+        ),
+        (
+            "llama",
+            LoRA(targets="q_proj", rank_pattern={"q_porj": 2}),
+            'rule 2: rank_pattern "q_porj" matches nothing\n'
+            '  rule   LoRA(targets=["q_proj"], rank_pattern={"q_porj": 2})\n'
+            "  found  2 sites; nearest names: q_proj (2)\n"
+            "  do     correct the key, an expression on the paths of the rule's sites",
+        ),
+        (
+            "llama",
+            LoRA(targets="q_proj", alpha_pattern={"q_proj": 4, "k_proj": 2.0}),
+            'alpha_pattern "k_proj" matches nothing\n  rule   LoRA(targets=["q_proj"], '
+            'alpha_pattern={"q_proj": 4, "k_proj": 2.0})\n'
+            "  found  it fits model.layers.0.self_attn.k_proj, which the rule does not adapt",
+        ),
+        (
+            "llama",
+            LoRA(targets="q_proj", rank_pattern={"layers.0.*": 3, "0.self_attn.q_proj": 2}),
+            'rank_pattern "0.self_attn.q_proj" changes nothing: an earlier key counts',
+        ),
+        (
+            "mixtral",
+            LoRA(targets="experts.gate_up_proj", rank_pattern={"down_proj": 2}),
+            "found  it fits model.layers.0.mlp.experts.down_proj, which the rule does not adapt",
+        ),
     ],
 )
 def test_a_rule_that_matches_nothing(host: str, method: Any, message: str) -> None:

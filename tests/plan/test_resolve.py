@@ -245,3 +245,20 @@ def test_patterns_that_split_a_shared_module_raise() -> None:
     plan = Plan(LoRA(r=4, targets="q", rank_pattern={"layers.1.q": 2}))
     with pytest.raises(PlanError, match="rule 1 gives LoRA"):
         plan.resolve(shared_layers())
+
+
+def test_keys_of_patterns_that_say_the_same_or_overlap_in_part_are_kept() -> None:
+    ranks = {"layers.0.*": 3, "q_proj": 2, "self_attn.q_proj": 2}
+    sites = Plan(LoRA(r=4, targets=["q_proj", "v_proj"], rank_pattern=ranks)).resolve(hosts.build("llama")).sites
+    assert [site.method.r for site in sites] == [3, 3, 2, 4]
+
+
+def test_rules_of_one_method_share_the_keys_of_its_patterns() -> None:
+    """A PEFT config becomes one rule for its modules and one for its parameters."""
+    method = LoRA(r=4, rank_pattern={"q_proj": 2, "down_proj": 3})
+    plan = Plan([Rule(Match("q_proj"), method), Rule(Match("experts.down_proj"), method)])
+    assert [site.method.r for site in plan.resolve(hosts.build("mixtral")).sites] == [2, 3, 2, 3]
+    with pytest.raises(PlanError, match='rule 2: rank_pattern "q_proj" matches nothing'):
+        Plan([Rule(Match("k_proj"), LoRA()), Rule(Match("v_proj"), LoRA(rank_pattern={"q_proj": 2}))]).resolve(
+            hosts.build("llama")
+        )

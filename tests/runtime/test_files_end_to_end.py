@@ -111,6 +111,35 @@ def test_a_folder_of_another_rank_or_scale_is_not_loaded_into_an_adapter(tmp_pat
             model.adaptc.load(folder)
 
 
+def test_a_folder_that_names_parameters_which_the_model_lacks(tmp_path: Path) -> None:
+    """PEFT writes such folders itself, for models with dense layers in place of the experts of their type."""
+    theirs = peft_model("llama", {"target_modules": ["q_proj"], "r": 3, "lora_alpha": 5})
+    folder = peft_save(theirs, tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["target_parameters"] = ["gate_up_proj"]
+    config["rank_pattern"], config["alpha_pattern"] = {r".*\.gate_up_proj": 8}, {r".*\.gate_up_proj": 1.0}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.warns(errors.AdaptcWarning, match="parameters that this model does not have"):
+        model = compiled("llama", folder)
+    torch.testing.assert_close(logits(model, "llama"), logits(theirs, "llama"), rtol=1e-10, atol=1e-10)
+    model.adaptc.save(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text()) == config
+    plain = compiled("llama", adaptc.LoRA(r=3, alpha=5, targets="q_proj"))
+    with pytest.warns(errors.AdaptcWarning, match="keys that change nothing"):
+        plain.adaptc.load(folder, "default")
+    assert torch.equal(logits(plain, "llama"), logits(model, "llama"))
+
+
+def test_a_plan_with_an_idle_key_that_was_saved_once_is_read(tmp_path: Path) -> None:
+    compiled("llama", adaptc.LoRA(r=3, targets="q_proj")).adaptc.save(tmp_path)
+    saved = json.loads((tmp_path / "adaptc_plan.json").read_text())
+    saved["plan"]["rules"][0]["method"]["rank_pattern"] = {"q_porj": 2}
+    (tmp_path / "adaptc_plan.json").write_text(json.dumps(saved))
+    with pytest.warns(errors.AdaptcWarning, match="rank_pattern .* keys that change nothing at its sites: q_porj"):
+        model = compiled("llama", tmp_path)
+    assert model.adaptc.records["default"].plan == adaptc.Plan(adaptc.LoRA(r=3, targets="q_proj"))
+
+
 def test_another_base_gives_a_warning(tmp_path: Path) -> None:
     compiled("bert", RULES).adaptc.save(tmp_path)
     other = hosts.build("bert", seed=3).double()

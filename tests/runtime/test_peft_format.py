@@ -13,7 +13,7 @@ import torch
 
 from adaptc import Bias, LoRA, Match, Plan, Rule
 from adaptc.errors import UnsupportedError
-from adaptc.methods import codec
+from adaptc.methods.patterns import value_at
 from adaptc.runtime import checkpoint, peft_format
 from adaptc.runtime.names import adapter_directory
 from tests.models import hosts
@@ -336,7 +336,7 @@ def test_a_scale_that_was_changed_by_hand_is_written() -> None:
     adapted.sites[0] = dataclasses.replace(first, method=dataclasses.replace(first.method, alpha=6.5))
     config = adapted.config(original=original)
     alphas = [
-        codec.pattern_value(config["alpha_pattern"], s.path, config["lora_alpha"])
+        value_at(config["alpha_pattern"], s.path, config["lora_alpha"])
         for s in adapted.sites
     ]
     assert alphas == [6.5, 4]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from adaptc import LoRA, Match, Plan, Rule
-from adaptc.errors import AdaptcWarning
-from adaptc.methods import codec
+from adaptc.errors import AdaptcWarning, PlanError
+from adaptc.methods.patterns import value_at
 from adaptc.plan.files import read_peft_config
 from adaptc.runtime import peft_format, peft_matching
 from tests.models import hosts
@@ -73,7 +73,7 @@ def test_patterns_are_matched_as_peft_matches_them(path: str, patterns: dict[str
     from peft.utils.other import get_pattern_key
 
     expected = patterns.get(get_pattern_key(patterns.keys(), path), 0)
-    assert codec.pattern_value(patterns, path, 0) == expected
+    assert value_at(patterns, path, 0) == expected
 
 
 def test_names_without_a_module_are_left_out_with_a_warning() -> None:
@@ -129,3 +129,53 @@ def test_a_layer_number_at_the_root_is_written_as_paths() -> None:
     assert [n for n, m in wrapped.named_modules() if hasattr(m, "lora_A")] == [
         "base_model.model.deep.layers.1.q"
     ]
+
+
+#: Options of a config -> what of them selects nothing on the host, as PEFT finds too, though it says so of some only.
+IDLE: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "a rank": ({"rank_pattern": {"q_porj": 2, "v_proj": 3}}, ["q_porj"]),
+    "a scale": ({"alpha_pattern": {"up_proj": 2.0}}, ["up_proj"]),
+    "a rank that an earlier key has": ({"rank_pattern": {"q_proj": 3, "self_attn.q_proj": 2}}, ["self_attn.q_proj"]),
+    "a target": ({"target_modules": ["q_proj", "v_porj"]}, ["v_porj"]),
+    "a target outside of the layers": (
+        {"target_modules": ["q_proj", "embed_tokens"], "layers_to_transform": [1]}, ["embed_tokens"],
+    ),
+    "a layer": ({"layers_to_transform": [1, 7]}, ["7"]),
+    "a list of layers": ({"layers_to_transform": [0], "layers_pattern": ["layers", "h"]}, ["h"]),
+    "an exclusion": ({"exclude_modules": ["model.layers.0.self_attn.q_proj", "k_porj"]}, ["k_porj"]),
+    "an excluding expression": ({"exclude_modules": r".*\.k_porj"}, [r".*\.k_porj"]),
+    "a saved module": ({"modules_to_save": ["lm_head", "lm_haed"]}, ["lm_haed"]),
+    "a parameter": ({"target_parameters": ["gate_up_proj"]}, ["gate_up_proj"]),
+    "parameters with ranks": (
+        {"target_parameters": ["gate_up_proj", "down_proj"], "rank_pattern": {r".*\.gate_up_proj": 8}},
+        ["gate_up_proj, down_proj", r".*\.gate_up_proj"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", IDLE)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning:peft")
+def test_what_selects_nothing_is_left_out_with_a_warning(case: str) -> None:
+    options, idle = IDLE[case]
+    options = {"target_modules": ["q_proj", "v_proj"], "r": 4, **options}
+    config, host = peft.LoraConfig(**options), hosts.build("llama")
+    with pytest.warns(AdaptcWarning) as caught:
+        plan = Plan.from_peft(config, model=host)
+    told = [str(w.message).rpartition(": ")[2] for w in caught if w.category is AdaptcWarning]
+    assert told == idle
+    sites = {s.path: None if s.train else s.method.r for s in plan.resolve(host).sites}
+    theirs = peft.get_peft_model(hosts.build("llama"), config).base_model.model
+    adapted = {n: m.r["default"] for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
+    saved = dict.fromkeys(n for n, m in theirs.named_modules() if hasattr(m, "modules_to_save"))
+    assert sites == {**adapted, **saved}
+
+
+def test_where_nothing_is_left_the_plan_is_refused() -> None:
+    host = hosts.build("llama")
+    for options in (
+        {"target_modules": ["q_porj"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [7]},
+        {"target_modules": ["q_porj"], "target_parameters": ["gate_up_proj"]},
+    ):
+        with pytest.raises(PlanError, match="matches nothing"):
+            Plan.from_peft(peft.LoraConfig(**options), model=host).resolve(host)
