@@ -209,6 +209,11 @@ class Adapter(nn.Module):
         for suffix, tensor in self.peft_tensors().items():
             tensor.data.copy_(values[suffix])
 
+    def peft_difference(self) -> str | None:
+        """What PEFT computes from the tensors of a file where that is another function, in words; None where it is the
+        same one."""
+        return None
+
     def method_now(self) -> Method:
         """The method as it acts now: a scale can be changed by hand."""
         return self.method

@@ -70,6 +70,8 @@ def add(handle: Handle, directory: Any, name: str) -> None:
     with torch.random.fork_rng(devices=[]):
         handle.install(name, plan, config=files.config)
     peft_format.assign(decoded, _adapters(handle, name))
+    if files.plan is None:
+        _warn_of_another_function(files.path, _adapters(handle, name))
 
 
 def load(handle: Handle, directory: Any, name: str) -> None:
@@ -89,6 +91,8 @@ def load(handle: Handle, directory: Any, name: str) -> None:
         _warn_of_another_base(files, handle)
         peft_format.assign(decoded, adapters)
     handle.records[name].config = files.config
+    if files.plan is None:
+        _warn_of_another_function(files.path, adapters)
 
 
 def save(handle: Handle, directory: Any, name: str) -> None:
@@ -124,6 +128,8 @@ def save(handle: Handle, directory: Any, name: str) -> None:
         fingerprint=fingerprint(handle.model, [site.path for site, _, _ in parts]),
     )
     processes.write_once(handle.model, write)
+    if config is not None:
+        _warn_of_another_function(directory, adapters)
 
 
 def _decode(
@@ -148,6 +154,21 @@ def _check_same_sites(theirs: list[Assignment], handle: Handle, name: str) -> No
             expected=ours.get(path, "no adapter there"),
             found=found.get(path, "no adapter there"),
             do=f"model.adaptc.remove({name!r}) first, or load it under another name",
+        )
+
+
+def _warn_of_another_function(directory: Any, adapters: dict[str, Adapter]) -> None:
+    """Say where PEFT computes something else from the same file."""
+    sites: dict[str, list[str]] = {}
+    for path, adapter in adapters.items():
+        if difference := adapter.peft_difference():
+            sites.setdefault(difference, []).append(path)
+    for difference, paths in sites.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        warnings.warn(
+            f"{directory}: the adapter of {paths[0]}{more} is another function in PEFT: {difference}",
+            AdaptcWarning,
+            stacklevel=4,
         )
 
 

@@ -198,8 +198,11 @@ WRITTEN_BY_ADAPTC: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
         {"r": 4, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.0.*": 3}},
     ),
     "patterns whose order counts": (
-        "llama", [LoRA(r=4, targets=["q_proj"], rank_pattern={"q_proj": 2, "layers.0.*": 3})],
-        {"r": 2, "rank_pattern": {}},
+        "llama", [LoRA(r=4, targets=["q_proj", "v_proj"], rank_pattern={"q_proj": 2, "layers.0.*": 3})],
+        {
+            "r": 2,
+            "rank_pattern": {rf"^model\.layers\.{i}\.self_attn\.v_proj": 3 + i for i in (0, 1)},
+        },
     ),
     "rsLoRA": ("llama", [LoRA(r=5, rslora=True, targets=["o_proj"])], {"use_rslora": True}),
     "gaussian": ("llama", [LoRA(init="gaussian", targets=["o_proj"])], {"init_lora_weights": "gaussian"}),

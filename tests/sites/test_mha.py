@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import peft
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.errors import SiteError
+from adaptc.errors import AdaptcWarning, SiteError
 from tests.models import hosts
 from tests.reference import relative_errors
 from tests.sites.life import check_life
@@ -198,3 +199,29 @@ def test_another_adapter_cannot_act_inside_what_one_replaces():
     with pytest.raises(SiteError, match="attn is replaced by 'whole', inside of which 'default' cannot act"):
         model.adaptc.switch(["default", "whole"])
     model.adaptc.switch("whole")
+
+
+def test_what_peft_computes_from_the_same_file_is_told(tmp_path):
+    """When such a folder or model of PEFT is read, and when one is written; doubled, the values give PEFT's outputs."""
+    told = r"attn is another function in PEFT: PEFT 0\.21\.2 adds the update of out_proj twice"
+    base, x = Attend(), torch.randn(2, 5, WIDTH)
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["attn"], init_lora_weights=False)
+    twin = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    want = twin(x).detach()
+    twin.save_pretrained(tmp_path / "theirs")
+    with pytest.warns(AdaptcWarning, match=told):
+        model = adaptc.compile(copy.deepcopy(base), tmp_path / "theirs", backend="eager").eval()
+    with pytest.warns(AdaptcWarning, match=told):
+        model.adaptc.load(tmp_path / "theirs")
+    with pytest.warns(AdaptcWarning, match=told):
+        adaptc.compile(twin, backend="eager")
+    assert (model(x) - want).abs().max() > 1e-2
+    for name, parameter in model.adaptc.named_parameters():
+        if name.endswith("out_proj.lora_B"):
+            parameter.data.mul_(2)
+    torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
+    with pytest.warns(AdaptcWarning, match=told):
+        model.adaptc.save(tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AdaptcWarning)
+        adaptc.compile(copy.deepcopy(base), tmp_path / "ours", backend="eager")

@@ -19,6 +19,7 @@ from adaptc.ir.derive import derive
 from adaptc.ir.lora import draw_tensor
 from adaptc.methods import quantised
 from adaptc.methods.base import Adapter, anchor_of
+from adaptc.methods.codec import PEFT_VERSION
 from adaptc.methods.lora_sites.kind import SiteAdapter, only_plain
 from adaptc.methods.scaled import draw_factors, storage_dtype
 
@@ -68,7 +69,7 @@ class AttentionAdapter(WeightsAdapter):
     """LoRA on both weights of an ``nn.MultiheadAttention``, as in PEFT.
 
     ``lora_A`` (r, E) and ``lora_B`` (3E, r) for ``in_proj_weight``; ``out_proj.lora_A`` (r, E) and
-    ``out_proj.lora_B`` (E, r) for ``out_proj.weight``.
+    ``out_proj.lora_B`` (E, r) for ``out_proj.weight``. PEFT computes something else: :meth:`peft_difference`.
     """
 
     def __init__(
@@ -109,6 +110,14 @@ class AttentionAdapter(WeightsAdapter):
             "base_layer.out_proj.lora_A.weight": self.out_proj.lora_A,
             "base_layer.out_proj.lora_B.weight": self.out_proj.lora_B,
         }
+
+    def peft_difference(self) -> str:
+        # Its merge of the attention adds the update, then merges the projection too. The second addition is not part
+        # of its autograd graph.
+        return (
+            f"PEFT {PEFT_VERSION} adds the update of out_proj twice (W + 2 s B A, with the gradients of W + s B A), "
+            "adaptc once (W + s B A); outputs are the same where out_proj.lora_B is doubled here, or halved there"
+        )
 
 
 def body(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
