@@ -38,9 +38,13 @@ def module_path(raw: str) -> str:
     """A path as ``named_modules`` writes it, from Dynamo's Python text for it.
 
     ``L['function'].__self__._modules['layers']._modules['0'].fc`` is ``layers.0.fc``. Behind a graph break the
-    frame's own module is the start: ``L['self'].fc`` is ``fc``. A repeated call's ``@1`` is dropped.
+    frame's own module is the start: ``L['self'].fc`` is ``fc``, and ``L['args'][0].fc`` too, in a frame of a decorator.
+    A forward that was replaced holds its module as its first argument: ``L['self'].fc.forward.args[0]`` is ``fc``.
+    A repeated call's ``@1`` is dropped.
     """
-    text = re.sub(r"^[LG]\['[^']*'\]", "", raw)
+    text = re.sub(r"^L\['args'\]\[0\](?=$|\.|@)", "", raw)
+    text = re.sub(r"^[LG]\['[^']*'\]", "", text)
+    text = re.sub(r"\.forward\.args\[0\]", "", text)
     text = re.sub(r"\.__dict__\['_(modules|parameters|buffers)'\]\[", "[", text)
     text = re.sub(r"\.__\w+__(\[\d+\])?(\.cell_contents)?", "", text)
     text = re.sub(r"\._(modules|parameters|buffers)\[", "[", text)

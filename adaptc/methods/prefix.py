@@ -34,6 +34,7 @@ from adaptc.methods.codec import Codec, Option, is_bool, is_rank, optional
 from adaptc.methods.scaled import storage_dtype
 from adaptc.methods.tokens import TokenAdapter, TokenMethod
 from adaptc.runtime import processes
+from adaptc.transformers_names import attention_cache_argument, cache_in_output, given_cache
 
 INITS = ("default", "zero")
 #: PEFT's init_weights -> ours.
@@ -90,8 +91,8 @@ class Prefix(TokenMethod):
 
     def refusal(self, path: str, module: nn.Module) -> str | None:
         reason = super().refusal(path, module)
-        if reason is None and "past_key_values" not in inspect.signature(type(module).forward).parameters:
-            return f"{type(module).__name__} takes no past_key_values"
+        if reason is None and attention_cache_argument(inspect.signature(type(module).forward)) is None:
+            return f"{type(module).__name__} takes no cache of keys and values (past_key_values)"
         return reason
 
     def refusal_of_decoder(self, path: str, module: nn.Module) -> str | None:
@@ -187,24 +188,26 @@ class PrefixAdapter(TokenAdapter):
         tokens.lengthen_mask(given, count, mask)
         if given.get(positions) is not None:
             given[positions] = given[positions] + count
-        self._check_cache(given.get("past_key_values"))
+        self._check_cache(given_cache(given))
         if tokens.is_begun(given, adapters):
             return type(module).forward(module, **given)
         config: Any = module.config
         use_cache = given.get("use_cache")
         asked = config.use_cache if use_cache is None else use_cache
-        keeps = given.get("past_key_values") is not None or asked
+        keeps = given_cache(given) is not None or asked
         stack: Any = module.get_decoder() if self.of_decoder else module  # type: ignore[operator]
         if (module.training or stack.training) and getattr(stack, "gradient_checkpointing", False):
             raise _no_cache(module, "gradient checkpointing, which drops it")
-        cache = given["past_key_values"] = self._fill(module, adapters, given)
+        assert self.cache_name is not None  # else refused
+        cache = given[self.cache_name] = self._fill(module, adapters, given)
         tokens.begin(cache, adapters)
         as_tuple = given.pop("return_dict", None) is False
         output = type(module).forward(module, **given)
         if cache.get_seq_length() == count:
             raise _no_cache(module, "a forward that did not add to it")
-        if not keeps and hasattr(output, "past_key_values"):  # its place too: outputs are read by their order
-            output = type(output)(**{name: value for name, value in output.items() if name != "past_key_values"})
+        found = None if keeps else cache_in_output(output)
+        if found is not None:  # its place too: outputs are read by their order
+            output = type(output)(**{name: value for name, value in output.items() if name != found[0]})
         return tuple(value for value in output.values() if value is not None) if as_tuple else output
 
     def _check_cache(self, cache: Any) -> None:
@@ -219,7 +222,7 @@ class PrefixAdapter(TokenAdapter):
         """The cache of a call, with the tables of ``adapters`` in it."""
         from transformers import DynamicCache, EncoderDecoderCache
 
-        cache = given.get("past_key_values")
+        cache = given_cache(given)
         if cache is None:
             cache = DynamicCache(config=module.config)
             if self.of_decoder:

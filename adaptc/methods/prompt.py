@@ -172,7 +172,7 @@ class PromptAdapter(TokenAdapter):
             output = type(module).forward(module, **given)
         if not self.keeps_rows:
             self._drop_rows(output, count)
-        tokens.begin(output.get("past_key_values"), adapters)
+        tokens.begin_output(output, adapters)
         return output.to_tuple() if as_tuple else output
 
     @staticmethod

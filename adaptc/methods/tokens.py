@@ -20,6 +20,7 @@ from torch import nn
 from adaptc.errors import UnsupportedError
 from adaptc.methods.base import Adapter, Method
 from adaptc.methods.codec import Option, is_rank, optional
+from adaptc.transformers_names import cache_argument, cache_in_output, given_cache, rename_cache
 
 #: Options that the model's config answers.
 MODEL_KEYS = ("token_dim", "num_attention_heads", "num_layers")
@@ -123,6 +124,8 @@ class TokenAdapter(Adapter):
         signature = inspect.signature(type(module).forward)
         #: Of the model's forward, without self: a call may pass its arguments by position.
         self.parameter_names = tuple(signature.parameters)[1:]
+        #: What the forward calls its cache; None: it takes none.
+        self.cache_name = cache_argument(self.parameter_names)
         self.count = method.num_virtual_tokens
 
     def signature(self) -> tuple[object, ...]:
@@ -130,8 +133,10 @@ class TokenAdapter(Adapter):
 
 
 def named_arguments(adapter: TokenAdapter, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name."""
-    return {**dict(zip(adapter.parameter_names, args, strict=False)), **kwargs}
+    """The arguments of a call by name; the cache by the name that the forward has for it."""
+    given = {**dict(zip(adapter.parameter_names, args, strict=False)), **kwargs}
+    rename_cache(given, adapter.cache_name)
+    return given
 
 
 def lengthen_mask(given: dict[str, Any], count: int, name: str = "attention_mask") -> None:
@@ -165,6 +170,13 @@ def lengthen_mask(given: dict[str, Any], count: int, name: str = "attention_mask
 _BEGUN = "_adaptc_begun_with"
 
 
+def begin_output(output: Mapping[str, Any], adapters: Sequence[Adapter]) -> None:
+    """:func:`begin` for the cache of a model's output."""
+    found = cache_in_output(output)
+    if found is not None:
+        begin(found[1], adapters)
+
+
 def begin(cache: Any, adapters: Sequence[Adapter]) -> None:
     """Remember on a cache (None: nobody asked for one) that it begins with the tokens of ``adapters``."""
     own = own_attention(cache)
@@ -187,7 +199,7 @@ def is_begun(given: Mapping[str, Any], adapters: Sequence[Adapter]) -> bool:
     Raises:
         UnsupportedError: a cache of a fixed size, or one that was filled without the tokens.
     """
-    past = own_attention(given.get("past_key_values"))
+    past = own_attention(given_cache(given))
     if past is None:
         return False
     if not hasattr(past, "layers") or getattr(past, "is_compileable", False):

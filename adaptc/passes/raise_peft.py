@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -25,15 +25,12 @@ from torch import fx
 from adaptc.codegen.torch_internals import node_value, source_name
 from adaptc.ir.edit import Edit, Result, nested
 from adaptc.ir.effects import barrier
+from adaptc.ir.names import module_path
 from adaptc.ir.sites import adapter_below, cast_dtype, dropout_of, is_cast
 from adaptc.methods.lora import expand_site
 from adaptc.passes.contract import Context, Contract
 
 CONTRACT = Contract(level="dynamo", numerics="approximate", provides=frozenset({"inserted"}))
-
-#: Entries of module paths, as Dynamo writes where it read a tensor.
-_ENTRY = re.compile(r"\['(\w+)'\]|\.(\w+)")
-_TABLES = ("_modules", "_parameters", "_buffers", "__dict__")
 
 
 class _OtherForm(Exception):  # noqa: N818  # says why a site is left as it is
@@ -162,17 +159,7 @@ def _write(edit: Edit, match: _Match) -> fx.Node:
 
 def site_path(source: str) -> str:
     """``model.layers.0.mlp.up_proj`` of where Dynamo read one of its factors."""
-    return ".".join(part for part in _parts(source) if not part.startswith("lora_"))
-
-
-def _parts(source: str) -> Iterator[str]:
-    for found in _ENTRY.finditer(source):
-        name = found[1] or found[2]
-        if name == "self" or name in _TABLES:
-            continue
-        yield name
-        if name.startswith("lora_"):
-            return
+    return re.sub(r"(^|\.)lora_.*", "", module_path(source))
 
 
 __all__ = ["CONTRACT", "raise_peft", "site_path"]

@@ -19,6 +19,7 @@ from torch import nn
 
 from adaptc.runtime.attach import CALL
 from adaptc.runtime.prologue import Prologue
+from adaptc.transformers_names import given_cache
 
 if TYPE_CHECKING:
     from adaptc.runtime.handle import Handle
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 MANY = 6
 ALIKE = 3
 
-#: Arguments by which blocks are given a cache.
-_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "cache")
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
 
 
@@ -75,7 +74,7 @@ def arm(handle: Handle) -> dict[str, str]:
 
 def has_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call is given a cache to read or to fill."""
-    return any(kwargs.get(name) is not None for name in _CACHES) or any(hasattr(a, "get_seq_length") for a in args)
+    return given_cache(kwargs) is not None or any(hasattr(a, "get_seq_length") for a in args)
 
 
 def wants_whole(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

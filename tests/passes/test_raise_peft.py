@@ -283,8 +283,9 @@ def test_other_forms_compute_what_they_did(change):
     assert (len(backend.applied()), len(backend.refused())) == (1 - left, left)
 
 
-def test_site_paths():
-    modules = "L['self'].__dict__['_modules']['base_model'].__dict__['_modules']['model']._modules['layers']"
+@pytest.mark.parametrize("root", ["L['self']", "L['args'][0]"])
+def test_site_paths(root):
+    modules = f"{root}.__dict__['_modules']['base_model'].__dict__['_modules']['model']._modules['layers']"
     tail = "._modules['0']._modules['q_proj']._modules['lora_A']._modules['default']._parameters['weight']"
     assert site_path(modules + tail) == "base_model.model.layers.0.q_proj"
 

@@ -8,7 +8,6 @@ import pytest
 from torch import nn
 
 import adaptc
-from adaptc.ir.names import module_path
 from tests.quantised import bases
 from tests.quantised.test_training import LORA
 
@@ -65,9 +64,3 @@ def test_the_joint_graphs_text_names_sites_and_gradients(graph):
     assert "_modules" not in text and "primals" not in text
     forward, _, backward = text.partition("(backward)")
     assert "lora_linear" in forward and "dequantize" not in forward and "lora_factor_grad" in backward
-
-
-def test_a_path_through_an_objects_dict():
-    raw = "L['function'].__self__._modules['0'].__dict__['_modules']['adapters'].live[0]._parameters['lora_A']"
-    assert module_path(raw) == "0.adapters.live.0.lora_A"
-    assert module_path(raw.replace(".__dict__['_modules']", "._modules")) == "0.adapters.live.0.lora_A"
