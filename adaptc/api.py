@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from adaptc.codegen import toolchain, torch_internals
 from adaptc.codegen.backend import BackendOptions
 from adaptc.errors import AdaptcWarning, AdapterNameError, UnsupportedError
 from adaptc.integrations import peft_model
+from adaptc.plan.match import strings
 from adaptc.runtime import processes
 from adaptc.runtime.handle import CompileOptions, Handle
 
@@ -30,6 +32,7 @@ def compile(
     backend: str = "inductor",
     verify: bool | str = False,
     regional: bool | str = "auto",
+    lift_no_grad: str | Sequence[str] = (),
     bank: Any = None,
     mode: str | None = None,
     fullgraph: bool = False,
@@ -56,6 +59,9 @@ def compile(
             copies, and runs what is around them as it is written; False captures the whole model; "auto" captures
             blocks where there are many and nothing is lost by it. A call with a cache is captured whole in any case
             (docs/passes.md).
+        lift_no_grad: modules, named as targets are. Where one of them runs under ``torch.no_grad`` inside the model's
+            forward, that region records gradients. Becomes part of the plan (``passes: {lift_no_grad: [...]}``), and of
+            those of adapters that are added later. The model is captured whole then.
         mode, fullgraph, dynamic, options: as in ``torch.compile``.
 
     Raises:
@@ -76,6 +82,7 @@ def compile(
         adapter_dtype=adapter_dtype,
         example_inputs=example_inputs,
         regional=regional,
+        lift_no_grad=strings(lift_no_grad, "lift_no_grad"),
     )
     handle = getattr(model, "adaptc", None)
     if isinstance(handle, Handle):
@@ -136,14 +143,14 @@ def _compile_again(handle: Handle, plan: Any, name: str, calibration: Any, optio
     from adaptc.runtime import files
 
     default = CompileOptions(BackendOptions())
-    for option in ("backend", "fullgraph", "dynamic", "adapter_dtype", "regional"):
+    for option in ("backend", "fullgraph", "dynamic", "adapter_dtype", "regional", "lift_no_grad"):
         asked, has = getattr(options, option), getattr(handle.options, option)
         if asked not in (has, getattr(default, option)):
             raise UnsupportedError(
                 f"the model is compiled already, with another {option}",
                 expected=has, found=asked, do="leave it out, or model.adaptc.detach() first",
             )  # fmt: skip
-    wanted = files.plan_of(plan, handle.model)
+    wanted = files.plan_of(plan, handle.model).lifting(handle.options.lift_no_grad)
     if name not in handle.records:
         handle.add(name, plan, calibration=calibration)
         return

@@ -152,7 +152,8 @@ class NoGradientWarning(AdaptcWarning):
 
 
 class LiftedRegionWarning(AdaptcWarning):
-    """A ``torch.no_grad`` region of the model records gradients, because adapters are trained inside it."""
+    """A ``torch.no_grad`` region of the model records gradients, because its class takes for frozen what adapters train
+    inside it."""
 
 
 class ResumeError(CheckpointError):

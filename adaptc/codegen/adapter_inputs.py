@@ -1,4 +1,4 @@
-"""Which inputs of a captured graph are tensors of adapters."""
+"""Which inputs of a captured graph are tensors of adapters, or of modules that a plan names."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ class AdapterTensors:
     site_ids: Sequence[Owned]
     #: Every parameter that is trained.
     trained: Sequence[Owned]
+    #: Every tensor of the modules whose regions without gradients are to record them, with the module's path.
+    asked: Sequence[Owned] = ()
+    #: Paths of sites whose regions are lifted without being asked for.
+    own: frozenset[str] = frozenset()
 
 
 def positions(inputs: Sequence[Any], owned: Sequence[Owned]) -> dict[int, str]:

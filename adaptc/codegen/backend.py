@@ -22,7 +22,9 @@ from adaptc.codegen.in_place import accumulate_in_place
 from adaptc.errors import UnsupportedError, VerifyError
 from adaptc.ir import validate
 from adaptc.ir.edit import copy_graph_module
+from adaptc.ir.stopped import Walk
 from adaptc.passes.contract import Context
+from adaptc.passes.lift_no_grad import lifted
 from adaptc.passes.manager import Pipeline
 from adaptc.runtime.attach import note_mode
 from adaptc.runtime.recompute import mark
@@ -93,7 +95,12 @@ class AdapterBackend:
         tensors = self.adapter_tensors()
         site_ids = positions(inputs, tensors.site_ids)
         sites = {placeholders[i]: path for i, path in site_ids.items()}
-        trained = positions(inputs, tensors.trained) if graph.training else {}
+        trained, asked = (
+            {placeholders[i]: path for i, path in positions(inputs, owned).items()} if graph.training else {}
+            for owned in (tensors.trained, tensors.asked)
+        )
+        walk = Walk()
+        walk.visit(gm, trained, {})
         graph.sites = sorted(sites.values())
         graph.is_recompile = any(_same_frame(graph, one) and _same_sites(graph, one, tensors) for one in earlier)
         graph.input_sources = [torch_internals.source_name(n) for n in placeholders]
@@ -104,7 +111,9 @@ class AdapterBackend:
                 "dynamo",
                 Context(
                     sites=sites,
-                    trained={placeholders[i]: path for i, path in trained.items()},
+                    trained=trained,
+                    asked=asked,
+                    own=tensors.own,
                     record=bool(self.options.verify),
                 ),
                 start=start,
@@ -112,12 +121,14 @@ class AdapterBackend:
                 validate=validate.validator(self.options.verify, inputs),
             )
         graph.keep_reports(reports)
+        graph.stopped = walk.stopped - lifted(reports)
         try:
             compiled = self._lower(gm, inputs, graph)
         except Exception as error:
             self._let_break(captured, graph, error)
             raise
-        return _note_sites(compiled, list(site_ids), self.ran, graph.ran)
+        stopped = [i for i, path in site_ids.items() if path in graph.stopped]
+        return _note_sites(compiled, list(site_ids), stopped, self.ran, graph.ran)
 
     def _let_break(self, captured: fx.GraphModule, graph: CapturedGraph, error: Exception) -> None:
         """Do as torch.compile does with ``h[mask] = values``, whose gradient has a size that only data say: the frame
@@ -188,10 +199,13 @@ def _same_sites(graph: CapturedGraph, earlier: CapturedGraph, tensors: AdapterTe
 
 
 def _note_sites(
-    compiled: Callable[..., Any], positions: Sequence[int], *collected: set[int]
+    compiled: Callable[..., Any], positions: Sequence[int], stopped: Sequence[int], *collected: set[int]
 ) -> Callable[..., Any]:
+    """``compiled``, telling which site-id tensors it is called with, by their ``positions`` among the inputs; those at
+    ``stopped`` run without gradients inside."""
     if not positions:
         return compiled
+    recorded = [i for i in positions if i not in stopped]
 
     def call(*args: Any) -> Any:
         if torch_internals.is_fake(args[positions[0]]):
@@ -199,7 +213,11 @@ def _note_sites(
         ids = [id(args[i]) for i in positions]
         for ran in collected:
             ran.update(ids)
-        note_mode(ids)
+        if stopped:
+            note_mode([id(args[i]) for i in recorded])
+            note_mode([id(args[i]) for i in stopped], recorded=False)
+        else:
+            note_mode(ids)
         return mark(compiled(*args), ids)
 
     return call

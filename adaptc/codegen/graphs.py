@@ -38,6 +38,8 @@ class CapturedGraph:
     training: bool
     pipeline: str
     sites: list[str] = dataclasses.field(default_factory=list)
+    #: Those of them that run in regions without gradients alone, as far as they are trained and no region was lifted.
+    stopped: set[str] = dataclasses.field(default_factory=set)
     notes: list[str] = dataclasses.field(default_factory=list)
     #: Where Dynamo read each input, in order.
     input_sources: list[str | None] = dataclasses.field(default_factory=list, repr=False)

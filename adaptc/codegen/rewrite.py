@@ -66,7 +66,8 @@ def rewrite(
     inputs = list(example_inputs)
     copied = _frozen_copy(gm)
     calls = _calls(copied, inputs)
-    assignments = with_all_biases(wanted.resolve(copied), copied)
+    resolution = wanted.resolve(copied)
+    assignments = with_all_biases(resolution, copied)
     _check_called(copied, assignments, calls)
     sites: dict[fx.Node, str] = {}
     for assignment, adapter in zip(assignments, _build(assignments), strict=True):
@@ -80,7 +81,8 @@ def rewrite(
         if options is None
         else Pipeline.from_options(skip=options.skip, order=options.order, limit=options.limit)
     )
-    context = Context(sites=sites, trained=_trained(copied), record=bool(verify))
+    asked = _asked(copied, resolution.lifted)
+    context = Context(sites=sites, trained=_trained(copied), asked=asked, record=bool(verify))
     result, reports = pipeline.run(copied, "dynamo", context, validate=validate.validator(verify, inputs))
     result.meta["adaptc_reports"] = reports
     result.recompile()
@@ -94,6 +96,17 @@ def _trained(gm: fx.GraphModule) -> dict[fx.Node, str]:
     # Of a site that is the root itself nothing stands before the dot.
     dotted = {n: f".{name}" for n, name in tensors.items()}
     return {n: name.partition(".adapters.")[0].lstrip(".") for n, name in dotted.items() if ".adapters." in name}
+
+
+def _asked(gm: fx.GraphModule, lifted: Sequence[str]) -> dict[fx.Node, str]:
+    """The nodes of tensors inside the modules ``lifted``, and the paths of these."""
+    found: dict[fx.Node, str] = {}
+    for node in gm.graph.nodes:
+        tensor = names.model_tensor(node) if node.op in ("get_attr", "placeholder") else None
+        if tensor is not None:
+            around = (path for path in lifted if f"{tensor.owner}.".startswith(f"{path}." if path else ""))
+            found.update((node, path) for path in around)
+    return found
 
 
 class _StandIn(nn.Linear):

@@ -35,13 +35,16 @@ class Context:
     """What a pass may know besides the graph.
 
     ``sites``: placeholder or attribute node of a site id -> module path. ``trained``: node of a tensor that an adapter
-    trains -> its site's path; none where the graph runs without gradients. ``budget``: how many rewrites are
-    still allowed (None: no limit). ``record``: keep cut-outs for translation validation. ``choices``: what passes chose
-    by its speed, once for each product.
+    trains -> its site's path; none where the graph runs without gradients. ``asked``: node of a tensor of a module
+    whose regions without gradients are to record them -> the module's path; ``own``: sites whose regions are lifted
+    without being asked for. ``budget``: how many rewrites are still allowed (None: no limit). ``record``: keep cut-outs
+    for translation validation. ``choices``: what passes chose by its speed, once for each product.
     """
 
     sites: Mapping[fx.Node, str] = dataclasses.field(default_factory=dict)
     trained: Mapping[fx.Node, str] = dataclasses.field(default_factory=dict)
+    asked: Mapping[fx.Node, str] = dataclasses.field(default_factory=dict)
+    own: frozenset[str] = frozenset()
     budget: int | None = None
     record: bool = False
     choices: list[Choice] = dataclasses.field(default_factory=list)

@@ -1,30 +1,35 @@
-"""Let a ``torch.no_grad`` region of the host record gradients where adapters inside it are trained.
+"""Let a region of the host without gradients record them, where that is asked for.
 
 before:  set_grad_enabled(False);  %y = fc(%x);  %y2 = lora_linear(%x, %y, %A, ...);  set_grad_enabled(True)
 after:   %y = fc(%x);  %y2 = lora_linear(%x, %y, %A, ...);  set_grad_enabled(True)
 
-Some classes run a part that they take to be frozen without gradients (CLIPSeg its two towers): an adapter in there
-could never learn. The frozen weights inside still require none.
+A stop-gradient is part of what a model computes (the target of a self-distillation), so a region stays unless
 
-Precondition: the region reads a tensor that an adapter trains, and every adapter that it reads is read nowhere else
-with gradients. One that is, is trained already, and the region may be there to stop one of its two gradients (a target
-network): it stays. Values stay to the bit; what is saved for the backward grows. Recurses into the bodies of
-higher-order ops, which start in the mode of their call.
+* a plan, or the caller of ``adaptc.compile``, names a module that runs in it (``lift_no_grad``), or
+* its class is known to take a part for frozen that is not, once adapters train in it (``runtime/lifts.py``). Then no
+  other gradient may change: every adapter in the region is read nowhere else with gradients, and nothing else that the
+  region reads requires one.
+
+Values stay to the bit; what is saved for the backward grows. The frozen weights inside still require no gradient.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
-from adaptc.codegen.torch_internals import node_value, sets_grad_mode, tree_leaves
+from adaptc.codegen.torch_internals import node_value, tree_leaves
 from adaptc.ir.edit import Edit, Result, infer_value, nested
 from adaptc.ir.effects import may_write
+from adaptc.ir.stopped import GradModes, Region, Walk
 from adaptc.ir.structure import same_type
 from adaptc.passes.contract import Context, Contract
+
+if TYPE_CHECKING:
+    from adaptc.passes.manager import PassReport
 
 CONTRACT = Contract(level="dynamo", numerics="exact", provides=frozenset({"recording"}))
 
@@ -32,84 +37,64 @@ CONTRACT = Contract(level="dynamo", numerics="exact", provides=frozenset({"recor
 SEPARATOR = ", "
 
 
-@dataclasses.dataclass
-class _Region:
-    """A stretch without gradients: the nodes that switch them off, and the sites whose trained tensors it reads."""
-
-    off: list[tuple[fx.GraphModule, fx.Node]]
-    sites: set[str] = dataclasses.field(default_factory=set)
-
-
-@dataclasses.dataclass
-class _Walk:
-    """Finds the regions of a graph in the order of execution."""
-
-    regions: list[_Region] = dataclasses.field(default_factory=list)
-    #: Sites whose trained tensors are read with gradients.
-    recorded: set[str] = dataclasses.field(default_factory=set)
-
-    def visit(self, gm: fx.GraphModule, trained: Mapping[fx.Node, str], region: _Region | None) -> None:
-        """Walk one graph, which starts inside ``region`` (None: with gradients)."""
-        bodies: dict[fx.Node, list[tuple[fx.GraphModule, Mapping[fx.Node, fx.Node]]]] = {}
-        for call, body, operands in nested(gm):
-            bodies.setdefault(call, []).append((body, operands))
-        for node in gm.graph.nodes:
-            mode = sets_grad_mode(node)
-            if mode is not None:
-                region = None if mode else self._inside(region, gm, node)
-            elif node in bodies:
-                for body, operands in bodies[node]:
-                    inner = {inside: trained[outside] for inside, outside in operands.items() if outside in trained}
-                    self.visit(body, inner, region)
-            else:
-                sites = {trained[source] for source in node.all_input_nodes if source in trained}
-                (self.recorded if region is None else region.sites).update(sites)
-
-    def _inside(self, region: _Region | None, gm: fx.GraphModule, node: fx.Node) -> _Region:
-        if region is None:
-            region = _Region([])
-            self.regions.append(region)
-        region.off.append((gm, node))
-        return region
-
-
 def lift_no_grad(gm: fx.GraphModule, context: Context) -> Result:
     result = Result()
-    walk = _Walk()
-    walk.visit(gm, context.trained, None)
+    walk = Walk()
+    walk.visit(gm, context.trained, context.asked)
     for region in walk.regions:
-        sites = sorted(region.sites)
-        if not sites:
-            continue
-        if elsewhere := region.sites & walk.recorded:
+        sites = sorted(region.sites | {path for path in region.asked if not _holds(path, region.sites)})
+        reason = _why_not(region, walk.recorded, context)
+        if sites and reason is None and not context.spend():
+            reason = "limit reached"
+        if reason is not None:
             for site in sites:
-                result.refuse(site, f"its no_grad region stays: {min(elsewhere)} also runs outside of it")
-        elif not context.spend():
-            for site in sites:
-                result.refuse(site, "limit reached")
-        else:
+                result.refuse(site, reason)
+        elif sites:
             _lift(region, SEPARATOR.join(sites), context, result)
+            _require_gradients(gm)
     if result.applied:
-        _require_gradients(gm)
         for body in [gm, *(body for _, body, _ in nested(gm))]:
             body.recompile()
     return result
 
 
-def _lift(region: _Region, site: str, context: Context, result: Result) -> None:
-    owners = {id(owner): owner for owner, _ in region.off}
+def lifted(reports: Iterable[PassReport]) -> set[str]:
+    """The sites whose region was lifted, by what passes reported; of a region without sites the path that was asked
+    for."""
+    done = (r.result.applied for r in reports if r.name == "lift_no_grad" and not r.rolled_back)
+    return {path for applied in done for rewrite in applied for path in rewrite.site.split(SEPARATOR)}
+
+
+def _why_not(region: Region, recorded: set[str], context: Context) -> str | None:
+    """Why a region stays, or None where it is lifted or nothing is to be lifted in it."""
+    if region.asked or not region.sites:
+        return None
+    if not region.sites <= context.own:
+        return "its no_grad region stays, as the model has it (passes: {lift_no_grad: [...]} in the plan lifts it)"
+    if elsewhere := region.sites & recorded:
+        return f"its no_grad region stays: {min(elsewhere)} also runs outside of it"
+    return "its no_grad region stays: a gradient would flow to what it reads" if region.is_reached else None
+
+
+def _holds(path: str, sites: set[str]) -> bool:
+    """Whether a site is the module at ``path`` or inside it."""
+    return any(f"{site}.".startswith(f"{path}." if path else "") for site in sites)
+
+
+def _lift(region: Region, site: str, context: Context, result: Result) -> None:
+    owners = {id(owner): owner for owner, _ in region.switches}
     for key, owner in owners.items():
-        nodes = [node for gm, node in region.off if id(gm) == key]
+        nodes = sorted(node for gm, node in region.switches if id(gm) == key)
         result.applied.append(Edit(owner, site, nodes, [], record=context.record).finish())
 
 
 def _require_gradients(gm: fx.GraphModule) -> None:
     """Infer again the values that were captured without a gradient and now have one: later passes ask."""
-    recording = True
+    modes = GradModes()
     for node in gm.graph.nodes:
-        mode = sets_grad_mode(node)
-        recording = recording if mode is None else mode
-        if not recording or node.op not in ("call_function", "call_method") or may_write(node):
+        if modes.step(node) or not modes.recording:
+            continue
+        if node.op not in ("call_function", "call_method") or may_write(node):
             continue
         old = node_value(node)
         floats = [v for v in tree_leaves(old) if isinstance(v, torch.Tensor) and v.dtype.is_floating_point]
@@ -122,4 +107,4 @@ def _require_gradients(gm: fx.GraphModule) -> None:
             node.meta["example_value"] = value
 
 
-__all__ = ["CONTRACT", "SEPARATOR", "lift_no_grad"]
+__all__ = ["CONTRACT", "lift_no_grad", "lifted"]

@@ -218,6 +218,7 @@ class Pipeline:
                 gm = original
                 context.sites = _sites_in(gm, context.sites)
                 context.trained = _sites_in(gm, context.trained)
+                context.asked = _sites_in(gm, context.asked)
                 _warn_undone(one, error)
             else:
                 if overall is not None:

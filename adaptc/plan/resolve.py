@@ -15,6 +15,7 @@ from adaptc import methods
 from adaptc.errors import PlanError, SiteError
 from adaptc.methods.base import Adapter, Method
 from adaptc.methods.patterns import fits, idle_keys
+from adaptc.plan.lifts import lifted_modules
 from adaptc.plan.rules import Plan, Rule
 from adaptc.plan.select import Selection, nearest_names, select
 from adaptc.plan.tree import ModuleTree, self_and_parents
@@ -70,11 +71,13 @@ class Resolution:
         sites: in model order; several per module only where rules stack.
         shadowed: (rule, path, winner): the rule matches, but the winner came first.
         left_out: (path, reason): meant by "all-linear" or a pattern, and not adapted.
+        lifted: paths of the modules that ``passes.lift_no_grad`` names, in model order.
     """
 
     sites: list[Assignment]
     shadowed: list[tuple[int, str, int]]
     left_out: list[tuple[str, str]]
+    lifted: tuple[str, ...] = ()
 
 
 def resolve(plan: Plan, model: nn.Module) -> Resolution:
@@ -84,11 +87,12 @@ def resolve(plan: Plan, model: nn.Module) -> Resolution:
     error if it comes earlier, since half a module cannot be trained as a whole.
 
     Raises:
-        PlanError: a rule, an entry of it, or a key of its patterns, that selects nothing; rules that contradict each
-            other.
+        PlanError: a rule, an entry of it, a key of its patterns, or a lift, that selects nothing; rules that
+            contradict each other.
         SiteError: a module that a rule names and that its method cannot adapt.
     """
     tree = ModuleTree(model)
+    lifted = lifted_modules(plan.passes.lift_no_grad if plan.passes else (), tree)
     selections = [select(rule, number, tree) for number, rule in enumerate(plan.rules, start=1)]
     _check_patterns(tree, plan.rules, selections)
     winners, shadowed = _first_matches(plan.rules, selections)
@@ -105,7 +109,7 @@ def resolve(plan: Plan, model: nn.Module) -> Resolution:
         for path in sorted(left_out, key=order.__getitem__)
         if path not in adapted and not trained.intersection(self_and_parents(path))
     ]
-    return Resolution(sites, sorted(shadowed + inside), left_out_list)
+    return Resolution(sites, sorted(shadowed + inside), left_out_list, tuple(lifted))
 
 
 _Winners = dict[str, list[int]]

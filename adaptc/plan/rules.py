@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from adaptc import methods
 from adaptc.errors import PlanError
 from adaptc.methods.base import Method
-from adaptc.plan.match import MODEL, Match, strings
+from adaptc.plan.match import MODEL, Match, matcher, strings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -108,14 +108,21 @@ class Passes:
     """Which passes run: ``skip`` some, give the whole ``order``, or ``limit`` how often they apply.
 
     ``limit`` is one number for every pass, or a number per pass name. Names are checked by the pass manager.
+    ``lift_no_grad``: selectors of modules (as in ``targets``); where one runs under ``torch.no_grad`` inside the
+    model's forward, that region records gradients instead.
     """
 
     skip: tuple[str, ...] = ()
     order: tuple[str, ...] | None = None
     limit: Mapping[str, int] | int | None = dataclasses.field(default=None, hash=False)
+    lift_no_grad: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "skip", strings(self.skip, "passes.skip"))
+        object.__setattr__(self, "lift_no_grad", strings(self.lift_no_grad, "passes.lift_no_grad"))
+        for selector in self.lift_no_grad:
+            matcher(selector)
+        self._check_lifts()
         if self.order is not None:
             object.__setattr__(self, "order", strings(self.order, "passes.order"))
         if isinstance(self.limit, Mapping):
@@ -129,6 +136,20 @@ class Passes:
             raise PlanError(
                 "passes.limit is not a count", expected="a number >= 0, or one per pass", found=repr(wrong[0])
             )
+
+    @property
+    def says_which(self) -> bool:
+        """Whether anything is said of which passes run, and how often."""
+        return bool(self.skip or self.order is not None or self.limit is not None)
+
+    def _check_lifts(self) -> None:
+        """Raise PlanError where the pass that lifts regions would not run."""
+        left_out = self.order is not None and "lift_no_grad" not in self.order
+        if self.lift_no_grad and (left_out or "lift_no_grad" in self.skip):
+            raise PlanError(
+                "passes.lift_no_grad names modules, and the pass lift_no_grad does not run",
+                found="it is not in order" if left_out else "it is in skip", do="drop one of the two",
+            )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         return {name: _plain(value) for name, value in _set_fields(self).items()}
@@ -163,6 +184,12 @@ class Plan:
         object.__setattr__(self, "rules", parsed)
         chosen = own_passes if passes is None else passes
         object.__setattr__(self, "passes", None if chosen == Passes() else chosen)
+
+    def lifting(self, selectors: Iterable[str]) -> Plan:
+        """The same with ``selectors`` added to ``passes.lift_no_grad``."""
+        passes = self.passes or Passes()
+        lifts = (*passes.lift_no_grad, *selectors)
+        return self if not lifts else Plan(self.rules, dataclasses.replace(passes, lift_no_grad=lifts))
 
     @classmethod
     def coerce(cls, source: object) -> Plan:
@@ -352,8 +379,8 @@ def _canonical(data: dict[str, Any]) -> dict[str, Any]:
     canonical = {**data, "rules": rules}
     if "passes" in data:
         passes = dict(data["passes"])
-        if "skip" in passes:
-            passes["skip"] = sorted(passes["skip"])
+        for name in {"skip", "lift_no_grad"} & passes.keys():
+            passes[name] = sorted(passes[name])
         if isinstance(passes.get("limit"), dict):
             passes["limit"] = dict(sorted(passes["limit"].items()))
         canonical["passes"] = dict(sorted(passes.items()))

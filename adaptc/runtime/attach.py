@@ -166,9 +166,10 @@ def note_eager(adapter: Adapter) -> None:
         note_mode([id(adapter.site_id)])
 
 
-def note_mode(site_ids: Iterable[int]) -> None:
-    """Tell who collects it whether adapters (by ``id`` of their site-id tensors) run with gradients on."""
-    collected = CALL.recorded if torch.is_grad_enabled() else CALL.stopped
+def note_mode(site_ids: Iterable[int], *, recorded: bool = True) -> None:
+    """Tell who collects it whether adapters (by ``id`` of their site-id tensors) run with gradients on; ``recorded``
+    False: they do not, whatever the mode is."""
+    collected = CALL.recorded if recorded and torch.is_grad_enabled() else CALL.stopped
     if collected is not None:
         collected.update(site_ids)
 

@@ -17,6 +17,7 @@ from adaptc.codegen.torch_internals import without_size_memory
 from adaptc.errors import UnsupportedError
 from adaptc.methods import quantised
 from adaptc.runtime import attach, output_hooks, regions, warmup
+from adaptc.runtime.lifts import Lifts, lifts_of
 from adaptc.runtime.prologue import Capture, EntryMethod, Prologue, compiled
 from adaptc.runtime.restart import Before
 
@@ -41,6 +42,8 @@ class Captures:
         self._callables: dict[tuple[str, bool], Capture] = {}
         #: What captures one kind of block, by its name in ``regions``.
         self._blocks: dict[str, Callable[..., Any]] = {}
+        #: Which regions without gradients are to record them, in this epoch.
+        self.lifts = Lifts()
         #: Path of each block that is captured by itself -> the name of those it shares its graphs with.
         self.regions: dict[str, str] = {}
         #: Kinds of calls that a block found to need capturing whole, and kinds of which one ran to its end by block.
@@ -99,6 +102,7 @@ class Captures:
         if self.backend is None:
             output_hooks.install(self.handle.model)
             self.note_signature()
+            self.lifts = lifts_of(self.handle)
             self.backend = AdapterBackend(self.handle.pipeline(), self.options, self.handle.adapter_tensors)
             self.regions = regions.arm(self.handle)
             self.counts["epochs"] += 1
@@ -130,6 +134,11 @@ class Captures:
         self._signatures.add(signature)
         self.counts["signatures"] += 1
         return self.backend is not None
+
+    def lifts_changed(self) -> bool:
+        """Whether graphs were captured, and the live adapters ask for other regions to record gradients than those did
+        that were live then."""
+        return self.backend is not None and lifts_of(self.handle) != self.lifts
 
     def after_call(self, eager: set[int], limits: list[str]) -> None:
         self.eager |= eager

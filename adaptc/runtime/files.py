@@ -56,7 +56,7 @@ def _plan_in(files: checkpoint.AdapterFiles, model: torch.nn.Module | None) -> P
 def add(handle: Handle, directory: Any, name: str) -> None:
     """Attach a folder as the new adapter ``name``, not live; nothing changes when it does not fit."""
     files = checkpoint.read_adapter(directory)
-    plan = _plan_in(files, handle.model)
+    plan = _plan_in(files, handle.model).lifting(handle.options.lift_no_grad)
     # Built once aside, to check the tensors before anything is attached.
     with torch.random.fork_rng(devices=[]):
         trial = {

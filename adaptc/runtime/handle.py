@@ -19,7 +19,7 @@ from adaptc.errors import AdapterNameError, NewSignatureWarning, UnsupportedErro
 from adaptc.methods import quantised
 from adaptc.passes.manager import Pipeline
 from adaptc.plan import Plan
-from adaptc.runtime import captures, files, processes, saving, warmup
+from adaptc.runtime import captures, files, lifts, processes, saving, warmup
 from adaptc.runtime.adapters import AdapterRecord, AdapterSet, Site
 from adaptc.runtime.lint import Lint
 
@@ -52,6 +52,7 @@ class CompileOptions:
     adapter_dtype: torch.dtype | None = None
     example_inputs: Any = None
     regional: bool | str = "auto"
+    lift_no_grad: tuple[str, ...] = ()
 
 
 def pipeline_of(plan: Plan | None) -> Pipeline:
@@ -142,6 +143,8 @@ class Handle:
         return AdapterTensors(
             [(a.site_id, path) for a, path in adapters],
             [(p, path) for a, path in adapters for p in a.parameters() if p.requires_grad],
+            lifts.tensors(self.model, self.captures.lifts),
+            frozenset(self.captures.lifts.own),
         )
 
     def eager_sites(self) -> list[str]:
@@ -221,6 +224,7 @@ class Handle:
         self, name: str, plan: Any, *, config: dict[str, Any] | None = None, calibration: Iterable[Any] | None = None
     ) -> None:
         """Attach fresh adapters of a ``Plan`` under ``name``."""
+        plan = plan.lifting(self.options.lift_no_grad)
         pipeline_of(plan)  # refuses passes that cannot run, before anything changes
         processes.check_unwrapped(self.model)
         grew = self.adapters.install(name, plan, config=config, calibration=calibration)
@@ -249,7 +253,10 @@ class Handle:
             SiteError: two of them replace one module.
         """
         self.adapters.set_live(() if names is None else (names,) if isinstance(names, str) else tuple(names))
-        if self.captures.note_signature():
+        outdated = bool(self.live) and self.captures.lifts_changed()
+        if outdated:
+            self.captures.new_epoch()
+        if self.captures.note_signature() or outdated:
             live = ", ".join(map(repr, self.live)) or "no adapter"
             message = f"{live}: kinds, shapes or dtypes not seen before; the next call compiles once"
             warnings.warn(NewSignatureWarning(message), stacklevel=2)
@@ -362,7 +369,7 @@ class Handle:
     def pipeline(self) -> Pipeline:
         """The passes that the live adapters' plans ask for (the first plan that says anything)."""
         plans = [self.records[name].plan for name in (*self.live, *self.records)]
-        return pipeline_of(next((plan for plan in plans if plan.passes is not None), None))
+        return pipeline_of(next((plan for plan in plans if plan.passes and plan.passes.says_which), None))
 
     def detach(self) -> nn.Module:
         """Give the untouched model back: no adapters, hooks or attributes, and trainable flags as they were."""

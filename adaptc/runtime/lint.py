@@ -2,16 +2,17 @@
 
 * Both factors of a product are zero: each one's gradient is a multiple of the other. Said when values are set.
 * The site is not called, or the loss does not depend on its output. Said after the first backward.
-* The site runs in a ``torch.no_grad`` region. In a captured graph the region is lifted (``passes.lift_no_grad``), which
-  is said once; outside of one the adapter stays as it is, which is said after the call.
+* The site runs under ``torch.no_grad`` in the model's forward, and nowhere else. That stays, and is said after the call
+  with what would lift it (``passes.lift_no_grad``). Of a class for which it is lifted unasked, that is said once.
 
 Everything is a warning of its own class and a row of ``explain()``.
 """
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +20,9 @@ import torch
 from adaptc.codegen.fold import fold
 from adaptc.codegen.torch_internals import queue_after_backward
 from adaptc.errors import LiftedRegionWarning, NoGradientWarning
-from adaptc.passes.lift_no_grad import SEPARATOR
+from adaptc.passes.lift_no_grad import lifted
 from adaptc.runtime import processes
+from adaptc.runtime.lifts import cover
 from adaptc.runtime.warmup import tensors_of
 
 if TYPE_CHECKING:
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
     from adaptc.runtime.handle import Handle
 
 _ZERO = "both factors are zero, so each one's gradient is zero too"
-_STOPPED = "runs under torch.no_grad, outside of a captured graph"
+_STOPPED = "runs under torch.no_grad in the model's forward, which stays, so that nothing is trained there"
+_OUTSIDE = "runs under torch.no_grad that does not begin in its captured graph, so that nothing is trained there"
 _UNCALLED = "was not called in any forward"
 _UNREACHED = "the loss does not depend on its output"
 #: Backwards without any gradient, as when every advantage of a batch is zero, before that is taken for the rule.
@@ -50,6 +53,8 @@ class Lint:
         self._fruitless = 0
         #: The graphs whose lifted regions were told.
         self._looked_at: tuple[int, ...] = ()
+        #: The site-id tensors that ran without gradients in the last call where one did, and the graphs then.
+        self._stopped_ids: tuple[set[int], tuple[int, ...]] = (set(), ())
         #: Site path -> why it runs without gradients.
         self.stopped: dict[str, str] = {}
         #: Site path -> why the first backward gave it no gradient.
@@ -75,23 +80,41 @@ class Lint:
         seen = tuple(map(id, graphs))
         if self._looked_at != seen:
             self._looked_at = seen
-            self._warn_once(
-                LiftedRegionWarning, "a torch.no_grad region records gradients, so that adapters inside it train",
-                sorted(lifted(graphs)), "leave these modules out of the plan to keep it as it was",
-            )  # fmt: skip
-        if alone := stopped - recorded:
+            self._tell_lifted(graphs)
+        if (alone := stopped - recorded) and self._stopped_ids != (alone, seen):
+            self._stopped_ids = alone, seen
             self._tell_stopped(alone)
         key = (self.handle.captures.counts["epochs"], self.handle.live)
         if key not in self._watched:
             self._watch(key, [t for t in tensors_of(output) if t.requires_grad])
 
+    def _tell_lifted(self, graphs: Sequence[CapturedGraph]) -> None:
+        """Name the sites whose region was lifted unasked."""
+        lifts, found = self.handle.captures.lifts, lifted_in(graphs)
+        own = {path: why for path, why in lifts.own.items() if path in found and not lifts.is_asked(path)}
+        for why in dict.fromkeys(own.values()):
+            what = "a torch.no_grad region records gradients, so that adapters inside it train"
+            do = f"{why}; leave these modules out of the plan to keep it as it was"
+            self._warn_once(LiftedRegionWarning, what, sorted(p for p in own if own[p] == why), do)
+
     def _tell_stopped(self, site_ids: set[int]) -> None:
-        paths = self.handle.site_paths()
+        """Name trained sites that ran without gradients alone."""
+        paths, captures = self.handle.site_paths(), self.handle.captures
         trained = {site.path for site, _ in self._trained()}
-        found = sorted({paths[i] for i in site_ids if i in paths} & trained)
-        self.stopped.update((path, _STOPPED) for path in found)
+        found = {paths[i] for i in site_ids if i in paths} & trained
+        in_graphs = {path for graph in self.handle.graphs for path in graph.stopped}
+        # By block, and op by op around blocks, a region does not begin in a graph; captured whole it may.
+        outside = {p for p in found if (captures.last_was_whole and p not in in_graphs) or captures.lifts.is_asked(p)}
+        self.stopped.update((path, _OUTSIDE if path in outside else _STOPPED) for path in found)
         do = "call this part of the model with gradients on, or leave it out of the plan"
-        self._warn_once(NoGradientWarning, _STOPPED, found, do)
+        self._warn_once(NoGradientWarning, _OUTSIDE, sorted(outside), do)
+        names = json.dumps(self._to_lift(found - outside))
+        do = f"to train it, lift_no_grad={names} in adaptc.compile, or passes: {{lift_no_grad: {names}}} in the plan"
+        self._warn_once(NoGradientWarning, _STOPPED, sorted(found - outside), do)
+
+    def _to_lift(self, paths: Iterable[str]) -> list[str]:
+        others = {site.path for site in self.handle.sites} - set(self.stopped)
+        return cover(sorted(paths), others)
 
     def _watch(self, key: tuple[int, tuple[str, ...]], outputs: Sequence[torch.Tensor]) -> None:
         """Look at the parameters when the first backward through ``outputs`` has ended."""
@@ -120,7 +143,7 @@ class Lint:
             silent[path] = self.stopped.get(path) or (_UNCALLED if path in idle else _UNREACHED)
         self.silent.update(silent)
         for reason in dict.fromkeys(silent.values()):
-            if reason != _STOPPED:
+            if reason not in (_STOPPED, _OUTSIDE):
                 found = [path for path, why in silent.items() if why == reason]
                 if reason == _UNCALLED:
                     # Experts and dropped layers: an equal module beside it ran, so others will in other batches.
@@ -145,10 +168,17 @@ class Lint:
     def rows(self) -> Iterator[str]:
         """Lines for ``explain()``."""
         still = {path for path, _ in self._without_gradient()}
-        for path in fold(sorted(lifted(self.handle.graphs))):
+        done = lifted_in(self.handle.graphs)
+        for path in fold(sorted(done)):
             yield f"inside a torch.no_grad region, which records gradients for it: {path}"
-        for path in fold(sorted(path for path in self.stopped if path in still)):
-            yield f"{_STOPPED}: {path}"
+        if any(graph.training for graph in self.handle.graphs):
+            for path in self.handle.captures.lifts.asked:
+                if not any(path in (inner, "") or inner.startswith(f"{path}.") for inner in done):
+                    yield f"lift_no_grad names it, and no captured region without gradients runs it: {path or '.'}"
+        for reason in (_STOPPED, _OUTSIDE):
+            stopped = sorted(path for path, why in self.stopped.items() if why == reason and path in still)
+            cure = f" (lift_no_grad: {json.dumps(self._to_lift(stopped))})" if stopped and reason == _STOPPED else ""
+            yield from (f"{reason}: {path}{cure}" for path in fold(stopped))
         silent = {path: reason for path, reason in self.silent.items() if path in still and path not in self.stopped}
         for reason in dict.fromkeys(silent.values()):
             found = [path for path, why in silent.items() if why == reason]
@@ -165,10 +195,9 @@ class Lint:
         warnings.warn(kind(f"{what}: {', '.join(new[:4])}{more} ({do})"), stacklevel=5)
 
 
-def lifted(graphs: Sequence[CapturedGraph]) -> set[str]:
-    """The sites whose ``no_grad`` region was lifted in one of the graphs."""
-    reports = [r for graph in graphs for r in graph.capture_reports if r.name == "lift_no_grad" and not r.rolled_back]
-    return {path for r in reports for rewrite in r.result.applied for path in rewrite.site.split(SEPARATOR)}
+def lifted_in(graphs: Sequence[CapturedGraph]) -> set[str]:
+    """The sites whose region without gradients was lifted in one of the graphs."""
+    return lifted([report for graph in graphs for report in graph.capture_reports])
 
 
 def dead_parameters(adapter: Adapter) -> Iterator[str]:
@@ -210,4 +239,4 @@ def _is_zero(parameter: torch.Tensor) -> bool:
     return not bool(processes.whole(parameter.detach()).any())
 
 
-__all__ = ["Lint", "dead_parameters", "lifted"]
+__all__ = ["Lint", "dead_parameters", "lifted_in"]

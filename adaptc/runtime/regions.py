@@ -4,9 +4,9 @@ The model's own forward then runs as it is written, and each block as captured: 
 graph, so that one serves all layers, and no rewrite reaches across blocks. The other way,
 ``torch.compiler.nested_compile_region`` within one graph, gave wrong gradients under Inductor (torch 2.13).
 
-Some calls are captured whole: those that give a block a cache (each layer's place in it is a constant of its code),
-that run a block under ``no_grad`` inside a call with gradients (a region that ``lift_no_grad`` lifts), or that ask for
-hidden states (which hooks record that transformers sets later). What only a block can see is told by ``CaptureWhole``.
+Some calls are captured whole: those that give a block a cache (each layer's place in it is a constant of its code), or
+that ask for hidden states (which hooks record that transformers sets later). What only a block can see is told by
+``CaptureWhole``. A model with a region that ``lift_no_grad`` is to lift is captured whole at every call.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ class BlockPrologue(Prologue):
         whole = CALL.whole if CALL.depth > 0 else self.handle.captures.last_was_whole
         if torch.compiler.is_compiling() or whole:
             return self.owner._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-        lifts = CALL.recorded is not None and not torch.is_grad_enabled()
-        if CALL.depth > 0 and (lifts or has_cache(args, kwargs)):
+        if CALL.depth > 0 and has_cache(args, kwargs):
             raise CaptureWhole
         return self.handle.captures.block(self.entry)(self.owner, *args, **kwargs)
 
@@ -97,7 +96,7 @@ def kind_of_call(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[object, .
 
 def _wanted(handle: Handle) -> dict[str, str]:
     asked = handle.options.regional
-    if asked is False:
+    if asked is False or handle.captures.lifts:
         return {}
     blocks = dict(_blocks("", handle.model))
     kinds: dict[tuple[object, ...], str] = {}

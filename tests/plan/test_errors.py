@@ -182,6 +182,10 @@ LORA = {"kind": "lora"}
             {"rules": [{"match": MATCH, "method": LORA}], "passes": {"limit": -1}},
             "passes.limit is not a count",
         ),
+        (
+            {"rules": [{"match": MATCH, "method": LORA}], "passes": {"skip": ["lift_no_grad"], "lift_no_grad": "q"}},
+            "passes.lift_no_grad names modules, and the pass lift_no_grad does not run\n  found  it is in skip",
+        ),
     ],
 )
 def test_a_malformed_plan(source: Any, message: str) -> None:

@@ -143,7 +143,8 @@ passes = st.none() | st.builds(
     order=st.none() | st.lists(text, max_size=2).map(tuple),
     limit=limits,
 )
-plans = st.builds(Plan, st.lists(rules(), min_size=1, max_size=3), passes)
+lifting = st.builds(Passes, limit=limits, lift_no_grad=st.lists(text.filter(str.strip), max_size=2).map(tuple))
+plans = st.builds(Plan, st.lists(rules(), min_size=1, max_size=3), passes | lifting)
 
 
 @given(plans)
@@ -175,7 +176,8 @@ def test_order_of_targets_and_skips_has_no_meaning(plan: Plan, random: Any) -> N
     for rule in data["rules"]:
         for key in {"targets", "exclude"} & rule["match"].keys():
             random.shuffle(rule["match"][key])
-    random.shuffle(data.get("passes", {}).get("skip", []))
+    for key in ("skip", "lift_no_grad"):
+        random.shuffle(data.get("passes", {}).get(key, []))
     assert Plan.from_dict(data) == plan
 
 

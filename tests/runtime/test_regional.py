@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
-import warnings
 
 import pytest
 import torch
 from torch import nn
 
 import adaptc
-from adaptc.errors import LiftedRegionWarning, NewSignatureWarning
+from adaptc.errors import NewSignatureWarning
 from adaptc.ir import dialect
 from adaptc.runtime.regions import arm
 from adaptc.runtime.restart import LARGEST
@@ -257,32 +256,34 @@ class Wrapped(nn.Module):
         return self.head(hidden)
 
 
-@pytest.mark.parametrize("freeze", [False, True], ids=["a cache of its own", "no_grad"])
-def test_what_only_a_block_can_see_has_the_call_captured_whole(freeze):
+@pytest.mark.parametrize("freeze", [False, True], ids=["a cache of its own", "a region to be lifted"])
+def test_what_is_not_of_one_block_has_the_call_captured_whole(freeze):
     base = Wrapped(llama(use_cache=not freeze).model, freeze=freeze).train()
-    model, ids = regional(base), hosts.batch("llama")["input_ids"]
+    model, ids = regional(base, lift_no_grad=["inner"] if freeze else []), hosts.batch("llama")["input_ids"]
     base.freeze = False
     for _ in range(2):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", LiftedRegionWarning)
-            check_against_reference(model, base, ids)
+        check_against_reference(model, base, ids)
     (graph,) = model.adaptc.graphs
     assert len(graph.sites) == 14 and model.adaptc.eager_sites() == []
 
 
+class Cached(nn.Sequential):
+    def forward(self, x, cache=None):
+        return super().forward(x)
+
+
 class Statistics(nn.Module):
-    """Random numbers and running statistics in front of blocks that run without gradients; in the last one too."""
+    """Random numbers and running statistics in front of a block that is given a cache; in the last one too."""
 
     def __init__(self):
         super().__init__()
         self.norm, self.drop = nn.BatchNorm1d(6), nn.Dropout(0.5)
         self.register_buffer("weight", torch.ones(LARGEST + 1))
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)) for _ in range(3))
+        self.layers = nn.ModuleList(Cached(nn.Linear(6, 6), nn.BatchNorm1d(6)) for _ in range(3))
 
     def forward(self, x):
         x = self.layers[0](self.drop(self.norm(x)))
-        with torch.no_grad():
-            return self.layers[2](self.layers[1](x))
+        return self.layers[2](self.layers[1](x), cache=())
 
 
 def test_a_call_that_begins_anew_leaves_behind_what_one_call_does():
@@ -291,15 +292,13 @@ def test_a_call_that_begins_anew_leaves_behind_what_one_call_does():
     by_block, whole = regional(base), regional(base, regional=False)
     for source, target in zip(whole.adaptc.parameters(), by_block.adaptc.parameters(), strict=True):
         target.data.copy_(source)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LiftedRegionWarning)
-        for calls in (1, 2):
-            found = []
-            for model in (by_block, whole):
-                torch.manual_seed(calls)
-                found.append([model(x), torch.rand(3), *model.buffers()])
-            torch.testing.assert_close(*found)
-            assert by_block.norm.num_batches_tracked == by_block.layers[0][1].num_batches_tracked == calls
+    for calls in (1, 2):
+        found = []
+        for model in (by_block, whole):
+            torch.manual_seed(calls)
+            found.append([model(x), torch.rand(3), *model.buffers()])
+        torch.testing.assert_close(*found)
+        assert by_block.norm.num_batches_tracked == by_block.layers[0][1].num_batches_tracked == calls
     assert by_block.adaptc.captures.regions and by_block.adaptc.captures.last_was_whole
 
 

@@ -241,9 +241,18 @@ def note_aot_call() -> None:
     torch._dynamo.utils.counters["aot_autograd"]["total"] += 1
 
 
-def sets_grad_mode(node: fx.Node) -> bool | None:
-    """Whether a node of a captured graph switches gradients on or off; None when it does neither. 2.11 to 2.15."""
-    return bool(node.args[0]) if node.target is torch._C._set_grad_enabled else None
+def grad_switch(node: fx.Node) -> bool | fx.Node | None:
+    """Whether a node of a captured graph switches gradients on or off; the node that it undoes, of one that ends
+    ``torch.inference_mode``; None when it does neither. 2.11 to 2.15."""
+    if node.target is torch._C._set_grad_enabled:
+        return bool(node.args[0])
+    if node.target is torch.autograd.grad_mode._enter_inference_mode:
+        return not node.args[0]
+    if node.target is torch.autograd.grad_mode._exit_inference_mode:
+        entered = node.args[0]
+        assert isinstance(entered, fx.Node)  # as Dynamo writes it
+        return entered
+    return None
 
 
 def without_size_memory() -> Any:
