@@ -105,6 +105,7 @@ def _sites(handle: Handle) -> Iterator[str]:
             for winner, hidden in shadowed.items():
                 yield from (f"    {path}: taken by rule {winner + 1}" for path in fold(hidden))
         yield from (f"  left out: {line}" for line in _by_reason(resolution.left_out))
+        yield from (f"  {_count(len(rows.index), 'row')} of {rows.path}, from its file" for rows in record.rows)
 
 
 def _by_reason(pairs: Iterable[tuple[str, str]]) -> Iterator[str]:

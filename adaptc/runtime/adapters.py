@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ from adaptc.errors import AdaptcWarning, AdapterNameError, PlanError, SiteError
 from adaptc.methods.base import Adapter, Method
 from adaptc.methods.bias import Bias
 from adaptc.plan import Assignment, Plan, Resolution
-from adaptc.runtime import attach
+from adaptc.runtime import attach, embeddings
 from adaptc.runtime.calibrate import covariances
 from adaptc.runtime.names import check_adapter_name
 
@@ -55,6 +56,8 @@ class AdapterRecord:
     sites: list[tuple[str, str, int, Method]]
     #: ``adapter_config.json`` as it was read, for an adapter loaded from PEFT's format.
     config: dict[str, Any] | None = None
+    #: Of the base's embeddings, where its file holds others than the base has.
+    rows: list[embeddings.Rows] = dataclasses.field(default_factory=list)
 
 
 class AdapterSet:
@@ -101,6 +104,12 @@ class AdapterSet:
                 f"an adapter named {name!r} is there already", do=f"model.adaptc.remove({name!r}) first"
             )
         check_adapter_name(name)
+        with self.base_alone():  # what is initialised from a weight, or copies it, means the base's own
+            return self._install(name, plan, config, calibration)
+
+    def _install(
+        self, name: str, plan: Plan, config: dict[str, Any] | None, calibration: Iterable[Any] | None
+    ) -> bool:
         assignments = with_all_biases(plan.resolve(self.model), self.model)
         built: list[tuple[Assignment, str, Adapter]] = []
         sites, next_id = dict(self._sites), self._next_site_id
@@ -169,7 +178,7 @@ class AdapterSet:
 
     def remove(self, name: str) -> bool:
         """Take the adapter ``name`` off the model. True when the set of sites shrank."""
-        self.record(name)
+        self.set_rows(name, [])
         sites = self.sites
         for site in sites:
             for entry in list(site.adapters):
@@ -214,11 +223,43 @@ class AdapterSet:
                     do="make one of them live",
                 )
         self._check_enclosed(names)
+        with self.base_alone():
+            embeddings.check_together(self.model, {name: self.records[name].rows for name in names})
         for site in self.sites:
             found = attach.adapters_of(site.module)
             assert found is not None  # a site without adapters is none
             found.make_live([adapter for name in names for adapter in site.of(name)])
+        for rows in reversed(self._live_rows()):
+            rows.put(self.model, False)
         self.live = names
+        for rows in self._live_rows():
+            rows.put(self.model, True)
+
+    def _live_rows(self) -> list[embeddings.Rows]:
+        return [rows for name in self.live if name in self.records for rows in self.records[name].rows]
+
+    def base_alone(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which the base's embeddings are its own."""
+        return embeddings.base_alone(self.model, self._live_rows())
+
+    def set_rows(self, name: str, rows: list[embeddings.Rows]) -> None:
+        """Give the adapter ``name`` other rows of the base's embeddings; they are at work if it is live."""
+        record = self.record(name)
+        inside = self._live_rows()
+        with self.base_alone():
+            if name in self.live:
+                others = {n: self.records[n].rows for n in self.live if n != name}
+                embeddings.check_together(self.model, {**others, name: rows})
+        for part in reversed(inside):
+            part.put(self.model, False)
+        record.rows = rows
+        for part in self._live_rows():
+            part.put(self.model, True)
+
+    def keep_rows(self) -> None:
+        """Leave the rows of the live adapters in the base for good."""
+        for name in self.live:
+            self.records[name].rows = []
 
     def _check_enclosed(self, names: tuple[str, ...]) -> None:
         """A module that is trained in full runs as a copy: what other adapters do inside it would be lost."""

@@ -15,7 +15,7 @@ from adaptc.errors import AdaptcWarning, ConfigError
 from adaptc.methods.base import Adapter, Method
 from adaptc.plan import Assignment, Plan
 from adaptc.plan.files import is_peft_config
-from adaptc.runtime import checkpoint, peft_format, processes
+from adaptc.runtime import checkpoint, embeddings, peft_format, processes
 from adaptc.runtime.adapters import with_all_biases
 from adaptc.runtime.fingerprint import compare_fingerprint, fingerprint
 from adaptc.runtime.names import check_adapter_name
@@ -66,10 +66,11 @@ def add(handle: Handle, directory: Any, name: str) -> None:
         for kind in dict.fromkeys(type(adapter.method) for adapter in trial.values()):
             kind.link([adapter for adapter in trial.values() if type(adapter.method) is kind])
     decoded = _decode(files, trial, handle)
-    _warn_of_another_base(files, handle)
+    rows = _rows(files, decoded, handle)
     with torch.random.fork_rng(devices=[]):
         handle.install(name, plan, config=files.config)
     peft_format.assign(decoded, _adapters(handle, name))
+    handle.adapters.set_rows(name, rows)
     if files.plan is None:
         _warn_of_another_function(files.path, _adapters(handle, name))
 
@@ -88,15 +89,17 @@ def load(handle: Handle, directory: Any, name: str) -> None:
     adapters = _adapters(handle, name)
     with processes.gathered(handle.model, adapters.values(), write=True):
         decoded = _decode(files, adapters, handle)
-        _warn_of_another_base(files, handle)
+        handle.adapters.set_rows(name, _rows(files, decoded, handle))
         peft_format.assign(decoded, adapters)
     handle.records[name].config = files.config
     if files.plan is None:
         _warn_of_another_function(files.path, adapters)
 
 
-def save(handle: Handle, directory: Any, name: str) -> None:
+def save(handle: Handle, directory: Any, name: str, save_embedding_layers: bool | str = "auto") -> None:
     """Write an adapter: in PEFT's format, or in adaptc's own where PEFT has no such method.
+
+    ``save_embedding_layers``: see ``Handle.save``.
 
     Where parameters are sharded all processes must call, the first one writes, and the others wait for it.
 
@@ -119,13 +122,16 @@ def save(handle: Handle, directory: Any, name: str) -> None:
     adapters = _adapters(handle, name)
     with processes.gathered(handle.model, adapters.values()):
         tensors = peft_format.encode(adapters, config)
+    with handle.adapters.base_alone():
+        layers = embeddings.to_save(handle.model, record.rows, save_embedding_layers)
+        base = fingerprint(handle.model, [site.path for site, _, _ in parts])
     write = functools.partial(
         checkpoint.write_adapter,
         directory,
         config=config,
-        tensors=tensors,
+        tensors={**tensors, **peft_format.embedding_keys(layers, adapters)},
         plan=record.plan.to_dict(),
-        fingerprint=fingerprint(handle.model, [site.path for site, _, _ in parts]),
+        fingerprint=base,
     )
     processes.write_once(handle.model, write)
     if config is not None:
@@ -137,6 +143,13 @@ def _decode(
 ) -> dict[str, dict[str, torch.Tensor]]:
     source = str(files.path)
     return peft_format.decode(files.tensors, adapters, model=handle.model, source=source, config=files.config)
+
+
+def _rows(files: checkpoint.AdapterFiles, decoded: peft_format.Decoded, handle: Handle) -> list[embeddings.Rows]:
+    """The rows of the base's embeddings that the folder has others of; warns where the base is another one."""
+    with handle.adapters.base_alone():
+        _warn_of_another_base(files, handle)
+        return embeddings.rows_of(handle.model, decoded.get(peft_format.EMBEDDINGS, {}), str(files.path))
 
 
 def _adapters(handle: Handle, name: str) -> dict[str, Adapter]:

@@ -325,12 +325,18 @@ class Handle:
         from adaptc.runtime.folding import fold_in
 
         fold_in(self)
+        self.adapters.keep_rows()
         return self.detach()
 
     # -- files -----------------------------------------------------------------------------------------
 
-    def save(self, directory: Any, name: str | None = None) -> None:
+    def save(
+        self, directory: Any, name: str | None = None, *, save_embedding_layers: bool | str = "auto"
+    ) -> None:
         """Write an adapter in PEFT's format, with our plan beside it; atomic. ``name``: default the live one.
+
+        ``save_embedding_layers``: whether the embeddings are written too, as in PEFT; "auto": where the adapter was
+        loaded with others than the base has, or the vocabulary has another size than in the base's own files.
 
         Raises:
             AdapterNameError: no such adapter, or none given and not exactly one is live.
@@ -338,7 +344,7 @@ class Handle:
         """
         if name is None and len(self.live) != 1:
             raise AdapterNameError("save: say which adapter", found=f"live: {', '.join(self.live) or 'none'}")
-        files.save(self, directory, self.live[0] if name is None else name)
+        files.save(self, directory, self.live[0] if name is None else name, save_embedding_layers)
 
     def load(self, directory: Any, name: str | None = None) -> None:
         """Read an adapter folder into the adapter ``name`` (default: the live one): replaces its values, or adds

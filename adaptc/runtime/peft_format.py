@@ -2,14 +2,17 @@
 
 from adaptc.runtime.peft_export import codec_of_sites, comparable, plan_to_config
 from adaptc.runtime.peft_import import config_to_plan, without_idle_keys
-from adaptc.runtime.peft_keys import assign, decode, encode, tensors_of
+from adaptc.runtime.peft_keys import EMBEDDINGS, Decoded, assign, decode, embedding_keys, encode, tensors_of
 
 __all__ = [
+    "EMBEDDINGS",
+    "Decoded",
     "assign",
     "codec_of_sites",
     "comparable",
     "config_to_plan",
     "decode",
+    "embedding_keys",
     "encode",
     "plan_to_config",
     "tensors_of",

@@ -17,7 +17,7 @@ saved ``state_dict``); wrappers' names (``_orig_mod`` of torch.compile, ``_fsdp_
 DDP); keys without ``base_model.model.`` (diffusers). Passed over: what PEFT writes by the way, that is
 ``<path>.original_module.*`` and ``<path>.modules_to_save.*`` for ``bias="all"`` beside a fully trained
 module, and frozen base weights (``lm_head.base_layer.weight`` when the head has LoRA), which must equal
-the model's.
+the model's, but for those of the embeddings: they belong to the adapter (``runtime.embeddings``).
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ from torch import nn
 from adaptc.errors import MissingKeyError, NonFiniteError, TensorShapeError, UnexpectedKeyError
 from adaptc.methods.base import Adapter
 from adaptc.methods.codec import Shared, codec_of
+from adaptc.runtime import embeddings
 from adaptc.runtime.tensor_file import check_finite
 
 PREFIX = "base_model.model."
 #: The path under which ``decode`` gives tensors that belong to no site, by their whole key.
 SHARED = "(shared)"
+#: The path under which it gives embeddings of the base, by the path of the parameter.
+EMBEDDINGS = "(embeddings)"
 _SHARED_PREFIX = "base_model."
 _BASE_LAYER = ".base_layer"
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -71,6 +74,21 @@ def shared_of(adapters: Mapping[str, Adapter]) -> tuple[Shared | None, dict[str,
             found = codec.shared.tensors(adapters)
             return codec.shared, {_SHARED_PREFIX + name: tensor for name, tensor in found.items()}
     return None, {}
+
+
+def embedding_keys(
+    found: Mapping[str, torch.Tensor], adapters: Mapping[str, Adapter]
+) -> dict[str, torch.Tensor]:
+    """Embeddings of the base (path of the parameter -> values) by their keys beside ``adapters``."""
+    prefix, keyed = _prefix(adapters), {}
+    for path, tensor in found.items():
+        holder, _, name = path.rpartition(".")
+        adapter = adapters.get(holder)
+        if adapter is not None and adapter.replaces_forward:
+            continue  # its own values stand under this key
+        wrapped = adapter is not None and codec_of(adapter.method.kind) is not None
+        keyed[f"{prefix}{holder}{_BASE_LAYER if wrapped else ''}.{name}"] = tensor
+    return keyed
 
 
 def encode(
@@ -112,7 +130,8 @@ def decode(
     shared, once = shared_of(adapters)
     places.update({key: _Place(SHARED, key, own, key) for key, own in once.items()})
     full = {path for path, adapter in adapters.items() if adapter.replaces_forward}
-    found = _sort_keys(tensors, places, full, model, source, _prefix(adapters))
+    base: dict[str, str] = {}
+    found = _sort_keys(tensors, places, full, model, source, _prefix(adapters), base)
     if shared is not None and not shared.required(config or {}) and not any(key in found for key in once):
         places = {key: place for key, place in places.items() if key not in once}
     _check_complete(found, places, source)
@@ -121,13 +140,16 @@ def decode(
         key = found[short]
         _check_tensor(key, tensors[key], place.own, source)
         decoded.setdefault(place.path, {})[place.suffix] = tensors[key]
+    for name, key in base.items():
+        check_finite(key, tensors[key], where=source)
+        decoded.setdefault(EMBEDDINGS, {})[name] = tensors[key]
     return decoded
 
 
 def assign(decoded: Decoded, adapters: Mapping[str, Adapter]) -> None:
     """Put the values of ``decode`` into the adapters that they were checked for."""
     for path, values in decoded.items():
-        if path == SHARED:
+        if path in (SHARED, EMBEDDINGS):
             continue
         if adapters[path].replaces_forward:
             for suffix, tensor in tensors_of(adapters[path]).items():
@@ -169,11 +191,16 @@ def _sort_keys(
     model: nn.Module | None,
     source: str,
     prefix: str,
+    base: dict[str, str],
 ) -> dict[str, str]:
-    """Key as written here -> key in the file; raises when a key of the file belongs nowhere."""
+    """Key as written here -> key in the file; raises when a key of the file belongs nowhere.
+
+    ``base`` gets the base's embeddings: path of the parameter -> key in the file.
+    """
     hits: list[tuple[str, str]] = []
     names: dict[str, str] = {}
     strange = []
+    layers = {} if model is None else embeddings.parameters(model)
     for key in sorted(tensors):
         short = _without_wrappers(key, places, prefix)
         place, name = _find_place(short, places, full)
@@ -181,6 +208,9 @@ def _sort_keys(
             names.setdefault(name, key)
         if place is not None:
             hits.append((place, key))
+        elif (own := layers.get(plain_name(short))) is not None:
+            _check_embeddings(key, tensors[key], own, source)
+            base[plain_name(short)] = key
         elif not _is_frozen_copy(short, tensors[key], full, model, source):
             strange.append(key)
     if len(names) > 1:
@@ -295,6 +325,15 @@ def _is_frozen_copy(
         expected=f"the model's own values, {_shape(own)}", found=_shape(tensor),
         do="give the base the adapter was trained on (its embeddings may have been resized or trained)",
     )  # fmt: skip
+
+
+def _check_embeddings(key: str, tensor: torch.Tensor, own: torch.Tensor, source: str) -> None:
+    if tensor.shape != own.shape or not (tensor.is_floating_point() and own.is_floating_point()):
+        raise TensorShapeError(
+            f"{source} holds embeddings of another size than the model's: {key}",
+            expected=_shape(own), found=_shape(tensor),
+            do=f"model.resize_token_embeddings({len(tensor)}) first, as before training",
+        )  # fmt: skip
 
 
 def _raise_unexpected(strange: list[str], places: Mapping[str, _Place], source: str) -> NoReturn:
