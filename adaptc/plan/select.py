@@ -12,6 +12,7 @@ from adaptc.errors import PlanError, SiteError
 from adaptc.methods import quantised
 from adaptc.methods.base import Method
 from adaptc.methods.linear import is_linear
+from adaptc.plan import bypassed
 from adaptc.plan.all_linear import all_linear
 from adaptc.plan.match import ALL_LINEAR, MODEL, is_pattern, matcher
 from adaptc.plan.rules import Rule
@@ -232,7 +233,8 @@ class _Scope:
     def _refusal(self, path: str) -> str | None:
         module, name = self.tree.owner(path)
         if name is None:
-            return self.method.why_not(path, module)
+            reason = self.method.why_not(path, module)
+            return bypassed.refusal(self.tree.root, path) if reason is None and not self.method.on_model else reason
         if module is self.tree.root:
             return "the model itself owns it, and adapters lie on the modules inside"
         return self.method.parameter_refusal(path, module, name)

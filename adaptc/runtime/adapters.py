@@ -14,7 +14,7 @@ from torch import nn
 from adaptc.errors import AdaptcWarning, AdapterNameError, PlanError, SiteError
 from adaptc.methods.base import Adapter, Method
 from adaptc.methods.bias import Bias
-from adaptc.plan import Assignment, Plan, Resolution
+from adaptc.plan import Assignment, Plan, Resolution, bypassed
 from adaptc.runtime import attach, embeddings
 from adaptc.runtime.calibrate import covariances
 from adaptc.runtime.names import check_adapter_name
@@ -142,9 +142,20 @@ class AdapterSet:
         grew = len(sites) > len(self._sites) or any(changed)
         order = {path: i for i, path in enumerate(modules)}
         self._sites, self._next_site_id = dict(sorted(sites.items(), key=lambda s: order[s[0]])), next_id
+        self._warn_of_idle([a.path for a, _, adapter in built if not adapter.acts_inside])
         recorded = [(a.path, entry, a.rule, adapter.method) for a, entry, adapter in built]
         self.records[name] = AdapterRecord(plan, recorded, config)
         return grew
+
+    def _warn_of_idle(self, paths: Sequence[str]) -> None:
+        """Say which of the sites' weights are read past their calls."""
+        reasons: dict[str, list[str]] = {}
+        for path in paths:
+            if reason := bypassed.idle(self.model, path):
+                reasons.setdefault(reason, []).append(path)
+        for reason, found in reasons.items():
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            warnings.warn(AdaptcWarning(f"{found[0]}{more}: {reason}"), stacklevel=5)
 
     def _check_free(self, path: str, module: nn.Module, entry: str) -> None:
         found = attach.adapters_of(module)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import adaptc
-from adaptc.errors import NoGradientWarning
+from adaptc.errors import AdaptcWarning, NoGradientWarning
 from tests.models import zoo
 from tests.models.test_against_peft import CountingBackend, lora, peft_step, peft_twin
-from tests.reference import reference_step, relative_errors, step
+from tests.reference import relative_errors, step
 
 #: Model type -> task, sites of "all-linear" in two layers, and sites that the forward never calls.
 CLASSES = {
@@ -26,7 +26,7 @@ CLASSES = {
     "falcon": ("causal", 8, 0),
     "bloom": ("causal", 8, 0),
     "qwen3_moe": ("causal", 8, 0),  # the experts are fused weights
-    "mamba": ("causal", 8, 2),  # its scan reads the weight of dt_proj past the module
+    "mamba": ("causal", 6, 2),  # its scan reads the weight of dt_proj past the module, kernels that of out_proj
     "vit": ("image", 12, 0),
     "dinov2": ("image", 12, 0),
     "whisper": ("speech", 32, 0),
@@ -46,11 +46,10 @@ def test_a_class_trains_as_under_peft_in_as_many_graphs_as_its_base(kind):
     torch.compile(plain, backend=counting)(**batch)
     torch.compiler.reset()
 
-    model = adaptc.compile(zoo.build(task, kind).train(), lora(), backend="aot_eager")
-    if kind == "mamba":  # PEFT refuses its out_proj, which fused kernels read past the module
-        want_loss, want = reference_step(model, zoo.build(task, kind), batch)
-    else:
-        want_loss, want = peft_step(peft_twin(zoo.build(task, kind), model).train(), batch)
+    never = pytest.warns(AdaptcWarning, match="never calls it") if kind == "mamba" else contextlib.nullcontext()
+    with never:
+        model = adaptc.compile(zoo.build(task, kind).train(), lora(), backend="aot_eager")
+    want_loss, want = peft_step(peft_twin(zoo.build(task, kind), model).train(), batch)
     with pytest.warns(NoGradientWarning, match="not called in any forward") if idle else contextlib.nullcontext():
         loss, got = step(model, batch)
     assert abs(loss / want_loss - 1) < 2e-6
