@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from adaptc.methods.prefix import Prefix as Prefix
     from adaptc.methods.prompt import Prompt as Prompt
     from adaptc.methods.ssf import SSF as SSF
+    from adaptc.methods.trainable_tokens import TrainableTokens as TrainableTokens
     from adaptc.methods.vera import VeRA as VeRA
     from adaptc.plan import Match as Match
     from adaptc.plan import Plan as Plan
@@ -48,6 +49,7 @@ __all__ = [
     "Prefix",
     "Prompt",
     "Rule",
+    "TrainableTokens",
     "VeRA",
     "compile",
     "methods",

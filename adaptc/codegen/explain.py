@@ -89,7 +89,8 @@ def _sites(handle: Handle) -> Iterator[str]:
         yield f"adapter {name!r} ({'live' if name in handle.live else 'not live'})"
         resolution = record.plan.resolve(handle.model)
         modules = {path for path, _ in handle.model.named_modules()}
-        tied = {site.path: site.tied_to for site in resolution.sites if site.tied_to and site.train is None}
+        shared = [site for site in resolution.sites if site.train is None and not site.method.follows_ties]
+        tied = {site.path: site.tied_to for site in shared if site.tied_to}
         for number, rule in enumerate(record.plan.rules):
             paths = [path for path, _, index, _ in record.sites if index == number]
             inside = sum(path not in modules for path in paths)

@@ -26,6 +26,7 @@ TABLE = {
     "conv_adapter": "adaptc.methods.conv_adapter:ConvAdapter",
     "prompt": "adaptc.methods.prompt:Prompt",
     "prefix": "adaptc.methods.prefix:Prefix",
+    "trainable_tokens": "adaptc.methods.trainable_tokens:TrainableTokens",
     "bias": "adaptc.methods.bias:Bias",
     "full": "adaptc.methods.full:Full",
 }

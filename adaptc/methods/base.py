@@ -35,6 +35,8 @@ class Method:
     quantised: ClassVar[bool] = False
     #: True when the method acts on a model as a whole: a plan names no modules for it.
     on_model: ClassVar[bool] = False
+    #: True when what is done to an embedding is done to every module whose weight is tied to it.
+    follows_ties: ClassVar[bool] = False
     #: Options that the model itself answers where they are None: adapters may differ in what they say of it.
     of_model: ClassVar[tuple[str, ...]] = ()
 
@@ -176,6 +178,10 @@ class Adapter(nn.Module):
         Only where ``acts_inside``.
         """
         raise NotImplementedError(f"{type(self).__name__}.run_inside")
+
+    @classmethod
+    def check_together(cls, path: str, adapters: Sequence[Adapter]) -> None:
+        """Raise SiteError where ``adapters`` (of this class, at the module ``path``) cannot act together."""
 
     def change_tapped(self, kwargs: dict[str, Any], live: Sequence[Adapter]) -> dict[str, Any]:
         """The keyword arguments that the tap's module gets in the place of ``kwargs`` (only where

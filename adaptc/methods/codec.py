@@ -102,6 +102,13 @@ def is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(v, str) and v for v in value)
 
 
+def is_tokens(value: Any) -> bool:
+    """A list of token ids, or a map from names of modules to such lists."""
+    if isinstance(value, Mapping):
+        return all(isinstance(name, str) and isinstance(ids, list) and is_tokens(ids) for name, ids in value.items())
+    return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value) and len(set(value)) == len(value)
+
+
 def is_regex(value: Any) -> bool:
     if not isinstance(value, str) or not value:
         return False

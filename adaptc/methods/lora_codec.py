@@ -22,6 +22,7 @@ from adaptc.methods.codec import (
     is_number,
     is_probability,
     is_rank,
+    is_tokens,
     optional,
     patterns,
 )
@@ -67,7 +68,9 @@ OPTIONS: dict[str, Option] = {
     "corda_config": Option(None, "used", "an object or null", optional(lambda v: isinstance(v, Mapping))),
     "lora_ga_config": Option(None, "init"),
     "target_parameters": Option(None, "used", "a list of names or null", optional(is_names)),
-    "trainable_token_indices": Option(None, "refused"),
+    "trainable_token_indices": Option(
+        None, "used", "a list of token ids, a map from modules to such lists, or null", optional(is_tokens)
+    ),
     "layer_replication": Option(None, "refused"),
     "alora_invocation_tokens": Option(None, "refused"),
     "arrow_config": Option(None, "refused"),

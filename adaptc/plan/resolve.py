@@ -100,6 +100,7 @@ def resolve(plan: Plan, model: nn.Module) -> Resolution:
     winners, inside = _enclosed(plan.rules, winners)
     order = tree.order
     sites = list(_assignments(tree, plan.rules, winners))
+    sites += _tied_sites(tree, sites)
     sites.sort(key=lambda site: (order[site.path], site.stacked, site.rule))
     left_out = {path: reason for s in reversed(selections) for path, reason in s.left_out.items()}
     adapted = {path for site in sites for path in site.paths}
@@ -129,6 +130,21 @@ def _first_matches(rules: Iterable[Rule], selections: list[Selection]) -> tuple[
             if not rule.stack:
                 first.setdefault(path, index)
     return dict(winners), shadowed
+
+
+def _tied_sites(tree: ModuleTree, sites: list[Assignment]) -> list[Assignment]:
+    """What is done to an embedding, at the modules that are tied to it and have no rule of such a kind themselves."""
+    done = {(site.path, site.method.kind) for site in sites}
+    found: dict[str, Assignment] = {}
+    for site in sites:
+        if not site.method.follows_ties or not isinstance(site.module, nn.Embedding):
+            continue
+        for tied in site.tied_to:
+            holder, _, name = tied.rpartition(".")
+            paths = tree.paths_of(tree.module(holder))
+            if name == "weight" and (paths[0], site.method.kind) not in done:
+                found[paths[0]] = dataclasses.replace(site, path=paths[0], paths=paths, module=tree.module(holder))
+    return list(found.values())
 
 
 def _check_patterns(tree: ModuleTree, rules: tuple[Rule, ...], selections: list[Selection]) -> None:

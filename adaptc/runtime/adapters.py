@@ -233,6 +233,9 @@ class AdapterSet:
                     f"{site.path or 'the model'}: {' and '.join(kinds.values())} cannot act inside one module together",
                     do="make one of them live",
                 )
+            if inside:
+                acting = [a for n in names for a in site.of(n) if a.acts_inside]
+                type(acting[0]).check_together(site.path, acting)
         self._check_enclosed(names)
         with self.base_alone():
             embeddings.check_together(self.model, {name: self.records[name].rows for name in names})

@@ -14,6 +14,7 @@ from adaptc.methods import linear, quantised
 from adaptc.methods.base import Adapter
 from adaptc.methods.lora import LoRA
 from adaptc.methods.lora_sites.kind import SiteAdapter
+from adaptc.methods.trainable_tokens import TokensAdapter
 from adaptc.runtime import processes
 from adaptc.runtime.attach import SiteAdapters, adapters_of
 
@@ -66,6 +67,11 @@ def folded(site: Site) -> dict[str, torch.Tensor]:
     standin = cast(SiteAdapters, adapters_of(module)).standin
     if standin is not None:
         return dict(cast(nn.Module, standin.copy).state_dict())
+    if all(isinstance(a, TokensAdapter) for a in adapters):
+        weight = _stored(module)
+        for adapter in cast(list[TokensAdapter], adapters):
+            weight = adapter.merged(weight)
+        return {"weight": weight}
     if all(isinstance(a, SiteAdapter) for a in adapters):
         return _with_updates(module, cast(list[SiteAdapter], adapters))
     if all(a.method.kind == "bias" for a in adapters):
@@ -129,6 +135,16 @@ def _live(site: Site) -> list[Adapter]:
     return [*found.live, *([] if found.standin is None else [found.standin])]
 
 
+def _live_at(path: str, model: nn.Module) -> list[Adapter]:
+    found = adapters_of(model.get_submodule(path))
+    return [] if found is None else list(found.live)
+
+
+def _trained_rows(adapters: Sequence[Adapter]) -> list[int]:
+    """Which tensors replace rows of a weight, in order."""
+    return [id(a.values) if isinstance(a, TokensAdapter) else 0 for a in adapters]
+
+
 def _stored(module: nn.Module) -> torch.Tensor:
     weight = cast(torch.Tensor, module.weight).detach()
     return weight.mT if linear.is_conv1d(module) else weight
@@ -146,6 +162,12 @@ def _check(site: Site, model: nn.Module) -> None:
         reason = f"{fixed[0].method.kind} cannot be folded into a weight"
     elif any(a.replaces_forward for a in adapters):
         reason = "other adapters act around a fully trained module" if len(adapters) > 1 else None
+    elif all(isinstance(a, TokensAdapter) for a in adapters):
+        other = _tied(site, model)
+        if other is None or _trained_rows(adapters) == _trained_rows(_live_at(other.rpartition(".")[0], model)):
+            return
+    elif any(isinstance(a, TokensAdapter) for a in adapters):
+        reason = "other adapters act beside trained rows of its weight"
     elif all(isinstance(a, SiteAdapter) for a in adapters):
         refusals = [cast(SiteAdapter, a).merge_refusal() for a in adapters]
         reason = next((r for r in refusals if r), None)
@@ -165,7 +187,7 @@ def _check(site: Site, model: nn.Module) -> None:
     elif getattr(site.module, "bias", None) is None and _moves_zero(site.module, adapters):
         reason = "the adapter adds a constant, and the layer has no bias to take it"
     if reason is None and (other := _tied(site, model)):
-        reason = f"its weight is also {other}, which has no adapter"
+        reason = f"its weight is also {other}, which has no adapter, or another one"
     if reason is not None:
         raise UnsupportedError(
             f"{site.path}: the adapter cannot be merged", found=reason,

@@ -16,6 +16,7 @@ from adaptc.methods.linear import is_conv1d
 from adaptc.plan.match import ALL_LINEAR, Match, is_pattern, matcher
 from adaptc.plan.rules import Plan
 from adaptc.runtime import peft_matching as peft
+from adaptc.runtime import peft_tokens
 from adaptc.runtime.peft_import import exactly, means
 from adaptc.runtime.peft_options import check_config
 
@@ -43,8 +44,8 @@ class Assignment(Protocol):
     def parameter(self) -> str | None: ...
 
 
-#: Methods that PEFT's configs have beside the adapter's own: ``modules_to_save`` and ``bias``.
-_FULL, _BIAS = "full", "bias"
+#: What PEFT has beside the adapter: ``modules_to_save``, ``bias``, ``trainable_token_indices``.
+_FULL, _BIAS, _TOKENS = "full", "bias", "trainable_tokens"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,8 @@ class _Sites:
     full: list[str]
     #: Those of ``adapted`` that are parameters.
     parameters: list[str]
+    #: Path of an embedding -> the ids whose rows are trained.
+    tokens: dict[str, Sequence[int]]
 
     @property
     def wanted(self) -> list[str]:
@@ -107,6 +110,8 @@ def plan_to_config(
     if sites.parameters:
         config["target_parameters"] = _parameters_of(sites, model)
     config.update(_values_of(sites, plan, config, original))
+    if sites.tokens:
+        config[peft_tokens.KEY] = peft_tokens.written(sites.tokens, model)
     if base_model_name is not None:
         config["base_model_name_or_path"] = base_model_name
     if task_type is None and original is not None:
@@ -146,6 +151,7 @@ def _sort_sites(assignments: Iterable[Assignment]) -> _Sites:
     adapted: dict[str, Method] = {}
     modules: dict[str, nn.Module] = {}
     full: list[str] = []
+    tokens: list[Assignment] = []
     assignments = list(assignments)
     codec = codec_of_sites(assignments)
     parameters = [a.path for a in assignments if a.parameter is not None]
@@ -157,6 +163,9 @@ def _sort_sites(assignments: Iterable[Assignment]) -> _Sites:
                 f"PEFT's format has no place for an adapter of {path} beside one of its parameters",
                 do="save them as two adapters",
             )
+        if method is not None and method.kind == _TOKENS:
+            tokens.append(assignment)
+            continue
         modules[path] = assignment.module
         if method is None or method.kind == _FULL:
             full.append(path)
@@ -171,7 +180,28 @@ def _sort_sites(assignments: Iterable[Assignment]) -> _Sites:
             f"PEFT's format cannot say which biases are trained, only those of all modules: {loose[0]}",
             expected='LoRA(bias="all")', do='use bias="lora_only" or "all", or save with another format',
         )  # fmt: skip
-    return _Sites(codec, adapted, modules, full, parameters)
+    return _Sites(codec, adapted, modules, full, parameters, _tokens_of(tokens, codec))
+
+
+def _tokens_of(assignments: Sequence[Assignment], codec: Codec) -> dict[str, Sequence[int]]:
+    """Without the modules that follow the embedding that they are tied to.
+
+    Raises:
+        UnsupportedError: PEFT has no place for them beside this kind.
+    """
+    if assignments and peft_tokens.KEY not in codec.options:
+        raise UnsupportedError(
+            f"PEFT's format has no place for trained tokens beside {codec.label}", found=assignments[0].path,
+            do="save them as two adapters",
+        )  # fmt: skip
+    of_embeddings = {
+        (id(a.module.weight), a.method) for a in assignments if isinstance(a.module, nn.Embedding)
+    }
+    return {
+        a.path: getattr(a.method, "indices", ())
+        for a in assignments
+        if isinstance(a.module, nn.Embedding) or (id(a.module.weight), a.method) not in of_embeddings
+    }
 
 
 def _values_of(
@@ -192,6 +222,8 @@ def codec_of_sites(assignments: Iterable[Assignment]) -> Codec | None:
     kinds: set[str] = set()
     paths: set[str] = set()
     for assignment in assignments:
+        if assignment.method is not None and assignment.method.kind == _TOKENS:
+            continue
         if assignment.path in paths:
             raise UnsupportedError(
                 f"PEFT's format has no place for two methods on one module: {assignment.path}",

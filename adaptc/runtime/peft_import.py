@@ -14,7 +14,7 @@ from adaptc.methods.codec import Part
 from adaptc.plan.match import ALL_LINEAR, MODEL, Match, matcher
 from adaptc.plan.resolve import drop_idle_keys
 from adaptc.plan.rules import Plan, Rule
-from adaptc.runtime import peft_fit
+from adaptc.runtime import peft_fit, peft_tokens
 from adaptc.runtime import peft_matching as peft
 from adaptc.runtime.peft_options import check_config
 
@@ -53,7 +53,7 @@ def config_to_plan(
     else:
         adapted = _adapted(used, codec.rules(used), model, config.get("task_type"))
     rules = [Rule(Match(_saved_selectors(saved, model)), train="full")] if saved else []
-    plan = Plan([*rules, *adapted])
+    plan = Plan([*rules, *peft_tokens.rules_of(used, model), *adapted])
     return plan if model is None else without_idle_keys(plan, model)
 
 

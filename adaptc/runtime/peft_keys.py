@@ -87,7 +87,8 @@ def embedding_keys(
         if adapter is not None and adapter.replaces_forward:
             continue  # its own values stand under this key
         wrapped = adapter is not None and codec_of(adapter.method.kind) is not None
-        keyed[f"{prefix}{holder}{_BASE_LAYER if wrapped else ''}.{name}"] = tensor
+        tokens = ".token_adapter.base_layer" if adapter is not None and adapter.method.follows_ties else ""
+        keyed[f"{prefix}{holder}{_BASE_LAYER if wrapped else tokens}.{name}"] = tensor
     return keyed
 
 
@@ -255,7 +256,7 @@ def _wrapped(adapters: Mapping[str, Adapter]) -> dict[str, str]:
 
 def plain_name(key: str) -> str:
     """A key without the names of wrappers between a module and what it holds."""
-    return re.sub(rf"({re.escape(_BASE_LAYER)})+\.", ".", key)
+    return re.sub(rf"(\.token_adapter)?({re.escape(_BASE_LAYER)})+\.", ".", key)
 
 
 def _key(path: str, suffix: str, adapter: Adapter) -> str:

@@ -52,7 +52,6 @@ def test_a_config_without_a_kind() -> None:
 
 
 REFUSED = {
-    "trainable_token_indices": [1, 2],
     "layer_replication": [[0, 2]],
     "alora_invocation_tokens": [1],
     "arrow_config": {"top_k": 3},
@@ -200,6 +199,7 @@ def test_a_misspelt_key_names_the_nearest() -> None:
         ("layers_to_transform", True), ("layers_pattern", 3), ("layers_pattern", "("),
         ("rank_pattern", []), ("rank_pattern", {"q": 0}), ("rank_pattern", {"(": 2}),
         ("alpha_pattern", {"q": "3"}), ("init_lora_weights", 3), ("fan_in_fan_out", "yes"),
+        ("trainable_token_indices", [-1]), ("trainable_token_indices", [1, 1]), ("trainable_token_indices", {"q": 1}),
         ("task_type", 3), ("base_model_name_or_path", []), ("auto_mapping", "x"), ("inference_mode", 0),
     ],
 )  # fmt: skip
