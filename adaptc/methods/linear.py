@@ -30,9 +30,11 @@ def refusal(path: str, module: nn.Module) -> str | None:
     """Why ``module`` is not a linear site whose module is called, or None when it is one."""
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its out_proj weight without calling the module"
+    if (how := quantised.describe(module)) is not None and quantised.packed_as(module) is not None:
+        return f"{type(module).__name__} has no weight ({how}); nn.Linear on bitsandbytes or torchao can be adapted"
     if not is_linear(module):
         return f"{type(module).__name__} is not a linear layer (nn.Linear or transformers' Conv1D)"
-    if not module.weight.is_floating_point() and quantised.describe(module) is None:  # type: ignore[operator]
+    if not module.weight.is_floating_point() and how is None:  # type: ignore[operator]
         return f"its weight is {module.weight.dtype}, not a floating-point tensor"
     return None
 

@@ -115,16 +115,13 @@ class Captures:
         """Raise where a step would be computed without the gradients that flow through the base."""
         if self._packable is None:
             modules = self.handle.model.named_modules()
-            self._packable = [(path, m) for path, m in modules if quantised.has_codes_of_4_bits(m)]
+            self._packable = [(path, m) for path, m in modules if quantised.may_lose_gradients(m)]
         if not (self._packable and self.handle.model.training and torch.is_grad_enabled()):
             return
-        path = next((path for path, module in self._packable if quantised.loses_gradients(module)), None)
-        if path is not None:
-            raise UnsupportedError(
-                f"{path}: bitsandbytes has repacked its weight for inference on this CPU: no gradient flows through",
-                do="load the base again and set support_avx512bf16_for_cpu = False on its Linear4bit layers before"
-                " calling it in eval mode; what was trained is in the adapter (model.adaptc.save)",
-            )
+        reasons = ((path, quantised.loses_gradients(module)) for path, module in self._packable)
+        path, refusal = next((pair for pair in reasons if pair[1] is not None), ("", None))
+        if refusal is not None:
+            raise UnsupportedError(f"{path}: {refusal.reason}: no gradient flows through", do=refusal.do)
 
     def note_signature(self) -> bool:
         """Remember the live adapters' signature; True when graphs were captured and none fits it."""
