@@ -38,6 +38,8 @@ class SiteAdapters(nn.ModuleDict):
         self.epoch = ""
         self.hook_handle: Any = None
         self.pre_hook_handle: Any = None
+        #: Names of the arguments of the module's forward, in order: which of several its adapters read.
+        self.arguments: tuple[str, ...] = ()
         #: Name of a tap -> the module whose input it reads.
         self.taps: dict[str, nn.Module] = {}
 
@@ -60,9 +62,10 @@ class Taps:
 
     KEY = "_adaptc_taps"
 
-    def __init__(self, hook_handle: Any) -> None:
+    def __init__(self, hook_handle: Any, arguments: tuple[str, ...]) -> None:
         self.readers: list[tuple[SiteAdapters, str]] = []
         self.hook_handle = hook_handle
+        self.arguments = arguments
 
 
 def entry(name: str, level: int, parameter: str | None = None) -> str:
@@ -106,7 +109,7 @@ def run_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     for adapter in live:
         if adapter.acts_inside:
             continue
-        x = _input_of(module, args, kwargs)
+        x = _input_of(module, found.arguments, args, kwargs)
         if not (isinstance(output, torch.Tensor) or adapter.takes_any_output):
             raise SiteError(
                 f"a {type(module).__name__} returned a {type(output).__name__}",
@@ -119,23 +122,47 @@ def run_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     return output
 
 
-def _input_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The first argument of a call, which is what adapters read."""
+def _input_of(module: nn.Module, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What adapters read of a call: the value of the first argument of the module's forward, as its signature has them,
+    however it is called."""
     if args:
         return args[0]
-    if kwargs:
-        return next(iter(kwargs.values()))
+    return kwargs[_name_of_input(module, names, kwargs)]
+
+
+def _name_of_input(module: nn.Module, names: tuple[str, ...], kwargs: dict[str, Any]) -> str:
+    """The name by which a call by keywords gives what adapters read: of the first argument in the signature that is
+    given, and is a tensor where one is."""
+    if len(kwargs) == 1:
+        return next(iter(kwargs))
+    given = [name for name in names if name in kwargs] or list(kwargs)
+    for name in given:
+        if isinstance(kwargs[name], torch.Tensor):
+            return name
+    if given:
+        return given[0]
     raise SiteError(
         f"a {type(module).__name__} was called without arguments",
         expected="an input, which its adapter reads", do="leave this module out of the plan",
     )  # fmt: skip
 
 
+def arguments_of(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments that a module's forward has, in order; nothing where it does not say."""
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return tuple(parameter.name for parameter in parameters if parameter.kind in named)
+
+
 def run_tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of modules whose input adapters elsewhere read: keep it for those that are live, or let them
     change what goes with their own site's output."""
-    x, changed = _input_of(module, args, kwargs), kwargs
-    for found, name in module.__dict__[Taps.KEY].readers:
+    taps = module.__dict__[Taps.KEY]
+    x, changed = _input_of(module, taps.arguments, args, kwargs), kwargs
+    for found, name in taps.readers:
         for adapter in found.live:
             if adapter.tap != name:
                 continue
@@ -176,11 +203,12 @@ def note_mode(site_ids: Iterable[int], *, recorded: bool = True) -> None:
 
 def run_before_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of modules with adapters that act on the input: change it by those that are live."""
-    live = [a for a in cast(SiteAdapters, module.adapters).live if a.acts_before]
+    found = cast(SiteAdapters, module.adapters)
+    live = [a for a in found.live if a.acts_before]
     if len(live) == 0:
         return None
-    x = _input_of(module, args, kwargs)
-    name = None if args else next(iter(kwargs))
+    name = None if args else _name_of_input(module, found.arguments, kwargs)
+    x = args[0] if name is None else kwargs[name]
     for adapter in live:
         note_eager(adapter)
         x = adapter.apply_before(module, x)
@@ -231,6 +259,7 @@ def attach(path: str, module: nn.Module, name: str, adapter: Adapter) -> bool:
         check_attachable(path, module)
         found = SiteAdapters()
         found.train(module.training)
+        found.arguments = arguments_of(module)
         module.adapters = found
     adapter.train(module.training)
     found[name] = adapter
@@ -282,7 +311,7 @@ def add_tap(module: nn.Module, name: str, tapped: nn.Module) -> bool:
     taps = tapped.__dict__.get(Taps.KEY)
     if taps is None:
         # Before hooks of the user and before adapters on the tapped module: what its caller passed is read.
-        taps = Taps(tapped.register_forward_pre_hook(run_tap, prepend=True, with_kwargs=True))
+        taps = Taps(tapped.register_forward_pre_hook(run_tap, prepend=True, with_kwargs=True), arguments_of(tapped))
         tapped.__dict__[Taps.KEY] = taps
     taps.readers.append((found, name))
     found.taps[name] = tapped
