@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.codegen.torch_internals import fake_mode_of, lazy_graph_module, node_value, tree_leaves
+from adaptc.codegen.torch_internals import fake_mode_of, lazy_graph_module, node_value, printable, tree_leaves
 from adaptc.ir.origin import INHERITED, Origin
 
 
@@ -106,7 +106,7 @@ class Edit:
             if isinstance(target, str):
                 node = self.gm.graph.call_method(target, args, kwargs)
             else:
-                node = self.gm.graph.call_function(target, args, kwargs)
+                node = self.gm.graph.call_function(printable(target), args, kwargs)
         if self._origin is not None:
             node.meta.update(self._origin.meta)
         else:

@@ -10,6 +10,7 @@ from torch import nn
 
 import adaptc
 from adaptc.codegen.torch_internals import reset_dynamo
+from tests.methods.in_fp64 import randomise
 from tests.reference import check_against_reference, loss_of, reference_model
 
 LORA = adaptc.LoRA(r=3, alpha=6, init="random", targets=["site"])
@@ -71,7 +72,7 @@ METHODS = {
     "Hydra": adaptc.Hydra(r=3, targets=["site"], init="random"),
     "Bottleneck": adaptc.Bottleneck(r=3, init="random", targets=["site"]),
     "Bottleneck on the input": adaptc.Bottleneck(r=3, init="random", placement="series_in", targets=["site"]),
-    "two taps": adaptc.AdaptFormer(r=3, init="random", tap="first", targets=["site"], features=6),
+    "two taps": adaptc.AdaptFormer(r=3, init="random", tap="first", targets=["site"], features=6, dropout=0.0),
     "convolution along the tokens": adaptc.ConvAdapter(r=3, init="random", dropout=0.0, targets=["site"]),
     "trained bias": adaptc.Bias(targets=["site"]),
     "in full": adaptc.Full(targets=["site"]),
@@ -102,6 +103,7 @@ def test_whatever_adapts_the_layer(name, broken, backend):
     reset_dynamo()
     base = Net(SITES.get(name, lambda: nn.Linear(6, 6))(), broken=broken).double()
     model = adaptc.compile(base, METHODS[name], backend=backend)
+    randomise(model)
     x = torch.randint(0, 9, (2, 4)) if name == "embedding" else torch.randn(2, 4, 6, dtype=torch.float64)
     found = []
     for act in ("halved", "halved apart"):

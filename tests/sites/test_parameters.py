@@ -162,6 +162,10 @@ LINEAR = {
     "einsum": lambda x, P, b: torch.einsum("bsk,nk->bsn", x, P),
     "turned": lambda x, P, b: F.linear(x[..., :6], P.t()),
     "columns": lambda x, P, b: x[..., :6] @ P,
+    "other names of it": lambda x, P, b: x @ P.H + x @ P.mH + x @ P.swapdims(0, 1) + x @ P.transpose(dim0=1, dim1=0),
+    "op of torch 2.14": lambda x, P, b: x @ torch.ops.aten.mT(P),
+    "addmm": lambda x, P, b: torch.addmm(b, x.reshape(-1, 10), P.t()).view(2, 4, 6),
+    "inner": lambda x, P, b: torch.inner(x, P),
     "einsum of columns": lambda x, P, b: torch.einsum("...n,nk->...k", x[..., :6], P),
 }
 OTHER = {
@@ -169,6 +173,8 @@ OTHER = {
     "on the left": (lambda x, P, b: P @ x.mT, "matmul reads it"),
     "normalised": (lambda x, P, b: F.linear(x, F.normalize(P)), "normalize reads it"),
     "elementwise": (lambda x, P, b: F.linear(x, P) + P.sum(), "sum reads it"),
+    "scaled": (lambda x, P, b: torch.addmm(b, x[0], P.t(), alpha=2), "addmm reads it"),
+    "on the left of einsum": (lambda x, P, b: torch.einsum("nk,bsk->bsn", P, x), "einsum reads it"),
     "two contracted": (lambda x, P, b: torch.einsum("bsk,nk->bs", x, P), "einsum reads it"),
     "batched einsum": (lambda x, P, b: torch.einsum("nsk,nk->ns", x[:, :, :].repeat(3, 1, 1), P), "einsum reads it"),
     "of itself": (lambda x, P, b: F.linear(P, P) + x.sum(), "linear reads it"),

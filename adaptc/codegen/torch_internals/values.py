@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,6 +82,24 @@ def storage_bytes(tensor: torch.Tensor) -> int:
         return size_hint(tensor.untyped_storage().nbytes())
     except NotImplementedError:  # a sparse one
         return tensor._nnz() * tensor.element_size()
+
+
+def printable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, as fx can write it into a graph's code: ``Function.apply`` of torch 2.14 has no module, by which
+    fx would call it. 2.11 to 2.15."""
+    owner = getattr(function, "__self__", None)
+    is_apply = isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
+    return _apply_of(owner) if is_apply and function.__name__ == "apply" else function
+
+
+@functools.cache
+def _apply_of(owner: Any) -> Callable[..., Any]:
+    def apply(*args: Any) -> Any:
+        return owner.apply(*args)
+
+    apply.__module__ = owner.__module__
+    apply.__name__ = apply.__qualname__ = f"{owner.__name__}_apply"
+    return apply
 
 
 def not_views(results: Any) -> Any:

@@ -31,6 +31,11 @@ from adaptc.ir.sites import LORA_LINEAR, dialect_nodes, site_of
 from adaptc.passes.contract import Context
 
 _MATMULS = (torch.matmul, torch.mm, operator.matmul, "matmul", "mm", "__matmul__")
+_INNER = (torch.inner, "inner")
+#: Attributes, which torch 2.14 captures as calls of an op of that name, and calls that transpose a matrix.
+_TRANSPOSED = ("T", "mT", "H", "mH")
+_TRANSPOSES = (*_TRANSPOSED, "t", "adjoint", "numpy_T", "matrix_H")
+_SWAPS = ("transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "permute")
 _CASTS = ("to", "type", "float", "half", "bfloat16", "double")
 _NO_OPS = ("contiguous",)
 
@@ -96,10 +101,11 @@ def _turns(user: fx.Node, node: fx.Node) -> bool | None:
     name = op_name(user)
     rest: list[Any] = list(user.args[1:])
     if name == "getattr":
-        return True if rest[0] in ("T", "mT") else None
-    if name in ("t", "adjoint", "numpy_T"):
+        return True if rest[0] in _TRANSPOSED else None
+    if name in _TRANSPOSES:
         return True
-    if name in ("transpose", "swapaxes", "permute"):
+    if name in _SWAPS:
+        rest += user.kwargs.values()
         dims = list(rest[0]) if len(rest) == 1 and isinstance(rest[0], tuple | list) else rest
         if len(dims) != 2 or not all(isinstance(d, int) for d in dims):
             return None
@@ -121,6 +127,13 @@ def _product(user: fx.Node, weight: fx.Node) -> tuple[fx.Node, bool] | None:
     if user.target in _MATMULS and len(args) == 2 and not user.kwargs:
         x = args[0]
         return (x, True) if args[1] is weight and isinstance(x, fx.Node) and x is not weight else None
+    if user.target in _INNER and len(args) == 2 and not user.kwargs:
+        x = args[0]
+        return (x, False) if args[1] is weight and isinstance(x, fx.Node) and x is not weight else None
+    if user.target is torch.addmm and len(args) == 3 and not user.kwargs:
+        bias, x, w = args[0], args[1], args[2]
+        fits = w is weight and isinstance(x, fx.Node) and x is not weight and bias is not weight
+        return (x, True) if fits and isinstance(x, fx.Node) else None
     if user.target is torch.einsum:
         return _einsum(user, weight)
     return None
