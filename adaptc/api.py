@@ -13,7 +13,7 @@ from torch import nn
 from adaptc.codegen import toolchain, torch_internals
 from adaptc.codegen.backend import BackendOptions
 from adaptc.errors import AdaptcWarning, AdapterNameError, UnsupportedError
-from adaptc.integrations import peft_model
+from adaptc.integrations import peft_model, trl
 from adaptc.plan.match import strings
 from adaptc.runtime import processes
 from adaptc.runtime.handle import CompileOptions, Handle
@@ -93,6 +93,7 @@ def compile(
     wanted = dataclasses.replace(wanted, backend=_usable(wanted.backend, model))
     if plan is None and peft_model.is_peft_model(model):
         peft_model.check_name(model, name)
+        trl.install()
         return peft_model.adopt(model, wanted)  # type: ignore[return-value]  # the base, as documented
     if plan is None:
         raise UnsupportedError("adaptc.compile needs a plan", found=f"None for a {type(model).__name__}")
@@ -106,6 +107,7 @@ def compile(
     except BaseException:
         handle.detach()
         raise
+    trl.install()
     return model
 
 

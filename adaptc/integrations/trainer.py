@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from adaptc.integrations import trl
 from adaptc.runtime import saving
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ class AdapterTrainerMixin:
     accelerator: Any
     #: The optimizer after whose steps methods act.
     _adaptc_stepped: Any = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        trl.install()  # for a model that was unpickled, or compiled before transformers was imported
+        super().__init__(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]

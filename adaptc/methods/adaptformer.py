@@ -107,7 +107,7 @@ class AdaptFormerAdapter(Branch):
             like = self.up[:, 0].detach()
             self.norm_weight = nn.Parameter(torch.ones_like(like))
             self.norm_bias = nn.Parameter(torch.zeros_like(like))
-        self._dropout = repr(method.dropout)  # as text: see LoRAAdapter
+        self.set_dropout(method.dropout)
 
     def apply_to(self, module: nn.Module, x: torch.Tensor, y: Any) -> Any:
         if isinstance(y, tuple):  # a whole block
@@ -122,7 +122,7 @@ class AdaptFormerAdapter(Branch):
         return adaptformer_site(self.site_id, x, y, *factors, self.scale, mask, *norm)
 
     def signature(self) -> tuple[object, ...]:
-        return (*super().signature(), self.method.norm, self.method.dropout, self.method.tap)
+        return (*super().signature(), self.method.norm, self._dropout, self.method.tap)
 
 
 def body(

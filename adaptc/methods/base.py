@@ -128,6 +128,25 @@ class Tapped(threading.local):
         return Tapped, ()  # copies of a model start without a value
 
 
+class AdapterDropout(nn.Dropout):
+    """Says an adapter's dropout to whoever looks for ``nn.Dropout`` among a model's modules and sets ``p``, as TRL's
+    ``disable_dropout_in_model`` does. It is never called: the adapter draws inside its own op."""
+
+    adapter: Adapter
+
+    def __init__(self, adapter: Adapter, p: float) -> None:
+        self.__dict__["adapter"] = adapter  # no child, which would make a circle of modules
+        super().__init__(p)
+
+    @property
+    def p(self) -> float:
+        return float(self.adapter._dropout)
+
+    @p.setter
+    def p(self, value: float) -> None:
+        self.adapter._dropout = repr(float(value))
+
+
 class Adapter(nn.Module):
     """The tensors of one method at one site; lives at ``<site>.adapters.<name>``, one for a parameter of the module at
     ``<site>.adapters.<name>~<parameter>``.
@@ -147,6 +166,8 @@ class Adapter(nn.Module):
     acts_inside: ClassVar[bool] = False
     #: True when the adapter changes the arguments of its tap, and does not read them.
     changes_tapped: ClassVar[bool] = False
+    #: The probability of dropout, as text (see ``set_dropout``).
+    _dropout: str
     #: The module's own parameter that the adapter is for; None: the module.
     parameter: str | None = None
     #: Name of another module, whose input ``apply_to`` gets in the place of the site's own: two taps far apart. It is
@@ -159,6 +180,14 @@ class Adapter(nn.Module):
         self._site_id = site_id
         self.tapped = Tapped()
         self.register_buffer("site_id", torch.tensor([site_id], dtype=torch.int64), persistent=False)
+
+    def set_dropout(self, p: float) -> None:
+        """Keep the probability as ``self._dropout``, and as a module that others find where it is not zero."""
+        # As text: of a float that differs between adapters Dynamo makes a graph input, finds that its value is
+        # needed after all, and compiles a second time.
+        self._dropout = repr(float(p))
+        if p > 0:
+            self.dropout = AdapterDropout(self, p)
 
     def replace(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output, computed in its place (only where ``replaces_forward``)."""

@@ -158,7 +158,7 @@ class BottleneckAdapter(Branch):
         widths = method.widths(module)
         assert widths is not None  # asked by refusal
         super().__init__(method, module, widths, dtype=dtype, site_id=site_id)
-        self._dropout = repr(method.dropout)  # as text: see LoRAAdapter
+        self.set_dropout(method.dropout)
 
     def apply_to(self, module: nn.Module, x: torch.Tensor, y: Any) -> Any:
         if isinstance(y, tuple):  # a whole block
@@ -181,7 +181,7 @@ class BottleneckAdapter(Branch):
 
     def signature(self) -> tuple[object, ...]:
         method = self.method
-        return (*super().signature(), method.placement, method.activation, method.dropout)
+        return (*super().signature(), method.placement, method.activation, self._dropout)
 
 
 class BottleneckBeforeAdapter(BottleneckAdapter):

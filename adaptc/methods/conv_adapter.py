@@ -128,7 +128,7 @@ class ConvAdapterAdapter(Adapter):
             self.register_buffer("running_mean", torch.zeros(r, dtype=wide, device=model.device))
             self.register_buffer("running_var", torch.ones(r, dtype=wide, device=model.device))
         self.reset_parameters()
-        self._dropout = repr(method.dropout)  # as text: see LoRAAdapter
+        self.set_dropout(method.dropout)
 
     def reset_parameters(self) -> None:
         """Draw the initial values (the method's ``init``)."""
@@ -186,7 +186,7 @@ class ConvAdapterAdapter(Adapter):
 
     def signature(self) -> tuple[object, ...]:
         method = self.method
-        return (*super().signature(), method.style, method.placement, method.residual, method.dropout)
+        return (*super().signature(), method.style, method.placement, method.residual, self._dropout)
 
 
 def _quick_gelu(z: torch.Tensor) -> torch.Tensor:

@@ -92,7 +92,7 @@ class HydraAdapter(ScaledAdapter):
                 self.register_parameter(f"{head}_{factor}", value)
                 bias = nn.Parameter(torch.zeros(shape[0], **options)) if r and method.bias else None
                 self.register_parameter(f"{head}_{factor}_bias", bias)
-        self._dropout = repr(method.dropout)
+        self.set_dropout(method.dropout)
         self.transposed = linear.is_conv1d(module)
         self.reset_parameters()
 
@@ -152,7 +152,7 @@ class HydraAdapter(ScaledAdapter):
         return tuple((f"{head}_A", f"{head}_B") for head in ("parallel", "sequential") if not self.method.bias)
 
     def signature(self) -> tuple[object, ...]:
-        return (*super().signature(), self.method.dropout)
+        return (*super().signature(), self._dropout)
 
 
 def body(

@@ -175,9 +175,7 @@ class LoRAAdapter(ScaledAdapter):
             self.bias: nn.Parameter | None = nn.Parameter(base_bias.detach().clone().to(self.lora_A.dtype))
         else:
             self.register_parameter("bias", None)
-        # As text: of a float that differs between adapters Dynamo makes a graph input, finds that its value is
-        # needed after all, and compiles a second time.
-        self._dropout = repr(method.dropout)
+        self.set_dropout(method.dropout)
 
     def reset_parameters(self, weight: torch.Tensor) -> None:
         """Draw the initial values (the method's ``init``); those of "corda" come by :meth:`set_covariance`."""
@@ -290,7 +288,7 @@ class LoRAAdapter(ScaledAdapter):
 
     def signature(self) -> tuple[object, ...]:
         method = self.method
-        return (*super().signature(), method.dropout, method.compute_dtype, self.initial_A is not None)
+        return (*super().signature(), self._dropout, method.compute_dtype, self.initial_A is not None)
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]

@@ -117,7 +117,7 @@ class VeRAAdapter(Adapter):
         random = method.init == "random"
         self.vera_lambda_d = nn.Parameter(torch.randn_like(d) if random else d)
         self.vera_lambda_b = nn.Parameter(torch.ones_like(b) if random else b)
-        self._dropout = repr(method.dropout)  # as text: see LoRAAdapter
+        self.set_dropout(method.dropout)
 
     def apply_to(self, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         dropout, shared = float(self._dropout), self.projections

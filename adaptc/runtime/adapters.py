@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +19,9 @@ from adaptc.plan import Assignment, Plan, Resolution, bypassed
 from adaptc.runtime import attach, embeddings
 from adaptc.runtime.calibrate import covariances
 from adaptc.runtime.names import check_adapter_name
+
+#: Where a model says which adapter is live, by PEFT's name for it, if it says so at all.
+ACTIVE = "active_adapter"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +62,8 @@ class AdapterRecord:
     config: dict[str, Any] | None = None
     #: Of the base's embeddings, where its file holds others than the base has.
     rows: list[embeddings.Rows] = dataclasses.field(default_factory=list)
+    #: A frozen copy of another adapter, which is no part of what the model's files hold.
+    reference: bool = False
 
 
 class AdapterSet:
@@ -157,6 +163,31 @@ class AdapterSet:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             warnings.warn(AdaptcWarning(f"{found[0]}{more}: {reason}"), stacklevel=5)
 
+    def copy_frozen(self, name: str, new: str) -> None:
+        """Put a copy of the adapter ``name`` as it is now beside it, under ``new``, not live and not trained.
+
+        Captured graphs stay: the copy's sites are those of ``name``, and have their hooks.
+
+        Raises:
+            AdapterNameError: there is no adapter ``name``, or ``new`` is taken or not legal.
+        """
+        record = self.record(name)
+        if new in self.records:
+            raise AdapterNameError(f"an adapter named {new!r} is there already", do="remove it first")
+        check_adapter_name(new)
+        own = {id(t): t for t in (*self.model.parameters(), *self.model.modules())}
+        copied = [(site, key, a) for site in self.sites for key, a in site.adapters.items()]
+        copied = [row for row in copied if attach.adapter_name(row[1]) == name]
+        for _, _, adapter in copied:  # what is theirs is copied, what they only refer to is not
+            for part in (*adapter.parameters(), *adapter.modules()):
+                own.pop(id(part), None)
+        with torch.inference_mode(False):
+            twins = [copy.deepcopy(adapter, own).requires_grad_(False) for _, _, adapter in copied]
+        for (site, key, _), twin in zip(copied, twins, strict=True):
+            attach.attach(site.path, site.module, new + key[len(name) :], twin)
+        sites = [(path, new + key[len(name) :], rule, method) for path, key, rule, method in record.sites]
+        self.records[new] = AdapterRecord(record.plan, sites, record.config, list(record.rows), reference=True)
+
     def _check_free(self, path: str, module: nn.Module, entry: str) -> None:
         found = attach.adapters_of(module)
         if found is not None and entry in found:
@@ -248,6 +279,8 @@ class AdapterSet:
         self.live = names
         for rows in self._live_rows():
             rows.put(self.model, True)
+        if ACTIVE in self.model.__dict__:
+            self.model.__dict__[ACTIVE] = names[0] if len(names) == 1 else list(names)
 
     def _live_rows(self) -> list[embeddings.Rows]:
         return [rows for name in self.live if name in self.records for rows in self.records[name].rows]

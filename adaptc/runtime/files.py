@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Saved:
+class Saved:
+    """What a site's row in a file is made of."""
+
     path: str
     module: torch.nn.Module
     method: Method
@@ -109,7 +111,7 @@ def save(handle: Handle, directory: Any, name: str, save_embedding_layers: bool 
     record = handle.adapters.record(name)
     check_adapter_name(name, [p for p, _ in handle.model.named_modules() if ".adapters" not in f".{p}"])
     parts = [(site, path, adapter) for site in handle.sites for path, adapter in site.parts(name)]
-    sites = [_Saved(path, s.module, a.method_now(), a.parameter) for s, path, a in parts]
+    sites = [Saved(path, s.module, a.method_now(), a.parameter) for s, path, a in parts]
     config = None
     if peft_format.codec_of_sites(sites) is not None:
         config = peft_format.plan_to_config(

@@ -26,13 +26,17 @@ if TYPE_CHECKING:
 _ROWS = 1024
 
 
-def folded_state(handle: Handle) -> dict[str, torch.Tensor]:
+def folded_state(handle: Handle, within: str = "") -> dict[str, torch.Tensor]:
     """The base model's ``state_dict`` with the live adapters in its weights; new tensors only at their sites.
+
+    ``within``: of the module of this path alone, under its names in the whole model.
 
     Raises:
         UnsupportedError: names the site whose adapter cannot be folded, before any work is done.
     """
-    model, sites = handle.model, [site for site in handle.sites if _live(site)]
+    below = f"{within}." if within else ""
+    model = handle.model
+    sites = [site for site in handle.sites if _live(site) and f"{site.path}.".startswith(below)]
     if processes.is_sharded(model):
         raise UnsupportedError(
             "a sharded model's weights cannot be merged",
@@ -41,7 +45,8 @@ def folded_state(handle: Handle) -> dict[str, torch.Tensor]:
     for site in sites:
         _check(site, model)
     ours = tuple(f"{path}.adapters.".lstrip(".") for site in handle.sites for path in site.paths)
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(ours)}
+    named = model.state_dict().items()
+    state = {name: tensor for name, tensor in named if name.startswith(below) and not name.startswith(ours)}
     for site in sites:
         for local, value in folded(site).items():
             state.update({name: value for path in site.paths if (name := f"{path}.{local}") in state})

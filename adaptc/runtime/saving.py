@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from adaptc.errors import AdapterNameError, CheckpointError, ResumeError, UnsupportedError
-from adaptc.runtime import files, processes
+from adaptc.runtime import composite, files, processes
+from adaptc.runtime.adapters import ACTIVE
 from adaptc.runtime.attach import adapters_of
 from adaptc.runtime.checkpoint import WEIGHTS
 from adaptc.runtime.names import adapter_directory
@@ -45,8 +46,18 @@ _IDLE = {"max_shard_size", "token", "save_original_format", "save_function"}
 #: The one tensor of the file that stops a trainer which does not know of adapters (see :func:`guard`).
 GUARD = "adaptc: resume with adaptc.integrations.AdapterTrainerMixin"
 _GUARD_FILE = "model.safetensors"
+#: Where a model whose modules write their own files keeps its adapters as adaptc reads them.
+ADAPTERS = "adaptc"
 #: Which adapters a directory holds and which of them were live.
 LIST = "adaptc_adapters.json"
+
+
+class OnModel:
+    """Something of the handle under the name that it has on a PEFT model; copied and pickled with the model, and gone
+    when the handle is detached."""
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
 
 
 class AdapterSaver:
@@ -112,6 +123,26 @@ def _own_save(model: nn.Module, *args: Any, **options: Any) -> None:
             model.__dict__[_ADAPTED] = says
 
 
+class CompositeSaver(OnModel):
+    """Installed as ``save`` and ``save_pretrained`` of a model whose modules write their own files."""
+
+    def __call__(self, path: Any, *args: Any, merge: bool = False, **options: Any) -> None:
+        """As the class's own method: everything is written that its class needs to read the model back, with the live
+        adapters' effect; see :mod:`adaptc.runtime.composite`. In a trainer's checkpoint, and where there are adapters
+        that are not live, all of them are written too, as adaptc reads them, into the folder ``adaptc``.
+
+        Raises:
+            UnsupportedError: an adapter that can be written in no way, before anything was written.
+        """
+        handle = self.handle
+        if path is None or not handle.records:
+            type(handle.model).save(handle.model, path, *args, **options)  # type: ignore[attr-defined]
+            return
+        composite.save(handle, path, *args, merge=merge, **options)
+        if _is_checkpoint(Path(path)) or len(own_names(handle)) > 1:
+            save_adapters(handle, Path(path) / ADAPTERS)
+
+
 class PartSaver:
     """Installed as ``save_pretrained`` of parts of a compiled model that have such a method."""
 
@@ -129,11 +160,12 @@ class PartSaver:
         kind.save_pretrained(self.part, save_directory, *args, **options)  # type: ignore[attr-defined]
 
 
-class Alias:
-    """A method of the handle under the name that it has on a PEFT model; copied and pickled with the model."""
+class Alias(OnModel):
+    """A method of the handle."""
 
     def __init__(self, handle: Handle, name: str) -> None:
-        self.handle, self.name = handle, name
+        super().__init__(handle)
+        self.name = name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.handle, self.name)(*args, **kwargs)
@@ -141,14 +173,18 @@ class Alias:
 
 def has_saver(model: nn.Module) -> bool:
     """Whether the model's class has a ``save_pretrained`` that is replaced."""
-    return isinstance(model.__dict__.get(_METHOD), AdapterSaver)
+    return isinstance(model.__dict__.get(_METHOD), AdapterSaver | CompositeSaver)
 
 
 def arm(handle: Handle) -> None:
     """Install the savers, the methods of a PEFT model where their names are free, and the check that a trainer's
     checkpoint is read by one who can."""
     model = handle.model
-    if callable(getattr(type(model), _METHOD, None)):
+    if composite.is_composite(model):
+        for name in ("save", _METHOD):
+            if callable(getattr(type(model), name, None)):
+                model.__dict__[name] = CompositeSaver(handle)
+    elif callable(getattr(type(model), _METHOD, None)):
         model.__dict__[_METHOD] = AdapterSaver(handle)
     for module in model.modules():
         if module is not model and callable(getattr(type(module), _METHOD, None)):
@@ -168,8 +204,9 @@ def disarm(handle: Handle) -> None:
         if isinstance(module.__dict__.get(_METHOD), AdapterSaver | PartSaver):
             del module.__dict__[_METHOD]
     handle.model.__dict__.pop(_ADAPTED, None)
-    for name in ALIASES:
-        if isinstance(handle.model.__dict__.get(name), Alias):
+    handle.model.__dict__.pop(ACTIVE, None)
+    for name, value in list(handle.model.__dict__.items()):
+        if isinstance(value, OnModel):
             del handle.model.__dict__[name]
     guard = getattr(handle, "guard_handle", None)
     if guard is not None:
@@ -180,13 +217,33 @@ def disarm(handle: Handle) -> None:
 
 
 def places(handle: Handle, directory: str | os.PathLike[str]) -> dict[str, Path]:
-    """Adapter name -> its directory below ``directory``: the live one there, the others in their own."""
-    alone = handle.live[0] if len(handle.live) == 1 else None
+    """Adapter name -> its directory below ``directory``: the live one there, the others in their own.
+
+    What is only a reference to train against is in a trainer's checkpoint, which must not lose it, and nowhere else.
+    """
     root = Path(directory)
-    found = {name: root if name == alone else root / name for name in handle.records}
-    for name in handle.records:
+    names = [*own_names(handle), *(references(handle) if _is_checkpoint(root) else [])]
+    alone = handle.live[0] if len(handle.live) == 1 else None
+    found = {name: root if name == alone else root / name for name in names}
+    for name in names:
         adapter_directory(root, name)  # raises when a link leads out of it
     return found
+
+
+def own_names(handle: Handle) -> list[str]:
+    """The adapters that files of the model hold."""
+    return [name for name, record in handle.records.items() if not record.reference]
+
+
+def references(handle: Handle) -> list[str]:
+    """The frozen copies that a trainer compares with."""
+    return [name for name, record in handle.records.items() if record.reference]
+
+
+def _is_checkpoint(directory: Path) -> bool:
+    if directory.name == ADAPTERS:
+        directory = directory.parent
+    return re.fullmatch(r"checkpoint-\d+", directory.name) is not None
 
 
 def save_adapters(handle: Handle, directory: str | os.PathLike[str]) -> None:
@@ -196,10 +253,10 @@ def save_adapters(handle: Handle, directory: str | os.PathLike[str]) -> None:
         files.save(handle, place, name)
     if not processes.writes(handle.model):
         return
-    in_checkpoint = re.fullmatch(r"checkpoint-\d+", root.name) is not None
-    if in_checkpoint or len(handle.records) > 1:
-        (root / LIST).write_text(json.dumps({"adapters": list(handle.records), "live": handle.live}))
-    if in_checkpoint and not (root / _GUARD_FILE).exists():
+    in_checkpoint = _is_checkpoint(root)
+    if in_checkpoint or len(own_names(handle)) > 1:
+        (root / LIST).write_text(json.dumps({"adapters": own_names(handle), "live": handle.live}))
+    if in_checkpoint and root.name != ADAPTERS and not (root / _GUARD_FILE).exists():
         import safetensors.torch
 
         safetensors.torch.save_file(guard(handle.model), root / _GUARD_FILE, metadata={"format": "pt"})
@@ -212,17 +269,21 @@ def load_adapters(handle: Handle, directory: str | os.PathLike[str]) -> None:
         ResumeError: the model has other adapters, or others are live.
         CheckpointError: the files of one are malformed or do not fit.
     """
-    now = {"adapters": list(handle.records), "live": list(handle.live)}
-    file = Path(directory) / LIST
+    directory = Path(directory)
+    if (directory / ADAPTERS).is_dir():
+        directory = directory / ADAPTERS
+    now = {"adapters": own_names(handle), "live": list(handle.live)}
+    file = directory / LIST
     then = json.loads(file.read_text()) if file.is_file() else None
-    if then != now if then is not None else len(handle.records) != 1:
+    if then != now if then is not None else len(now["adapters"]) != 1:
         raise ResumeError(
             f"{directory} does not say that it holds this model's adapters",
             expected=now, found=then or f"no {LIST}: one adapter",
             do="add the same adapters in the same order and make the same ones live before training is taken up",
         )  # fmt: skip
     for name, place in places(handle, directory).items():
-        files.load(handle, place, name)
+        if place.is_dir() or not handle.records[name].reference:
+            files.load(handle, place, name)
 
 
 def guard(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -236,15 +297,24 @@ def guard(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: torch.zeros(0) for name in (GUARD, weight) if name is not None}
 
 
-def refuse_guard(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+def refuse_guard(
+    module: nn.Module, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *_: Any
+) -> None:
     """Hook before ``load_state_dict`` of a compiled model; module-level, so that models copy and pickle."""
-    if GUARD in state_dict:
+    handle: Any = getattr(module, "adaptc", None)
+    read_by_parts = composite.is_composite(module) and strict and getattr(handle, "records", None)
+    if GUARD in state_dict or (read_by_parts and _is_without_adapters(state_dict)):
         raise ResumeError(
-            "this checkpoint holds adapters, which transformers.Trainer does not read by itself",
+            "this checkpoint holds adapters, which the trainer does not read by itself",
             expected="a trainer of class MyTrainer(adaptc.integrations.AdapterTrainerMixin, Trainer)",
             found="a trainer without the mixin; nothing was loaded",
             do="resume, or load the best model, with the mixin; or model.adaptc.load(checkpoint)",
         )
+
+
+def _is_without_adapters(state: Mapping[str, Any]) -> bool:
+    """As of a model that sentence-transformers' trainer reads from a checkpoint, to take its values over."""
+    return not any(".adapters." in f".{name}" for name in state)
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import datasets
 import peft
 import pytest
-import tokenizers
 import torch
-import transformers
 import trl
 
 from adaptc.errors import ResumeError
 from adaptc.integrations import AdapterTrainerMixin
-from tests.integrations.training import base, compiled, values
+from tests.integrations.training import base, compiled, tokenizer, values
 from tests.models import hosts
 
 pytestmark = pytest.mark.slow
@@ -23,14 +21,6 @@ ROWS = {
 
 class MySFTTrainer(AdapterTrainerMixin, trl.SFTTrainer):
     """The trainer with the mixin."""
-
-
-def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, hosts.VOCAB)}}
-    model = tokenizers.models.WordLevel(words, unk_token="<pad>")
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer(model), pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
 
 
 def train(model, directory, kind=trl.SFTTrainer, *, resume=None, **changes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 from torch.utils.data import Dataset
@@ -27,6 +28,16 @@ class Rows(Dataset):
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         return {name: tensor[i] for name, tensor in self.batch.items()}
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Words ``w3``, ``w4``, ... with their numbers as ids."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, hosts.VOCAB)}}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def base() -> transformers.PreTrainedModel:

@@ -42,7 +42,7 @@ class ConvAdapter(SiteAdapter):
         self.lora_A = nn.Parameter(torch.empty(r, module.in_channels, *module.kernel_size, **options))
         self.lora_B = nn.Parameter(torch.empty(module.out_channels, r // module.groups, *ones, **options))
         # As text, as LoRA's own: a float that differs between adapters would become a graph input.
-        self._dropout = repr(method.dropout)
+        self.set_dropout(method.dropout)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -97,7 +97,7 @@ class ConvAdapter(SiteAdapter):
         return (("lora_A", "lora_B"),)
 
     def signature(self) -> tuple[object, ...]:
-        return (*super().signature(), self.method.dropout)
+        return (*super().signature(), self._dropout)
 
     def peft_tensors(self) -> dict[str, torch.Tensor]:
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
