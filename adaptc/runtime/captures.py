@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,25 +15,31 @@ from torch import nn
 from adaptc.codegen.backend import JOINT_BACKENDS, AdapterBackend, BackendOptions, prepare
 from adaptc.codegen.graphs import CapturedGraph
 from adaptc.codegen.torch_internals import without_size_memory
-from adaptc.errors import UnsupportedError
+from adaptc.errors import RecompileLimitWarning, UnsupportedError
 from adaptc.methods import quantised
 from adaptc.runtime import attach, output_hooks, regions, warmup
 from adaptc.runtime.lifts import Lifts, lifts_of
 from adaptc.runtime.prologue import Capture, EntryMethod, Prologue, compiled
 from adaptc.runtime.restart import Before
+from adaptc.runtime.watch import Given, Watch
 
 if TYPE_CHECKING:
     from adaptc.runtime.handle import Handle
 
 
 _EPOCHS = itertools.count()
+#: What an epoch consists of: the attributes of ``Captures`` that are put by and taken up again with it.
+_OF_EPOCH = ("backend", "eager", "regions", "_name", "_callables", "_blocks", "_whole", "_by_block", "_signatures")
+#: How many epochs are kept beside the one that is used.
+_KEPT = 8
 
 
 class Captures:
     """Backend, callables and counters of a model.
 
     An epoch ends when the set of adapted modules changes: Dynamo does not guard on hooks, so new ones need a
-    fresh backend and fresh callables.
+    fresh backend and fresh callables. It also ends when hooks or methods of the user change, and is then kept, for when
+    they are as they were.
     """
 
     def __init__(self, handle: Handle, options: BackendOptions | None = None) -> None:
@@ -58,17 +65,30 @@ class Captures:
         self._signatures: set[tuple[object, ...]] = set()
         #: ``id`` of the site-id tensors whose hooks ran outside a graph.
         self.eager: set[int] = set()
+        #: Of the sites' hooks: what captures guard on.
+        self._name = ""
+        #: What this epoch's captures take for given; None before its first call.
+        self._watch: Watch | None = None
+        self._given: Given | None = None
+        #: Epochs that ended because of hooks or methods, the last used one at the end.
+        self._kept: list[tuple[Given, dict[str, Any]]] = []
+        #: Whether it was said that more of these were captured than are kept.
+        self._told = False
         self.counts = {"epochs": 0, "calls": 0, "recompile_limits_hit": 0, "signatures": 0, "past_graphs": 0}
 
     def call(self, entry: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``function(*args, **kwargs)``, an entry point of the model, as captured in this epoch."""
         drop_embedding_hooks(self.handle.model)
         self._check_gradients()
+        if self._watch is not None and self._watch.sees_a_change():
+            self._follow()
         backend = self._open()
         self.counts["calls"] += 1
+        if not self.regions:
+            return self._capture(entry, function, backend)(*args, **kwargs)
         model = self.handle.model
         kind = (entry, *regions.kind_of_call(model, kwargs))
-        if not self.regions or kind in self._whole or regions.wants_whole(model, args, kwargs):
+        if kind in self._whole or regions.wants_whole(model, args, kwargs):
             return self._capture(entry, function, backend)(*args, **kwargs)
         eager, before = set(self.eager), None if kind in self._by_block else Before(model)
         try:
@@ -105,6 +125,8 @@ class Captures:
             self.lifts = lifts_of(self.handle)
             self.backend = AdapterBackend(self.handle.pipeline(), self.options, self.handle.adapter_tensors)
             self.regions = regions.arm(self.handle)
+            self._watch = Watch(self.handle.model)
+            self._given = self._watch.given
             self.counts["epochs"] += 1
         if not self._prepared and torch.is_grad_enabled():
             self._prepared = True
@@ -143,17 +165,65 @@ class Captures:
 
     def new_epoch(self) -> None:
         """Forget captured graphs."""
+        for _, kept in self._kept:
+            self.counts["past_graphs"] += len(kept["backend"].graphs)
+        self._kept.clear()
         if self.backend is not None:
             self.counts["past_graphs"] += len(self.backend.graphs)
-        self.backend, self._callables, self._blocks, self._packable = None, {}, {}, None
-        self.regions, self._whole, self._by_block = {}, set(), set()
-        epoch = str(next(_EPOCHS))
+        self._packable = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make this an epoch of which no call was made."""
+        self.backend, self.eager, self.regions, self._callables, self._blocks = None, set(), {}, {}, {}
+        self._whole, self._by_block, self._signatures = set(), set(), set()
+        self._watch = self._given = None
+        self._call(str(next(_EPOCHS)))
+
+    def _call(self, name: str) -> None:
+        """Tell the sites the epoch's name."""
+        self._name = name
         for site in self.handle.sites:
             adapters = attach.adapters_of(site.module)
             if adapters is not None:
-                adapters.epoch = epoch
-        self._signatures.clear()
-        self.eager.clear()
+                adapters.epoch = name
+
+    def _follow(self) -> None:
+        """Go on with what was captured with the hooks and the methods that the model has now, or begin an epoch."""
+        self._watch = Watch(self.handle.model)
+        now = self._watch.given
+        assert self._given is not None  # it was called
+        if self._given.holds(now):
+            self._given.add(now)
+        else:
+            self._name = next((a.epoch for s in self.handle.sites if (a := attach.adapters_of(s.module))), "")
+            self._kept.append((self._given, {name: getattr(self, name) for name in _OF_EPOCH}))
+            found = next((kept for kept in self._kept if kept[0].holds(now)), None)
+            if found is None:
+                self._begin()
+                self._drop_old()
+                return
+            self._kept.remove(found)
+            self._given, state = found
+            self._given.add(now)
+            self.__dict__.update(state)
+            self._call(self._name)
+        if self.regions:
+            self.regions = regions.arm(self.handle)
+
+    def _drop_old(self) -> None:
+        """Keep the last epochs only; say so once where there have been many."""
+        if len(self._kept) <= _KEPT:
+            return
+        _, state = self._kept.pop(0)
+        self.counts["past_graphs"] += len(state["backend"].graphs)
+        if not self._told:
+            self._told = True
+            message = (
+                f"hooks or methods of the model's classes changed for the {_KEPT + 1}th time, and it was captured anew"
+                " each time (set them once, or set and remove the same functions)"
+            )
+            warnings.warn(RecompileLimitWarning(message), stacklevel=6)
 
 
 def preview(handle: Handle, inputs: Any) -> list[CapturedGraph]:
@@ -216,7 +286,7 @@ def drop_embedding_hooks(model: nn.Module) -> None:
     ``activation_checkpointing_enable`` makes the embeddings' output require a gradient, which breaks the graph;
     only re-entrant checkpointing needs it.
     """
-    if not getattr(model, "_require_grads_hooks", None):
+    if not model.__dict__.get("_require_grads_hooks"):
         return
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)

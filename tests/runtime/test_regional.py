@@ -237,9 +237,10 @@ def test_layers_without_adapters_have_graphs_of_their_own(layers):
 def test_a_hook_inside_one_block_is_called():
     base = llama()
     model = regional(base)
-    model.model.layers[1].mlp.register_forward_hook(lambda module, args, y: y * 1.5)
-    base.model.layers[1].mlp.register_forward_hook(lambda module, args, y: y * 1.5)
-    check_against_reference(model, base, hosts.batch("llama"))
+    for place in ("mlp", "input_layernorm"):
+        for each in (model, base):
+            each.model.layers[1].get_submodule(place).register_forward_hook(lambda module, args, y: y * 1.5)
+        check_against_reference(model, base, hosts.batch("llama"))
 
 
 class Wrapped(nn.Module):

@@ -24,9 +24,9 @@ def compile_isolated(
 ) -> Callable[..., Any]:
     """``torch.compile`` with cache entries of its own: equal code elsewhere does not use up the limit.
 
-    2.13 has arguments for it. Before, a fresh code object isolates the outermost frame, and the limit for the
-    frames behind graph breaks is raised around each call. On any version a fresh code object is a frame of its
-    own in Dynamo's counts. Read on 2.11 to 2.15, run on 2.13.
+    2.13 has arguments for it. Before, a fresh code object isolates the outermost frame; for the frames behind graph
+    breaks the limit is raised around each call, and they guard on hooks that are not there. On any version a fresh code
+    object is a frame of its own in Dynamo's counts. Read on 2.11 to 2.15, run on 2.13.
     """
     assert isinstance(fn, types.FunctionType)
     fresh = types.FunctionType(
@@ -39,7 +39,7 @@ def compile_isolated(
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=recompile_limit):
+        with torch._dynamo.config.patch(recompile_limit=recompile_limit, skip_nnmodule_hook_guards=False):
             return compiled(*args, **kwargs)
 
     return call
@@ -268,3 +268,11 @@ def state_across_modules() -> Any:
     2.11 to 2.15.
     """
     return torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
+
+
+def global_module_hooks() -> dict[str, dict[int, Any]]:
+    """torch's own dicts of the hooks that run for every module, by kind. 2.11 to 2.15."""
+    from torch.nn.modules import module
+
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    return {kind: getattr(module, f"_global_{kind}") for kind in kinds}
