@@ -115,7 +115,8 @@ def _take_scales(handle: Handle, wrapper: Wrapper) -> None:
         scales = getattr(layer, "scaling", None)
         for name, scale in scales.items() if isinstance(scales, dict) else ():
             for adapter in site.of(name):
-                same = adapter.parameter == getattr(layer, "parameter_name", None)
+                # A layer that PEFT's config could only name by its weight is a layer here.
+                same = getattr(layer, "parameter_name", None) in (adapter.parameter, adapter.parameter or "weight")
                 if same and getattr(adapter, "scaling", scale) != scale:
                     adapter.scaling = scale
 

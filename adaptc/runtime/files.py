@@ -15,7 +15,7 @@ from adaptc.errors import AdaptcWarning, ConfigError
 from adaptc.methods.base import Adapter, Method
 from adaptc.plan import Assignment, Plan
 from adaptc.plan.files import is_peft_config
-from adaptc.runtime import checkpoint, embeddings, peft_format, processes
+from adaptc.runtime import checkpoint, embeddings, peft_experts, peft_format, processes
 from adaptc.runtime.adapters import with_all_biases
 from adaptc.runtime.fingerprint import compare_fingerprint, fingerprint
 from adaptc.runtime.names import check_adapter_name
@@ -41,10 +41,19 @@ def is_adapter_directory(source: object) -> bool:
 def plan_of(source: Any, model: torch.nn.Module | None = None) -> Plan:
     """The plan that ``source`` means, as ``adaptc.compile`` takes it; a folder's own, when it has one."""
     if is_adapter_directory(source):
-        return _plan_in(checkpoint.read_adapter(source), model)
+        return _plan_in(_read(source, model), model)
     if model is not None and is_peft_config(source):
         return Plan.from_peft(source, model=model)
     return Plan.coerce(source)
+
+
+def _read(directory: Any, model: torch.nn.Module | None) -> checkpoint.AdapterFiles:
+    """The files, with adapters of single experts as PEFT fuses them for ``model``."""
+    files = checkpoint.read_adapter(directory)
+    if model is None or files.config is None or files.plan is not None:
+        return files
+    config, tensors = peft_experts.fuse(files.config, files.tensors, model, source=str(files.path))
+    return dataclasses.replace(files, config=config, tensors=tensors)
 
 
 def _plan_in(files: checkpoint.AdapterFiles, model: torch.nn.Module | None) -> Plan:
@@ -57,7 +66,7 @@ def _plan_in(files: checkpoint.AdapterFiles, model: torch.nn.Module | None) -> P
 
 def add(handle: Handle, directory: Any, name: str) -> None:
     """Attach a folder as the new adapter ``name``, not live; nothing changes when it does not fit."""
-    files = checkpoint.read_adapter(directory)
+    files = _read(directory, handle.model)
     plan = _plan_in(files, handle.model).lifting(handle.options.lift_no_grad)
     # Built once aside, to check the tensors before anything is attached.
     with torch.random.fork_rng(devices=[]):
@@ -85,7 +94,7 @@ def load(handle: Handle, directory: Any, name: str) -> None:
     if name not in handle.records:
         add(handle, directory, name)
         return
-    files = checkpoint.read_adapter(directory)
+    files = _read(directory, handle.model)
     theirs = with_all_biases(_plan_in(files, handle.model).resolve(handle.model), handle.model)
     _check_same_sites(theirs, handle, name)
     adapters = _adapters(handle, name)

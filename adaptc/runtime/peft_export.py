@@ -16,7 +16,7 @@ from adaptc.methods.linear import is_conv1d
 from adaptc.plan.match import ALL_LINEAR, Match, is_pattern, matcher
 from adaptc.plan.rules import Plan
 from adaptc.runtime import peft_matching as peft
-from adaptc.runtime import peft_tokens
+from adaptc.runtime import peft_moe, peft_tokens
 from adaptc.runtime.peft_import import exactly, means
 from adaptc.runtime.peft_options import check_config
 
@@ -60,6 +60,8 @@ class _Sites:
     parameters: list[str]
     #: Path of an embedding -> the ids whose rows are trained.
     tokens: dict[str, Sequence[int]]
+    #: Names of modules stay as they are, though PEFT would replace some (``peft_moe``).
+    literal: bool = False
 
     @property
     def wanted(self) -> list[str]:
@@ -93,8 +95,8 @@ def plan_to_config(
     Raises:
         UnsupportedError: names what PEFT cannot express.
     """
-    sites = _sort_sites(assignments)
-    if original is not None and means(original, plan, model) and _same_values(original, sites):
+    sites = _named_for_peft(_sort_sites(assignments), model)
+    if original is not None and _is_right_for(original, plan, sites, model):
         return dict(original)
     keys = sites.codec.keys()
     carried = {key: original[key] for key, o in keys.items() if original and o.carried and key in original}
@@ -108,7 +110,8 @@ def plan_to_config(
         transposed = [is_conv1d(sites.modules[path]) for path in sites.wanted]
         config["fan_in_fan_out"] = bool(transposed) and all(transposed) and not sites.parameters
     if sites.parameters:
-        config["target_parameters"] = _parameters_of(sites, model)
+        paths = [] if model is None else peft.parameter_paths(model)
+        config["target_parameters"] = peft.shortest_names(sites.parameters, paths)
     config.update(_values_of(sites, plan, config, original))
     if sites.tokens:
         config[peft_tokens.KEY] = peft_tokens.written(sites.tokens, model)
@@ -128,6 +131,15 @@ def plan_to_config(
         names = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
         config["auto_mapping"] = names
     return config
+
+
+def _is_right_for(config: Mapping[str, Any], plan: Plan, sites: _Sites, model: nn.Module | None) -> bool:
+    """Whether a config that was read still gives the sites, here and in PEFT."""
+    if not means(config, plan, model) or not _same_values(config, sites):
+        return False
+    if model is None or sites.codec.on_model or sites.literal or not peft_moe.table_of(model):
+        return True
+    return peft_moe.selects(config, peft.module_paths(model), model) == set(sites.wanted)
 
 
 def _same_values(config: Mapping[str, Any], sites: _Sites) -> bool:
@@ -202,6 +214,18 @@ def _tokens_of(assignments: Sequence[Assignment], codec: Codec) -> dict[str, Seq
         for a in assignments
         if isinstance(a.module, nn.Embedding) or (id(a.module.weight), a.method) not in of_embeddings
     }
+
+
+def _named_for_peft(sites: _Sites, model: nn.Module | None) -> _Sites:
+    """The sites with layers whose names PEFT would replace written as parameters."""
+    renamed = peft_moe.weights_of(sites.adapted, sites.modules, sites.parameters, model)
+    if not renamed:
+        return dataclasses.replace(sites, literal=renamed is None)
+    adapted = peft_moe.without_dropout(sites.adapted, renamed)
+    modules = {renamed.get(path, path): module for path, module in sites.modules.items()}
+    return dataclasses.replace(
+        sites, adapted=adapted, modules=modules, parameters=[*sites.parameters, *renamed.values()]
+    )
 
 
 def _values_of(
@@ -288,7 +312,7 @@ def _targets_of(
         if any(value and key not in config for key, value in candidate.items()):
             continue
         chosen = {key: value for key, value in candidate.items() if key in config}
-        if set(peft.target_paths({**config, **chosen}, paths)) == wanted:
+        if peft_moe.selects({**config, **chosen}, paths, None if sites.literal else model) == wanted:
             return chosen
     inside = sorted(wanted - set(peft.target_paths({**config, "target_modules": ".*"}, paths)))
     raise UnsupportedError(
@@ -324,17 +348,6 @@ def _fitting(match: Match, paths: Sequence[str]) -> Match | None:
     """The match with those of its targets that fit one of ``paths``; None without any."""
     targets = tuple(t for t in match.targets if t == ALL_LINEAR or any(map(matcher(t), paths)))
     return dataclasses.replace(match, targets=targets) if targets else None
-
-
-def _parameters_of(sites: _Sites, model: nn.Module | None) -> list[str]:
-    """The shortest names that mean exactly the adapted parameters, by PEFT's rules."""
-    full = sorted(sites.parameters)
-    paths = full if model is None else peft.parameter_paths(model)
-    for depth in (2, 1) if model is not None else ():
-        names = sorted({".".join(path.split(".")[-depth:]) for path in full})
-        if set(peft.target_parameters(names, paths)) == set(full):
-            return names
-    return full
 
 
 def _as_written(match: Match) -> Iterator[dict[str, Any]]:

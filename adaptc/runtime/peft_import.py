@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,11 +11,12 @@ from typing import Any
 from torch import nn
 
 from adaptc.errors import AdaptcWarning, ConfigTypeError
+from adaptc.methods.base import Method
 from adaptc.methods.codec import Part
 from adaptc.plan.match import ALL_LINEAR, MODEL, Match, matcher
 from adaptc.plan.resolve import drop_idle_keys
 from adaptc.plan.rules import Plan, Rule
-from adaptc.runtime import peft_fit, peft_tokens
+from adaptc.runtime import peft_fit, peft_moe, peft_tokens
 from adaptc.runtime import peft_matching as peft
 from adaptc.runtime.peft_options import check_config
 
@@ -41,6 +43,8 @@ def config_to_plan(
         UnknownConfigKeyError, ConfigTypeError: an unknown key, a value that is not legal.
     """
     codec, used = check_config(config, loading=loading)
+    if model is not None and not loading:
+        used = _as_peft_reads(used, config.get("task_type"), model)
     # PEFT adds the classifier when it wraps a model for a task; in files it is written out.
     added = () if loading else peft.classifier_names(config.get("task_type"))
     if model is not None and not codec.on_model:
@@ -70,9 +74,13 @@ def _adapted(
     used: Mapping[str, Any], parts: Sequence[Part], model: nn.Module | None, task_type: str | None
 ) -> list[Rule]:
     """The rules for modules and for parameters; with the host, those only that select something on it."""
-    modules = _as_written(used, parts) if used["target_modules"] else []
     names = used.get("target_parameters")
-    parameters = [Rule(_parameter_match(names, model), parts[0].method)] if names else []
+    layers = peft_moe.layers_among(names or (), model)
+    method = parts[0].method
+    if model is not None and layers:
+        parts = [dataclasses.replace(p, method=peft_moe.beside_layers(p.method, layers, model)) for p in parts]
+    modules = _as_written(used, parts) if used["target_modules"] else []
+    parameters = _parameter_rules(names, layers, model, method) if names else []
     if model is None:
         _check_names(modules)
         return [*modules, *parameters]
@@ -86,8 +94,33 @@ def _adapted(
     return fitting or modules or parameters
 
 
+def _as_peft_reads(used: Mapping[str, Any], task_type: str | None, model: nn.Module) -> dict[str, Any]:
+    """What a config for new adapters means on this model; a file has the names that its tensors belong to."""
+    given = {**used, "task_type": task_type}
+    read = peft_moe.as_read(given, model)
+    if read != given:
+        peft_moe.warn_of_lost(given, read, model)
+    return {key: read[key] for key in used}
+
+
 def _as_written(used: Mapping[str, Any], parts: Sequence[Part]) -> list[Rule]:
     return [Rule(_match_as_written(_of_part(used, part)), part.method) for part in parts]
+
+
+def _parameter_rules(
+    names: Sequence[str], layers: Sequence[str], model: nn.Module | None, method: Method
+) -> list[Rule]:
+    """Rules for parameters, after one for ``layers`` that could only be named by theirs (``peft_moe``)."""
+    if model is None or not layers:
+        return [Rule(_parameter_match(names, model), method)]
+    short = tuple(dict.fromkeys(path.rpartition(".")[2] for path in layers))
+    exact = set(peft.suffixed(short, peft.module_paths(model))) == set(layers)
+    match = Match(short) if exact else Match((f"re:{exactly(layers)}",))
+    rules = [Rule(match, peft_moe.of_layers(method, layers))]
+    rest = peft_moe.other_parameters(names, layers, model)
+    if rest:
+        rules.append(Rule(_parameter_match(rest, model), peft_moe.beside_layers(method, layers, model)))
+    return rules
 
 
 def _parameter_match(names: Sequence[str], model: nn.Module | None) -> Match:

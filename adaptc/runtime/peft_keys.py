@@ -44,7 +44,7 @@ SHARED = "(shared)"
 EMBEDDINGS = "(embeddings)"
 _SHARED_PREFIX = "base_model."
 _BASE_LAYER = ".base_layer"
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 Decoded = dict[str, dict[str, torch.Tensor]]
 
 
@@ -272,7 +272,7 @@ def _without_wrappers(key: str, places: Mapping[str, _Place], prefix: str) -> st
     plain = key.removeprefix(prefix)
     if plain in places:
         return plain
-    bare = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+    bare = ".".join(part for part in key.split(".") if part not in WRAPPERS)
     return bare.removeprefix("module.").removeprefix(prefix)
 
 

@@ -69,6 +69,16 @@ def target_parameters(names: Sequence[str] | None, paths: Iterable[str]) -> list
     return [path for path in paths if any(has_suffix(path, name) for name in names or ())]
 
 
+def shortest_names(parameters: Iterable[str], paths: Sequence[str]) -> list[str]:
+    """The shortest names that mean exactly these of ``paths``, by PEFT's rules."""
+    full = sorted(parameters)
+    for depth in (2, 1):
+        names = sorted({".".join(path.split(".")[-depth:]) for path in full})
+        if set(target_parameters(names, paths)) == set(full):
+            return names
+    return full
+
+
 def has_suffix(path: str, name: str) -> bool:
     """True when ``name`` is the path or its last components."""
     return path == name or path.endswith(f".{name}")
