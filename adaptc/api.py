@@ -13,7 +13,7 @@ from torch import nn
 from adaptc.codegen import toolchain, torch_internals
 from adaptc.codegen.backend import BackendOptions
 from adaptc.errors import AdaptcWarning, AdapterNameError, UnsupportedError
-from adaptc.integrations import peft_model, trl
+from adaptc.integrations import peft_model, releases, trl
 from adaptc.plan.match import strings
 from adaptc.runtime import processes
 from adaptc.runtime.handle import CompileOptions, Handle
@@ -84,6 +84,7 @@ def compile(
         regional=regional,
         lift_no_grad=strings(lift_no_grad, "lift_no_grad"),
     )
+    releases.warn_of_untested()
     handle = getattr(model, "adaptc", None)
     if isinstance(handle, Handle):
         _compile_again(handle, plan, name, calibration, wanted)

@@ -17,6 +17,19 @@ _CACHES = ("cache", "past_key_values", "cache_params")
 #: What layers and attentions call the cache that a model gives them.
 _LAYER_CACHES = (*_CACHES, "past_key_value", "layer_past")
 
+#: What ``use_experts_implementation`` puts on a class of fused experts, and the grouped forward reads.
+EXPERTS_MARKS = ("has_gate", "has_bias", "is_transposed", "_is_expert_parallel", "_apply_gate")
+#: The op by which the grouped forward multiplies where torch's kernel does not, of this schema in every release:
+#: (Tensor input, Tensor weight, Tensor offs) -> Tensor.
+GROUPED_MM = "grouped_mm_fallback"
+#: The op that is its gradient. Releases without it (up to 5.19) read the groups' sizes while the backward is traced.
+GROUPED_MM_GRADIENT = "grouped_mm_fallback_backward"
+
+
+def has_post_expert_norm(experts: object) -> bool:
+    """Whether fused experts are followed by a norm; no class has one before 5.20."""
+    return bool(getattr(experts, "has_post_expert_norm", False))
+
 
 def cache_argument(names: Collection[str]) -> str | None:
     """What the cache is called among ``names``, the parameters of a forward; None: it takes no cache."""

@@ -18,6 +18,7 @@ from adaptc.codegen import choices, torch_internals
 from adaptc.codegen.adapter_inputs import AdapterTensors, positions
 from adaptc.codegen.cpp import build
 from adaptc.codegen.graphs import CapturedGraph
+from adaptc.codegen.grouped import give_fallback_a_gradient
 from adaptc.codegen.in_place import accumulate_in_place
 from adaptc.errors import UnsupportedError, VerifyError
 from adaptc.ir import validate
@@ -76,6 +77,7 @@ class AdapterBackend:
         self._attempts: dict[tuple[int, int], weakref.ref[Any]] = {}
 
     def __call__(self, captured: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        give_fallback_a_gradient()
         # Dynamo reads its own graph again after this call returns: work on a copy.
         gm = copy_graph_module(captured)
         torch_internals.carry_capture_metadata(captured, gm)

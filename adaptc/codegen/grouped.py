@@ -9,6 +9,9 @@ behind the last group give zeros and count for nothing. Matrices may have any st
 They are ops, because the sizes of the groups are data: a graph holds one node, whatever the routing. Each is the
 other's gradient, and the gradient of a matrix that is not trained is never made (transformers' fallback makes one as
 large as all experts' weights). Differentiable any number of times.
+
+They are also the gradient of transformers' own fallback, in releases whose gradient cannot be traced: frozen experts
+are passed through in every model that has adapters below them.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
+
+from adaptc.transformers_names import GROUPED_MM, GROUPED_MM_GRADIENT
 
 _LIBRARY = torch.library.Library("adaptc_kernels", "DEF")  # type: ignore[no-untyped-call]
 #: A loop over groups reads their sizes on the host, which a CUDA graph cannot record.
@@ -124,3 +129,10 @@ grouped_outer = _define(
     lambda left, right, offs: left.new_empty((offs.shape[0], left.shape[1], right.shape[1])),
     _save_both, _outer_gradient, _outer_flops,
 )  # fmt: skip
+
+
+def give_fallback_a_gradient() -> None:
+    """Let the backward of transformers' fallback be traced, where transformers is loaded and its own cannot be."""
+    theirs = torch.ops.transformers
+    if hasattr(theirs, GROUPED_MM) and not hasattr(theirs, GROUPED_MM_GRADIENT):
+        torch.library.register_autograd(f"transformers::{GROUPED_MM}", _mm_gradient, setup_context=_save_both)

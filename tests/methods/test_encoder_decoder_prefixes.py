@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 import json
 
 import peft
@@ -14,6 +15,7 @@ import transformers
 
 import adaptc
 from adaptc.errors import AdaptcWarning, SiteError, TensorShapeError
+from adaptc.transformers_names import cache_argument
 from tests.models import hosts, zoo
 from tests.reference import check_all_rewritten, relative_errors, step
 from tests.sites.life import check_life
@@ -146,7 +148,8 @@ def test_loss_gradient_and_generation_are_pefts(host):
         torch.testing.assert_close(mine, table_of(theirs).grad.double(), rtol=2e-4, atol=1e-7)
         assert mine.any()
     assert host in BREAK or model.adaptc.metrics()["graphs"] == (2 if host in FIRST else 1)
-    if host not in GENERATE:
+    # PEFT 0.21.2 loses its prefix in generation where the cache has its name of transformers 5.24.
+    if host not in GENERATE or cache_argument(inspect.signature(type(base).forward).parameters) != "past_key_values":
         return
     model, theirs = model.eval(), theirs.eval()
     given = {k: batch[k] for k in ("input_ids", "attention_mask")}

@@ -154,10 +154,28 @@ def peft_of(base, host, kind):
     else:
         projected = {"prefix_projection": True, "encoder_hidden_size": 7} if kind == "projected" else {}
         config = peft.PrefixTuningConfig(**options, **projected)
-    model = peft.get_peft_model(copy.deepcopy(base), config)
+    model = peft.get_peft_model(named_for_peft(copy.deepcopy(base)), config)
     for name, p in model.named_parameters():
         p.requires_grad_("prompt_encoder" in name)
     return model.train()
+
+
+def named_for_peft(base):
+    """``base``, whose backbone says in its signature that it takes past_key_values: PEFT 0.21.2 looks for this name,
+    which transformers 5.24 has given up there and still takes."""
+    backbone = base.base_model
+    kind = type(backbone)
+    signature = inspect.signature(kind.forward)
+    own = cache_argument(signature.parameters)
+
+    def forward(self, *args, **kwargs):
+        return kind.forward(self, *args, **kwargs)
+
+    renamed = [p.replace(name="past_key_values") if p.name == own else p for p in signature.parameters.values()]
+    forward.__signature__ = signature.replace(parameters=renamed)
+    if own != "past_key_values":
+        backbone.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    return base
 
 
 def copy_values(theirs, model):

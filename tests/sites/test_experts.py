@@ -20,7 +20,7 @@ from adaptc.errors import SiteError, UnsupportedError
 from adaptc.ir.sites import site_of
 from adaptc.methods.lora_sites import experts
 from tests.models import hosts
-from tests.reference import check_steps_agree, loss_of, relative_errors, step
+from tests.reference import check_steps_agree, loss_of, reference_step, relative_errors, step
 from tests.sites.life import check_life
 from tests.sites.moe import ALONE, NAMES, alone, alone_batch, copy_to_peft, formula_step, peft_gradients, qwen3_moe
 
@@ -199,6 +199,18 @@ def test_frozen_experts_get_no_gradient_and_trained_ones_would():
     weight.requires_grad_()
     assert torch.autograd.gradcheck(grouped.grouped_mm, (x, weight, offs))
     assert torch.autograd.gradgradcheck(grouped.grouped_mm, (x, weight, offs))
+
+
+def test_gradients_pass_frozen_experts_in_a_traced_backward():
+    """transformers 5.19 reads the groups' sizes in the backward of its grouped product."""
+    base = qwen3_moe()
+    base.set_experts_implementation("grouped_mm")
+    model = adaptc.compile(
+        copy.deepcopy(base), adaptc.LoRA(r=2, targets=["q_proj"], init="random"), backend="aot_eager", fullgraph=True
+    ).train()
+    batch = hosts.batch("llama")
+    base.set_experts_implementation("eager")  # torch's grouped product has no fp64
+    check_steps_agree(step(model, batch), reference_step(model, base, batch), loss=2e-5)
 
 
 def test_lives_as_other_sites_do():

@@ -23,12 +23,10 @@ from adaptc.ir.derive import derive
 from adaptc.ir.lora import draw_tensor
 from adaptc.methods.base import Adapter, anchor_of
 from adaptc.methods.lora_sites.parameters import ParameterAdapter
+from adaptc.transformers_names import EXPERTS_MARKS, has_post_expert_norm
 
 if TYPE_CHECKING:
     from adaptc.methods.lora import LoRA
-
-#: What transformers' ``use_experts_implementation`` puts on a class, and its grouped forward reads.
-_MARKS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel", "_apply_gate")
 
 
 def products(module: nn.Module) -> tuple[str, str]:
@@ -38,7 +36,7 @@ def products(module: nn.Module) -> tuple[str, str]:
 
 def is_experts(module: nn.Module) -> bool:
     """Whether transformers computes the module by its grouped forward, whatever its own forward says."""
-    if not all(hasattr(module, mark) for mark in _MARKS) or not hasattr(type(module).forward, "__wrapped__"):
+    if not all(hasattr(module, mark) for mark in EXPERTS_MARKS) or not hasattr(type(module).forward, "__wrapped__"):
         return False
     weights = [module._parameters.get(name) for name in products(module)]
     return all(weight is not None and weight.dim() == 3 for weight in weights)
@@ -74,7 +72,7 @@ class ExpertsAdapter(ParameterAdapter):
         h = _product(module, first, adapters, hidden[order // k], ids, offs)
         h = module._apply_gate(h) if module.has_gate else module.act_fn(h)  # type: ignore[operator]
         y = _product(module, second, adapters, h, ids, offs)
-        if module.has_post_expert_norm:
+        if has_post_expert_norm(module):
             y = module.post_expert_norm(y)  # type: ignore[operator]
         y = y * weights.reshape(-1)[order][:, None]
         back = torch.zeros_like(order).scatter(0, order, torch.arange(rows * k, device=order.device))
