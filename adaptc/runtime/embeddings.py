@@ -60,6 +60,18 @@ def base_alone(model: nn.Module, live: Sequence[Rows]) -> Iterator[None]:
             rows.put(model, True)
 
 
+@contextlib.contextmanager
+def at_work(model: nn.Module, group: Sequence[Rows]) -> Iterator[None]:
+    """A block in which the base, which has its own rows now, has those of ``group``."""
+    for rows in group:
+        rows.put(model, True)
+    try:
+        yield
+    finally:
+        for rows in reversed(group):
+            rows.put(model, False)
+
+
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Path -> parameter, of the input embeddings and the output layer of a transformers model."""
     modules = []

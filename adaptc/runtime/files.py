@@ -135,7 +135,9 @@ def save(handle: Handle, directory: Any, name: str, save_embedding_layers: bool 
         tensors = peft_format.encode(adapters, config)
     with handle.adapters.base_alone():
         layers = embeddings.to_save(handle.model, record.rows, save_embedding_layers)
-        base = fingerprint(handle.model, [site.path for site, _, _ in parts])
+        # What a reader finds again is the base with the rows that the file brings.
+        with embeddings.at_work(handle.model, record.rows if layers else []):
+            base = fingerprint(handle.model, [site.path for site, _, _ in parts])
     write = functools.partial(
         checkpoint.write_adapter,
         directory,
@@ -159,8 +161,10 @@ def _decode(
 def _rows(files: checkpoint.AdapterFiles, decoded: peft_format.Decoded, handle: Handle) -> list[embeddings.Rows]:
     """The rows of the base's embeddings that the folder has others of; warns where the base is another one."""
     with handle.adapters.base_alone():
-        _warn_of_another_base(files, handle)
-        return embeddings.rows_of(handle.model, decoded.get(peft_format.EMBEDDINGS, {}), str(files.path))
+        rows = embeddings.rows_of(handle.model, decoded.get(peft_format.EMBEDDINGS, {}), str(files.path))
+        with embeddings.at_work(handle.model, rows):
+            _warn_of_another_base(files, handle)
+        return rows
 
 
 def _adapters(handle: Handle, name: str) -> dict[str, Adapter]:

@@ -18,6 +18,7 @@ import adaptc
 from adaptc import errors
 from tests.models import hosts
 
+pytestmark = pytest.mark.filterwarnings("ignore::adaptc.errors.NewSignatureWarning", "ignore::UserWarning:peft")
 GROWN = 6
 IDS = torch.tensor([[3, hosts.VOCAB + 1, 9, hosts.VOCAB + 4, 5]])
 

@@ -170,6 +170,7 @@ def test_what_selects_nothing_is_left_out_with_a_warning(case: str) -> None:
     assert sites == {**adapted, **saved}
 
 
+@pytest.mark.filterwarnings("ignore::adaptc.errors.AdaptcWarning")
 def test_where_nothing_is_left_the_plan_is_refused() -> None:
     host = hosts.build("llama")
     for options in (
