@@ -15,7 +15,7 @@ from typing import Any
 #: What a model calls its cache, in its arguments and in its output.
 _CACHES = ("cache", "past_key_values", "cache_params")
 #: What layers and attentions call the cache that a model gives them.
-_LAYER_CACHES = (*_CACHES, "past_key_value", "layer_past")
+LAYER_CACHES = (*_CACHES, "past_key_value", "layer_past")
 
 #: What ``use_experts_implementation`` puts on a class of fused experts, and the grouped forward reads.
 EXPERTS_MARKS = ("has_gate", "has_bias", "is_transposed", "_is_expert_parallel", "_apply_gate")
@@ -65,4 +65,4 @@ def cache_in_output(output: Mapping[str, Any]) -> tuple[str, Any] | None:
 
 def given_cache(kwargs: Mapping[str, Any]) -> Any:
     """The cache among the keyword arguments of a model's or a layer's call, or None."""
-    return next((kwargs[name] for name in _LAYER_CACHES if kwargs.get(name) is not None), None)
+    return next((kwargs[name] for name in LAYER_CACHES if kwargs.get(name) is not None), None)

@@ -48,7 +48,8 @@ class Explanation:
 def explain(handle: Handle) -> Explanation:
     """The report as of now. Before the first call it has graphs only when example inputs were given."""
     graphs, previewed = handle.graphs, False
-    if not graphs:
+    called = handle.captures.counts["calls"] > 0
+    if not (graphs or called):
         graphs = handle.preview()
         previewed = bool(graphs)
     for graph in graphs:
@@ -58,7 +59,7 @@ def explain(handle: Handle) -> Explanation:
         ("base", _base(handle)),
         ("trained parameters", _parameters(handle)),
         (f"backend {handle.options.backend.name}", _backend(handle)),
-        ("graphs of example inputs (no call yet)" if previewed else "graphs", _graphs(graphs)),
+        ("graphs of example inputs (no call yet)" if previewed else "graphs", _graphs(graphs, called)),
     ]
     for members, passes, costs in _alike(graphs):
         which = f"graph{'s' if len(members) > 1 else ''} {ranges(members)}"
@@ -152,8 +153,10 @@ def _backend(handle: Handle) -> Iterator[str]:
         yield f"captured by themselves, and together ({name.split()[-2]}): {', '.join(fold(paths))}"
 
 
-def _graphs(graphs: Sequence[CapturedGraph]) -> Iterator[str]:
-    if not graphs:
+def _graphs(graphs: Sequence[CapturedGraph], called: bool) -> Iterator[str]:
+    if not graphs and called:
+        yield "none yet: what was called so far ran op by op, and is captured from its next call on"
+    elif not graphs:
         yield "none yet: the model has not been called (example_inputs= gives a report before)"
     for graph in graphs:
         kind = "recompiled" if graph.is_recompile else "captured"

@@ -13,7 +13,7 @@ from torch import nn
 
 from adaptc.errors import SiteError
 from adaptc.methods.base import Adapter
-from adaptc.runtime.recompute import mark
+from adaptc.runtime.recompute import in_reentrant_checkpoint, mark
 
 #: No epoch is called so: comparing with it only makes Dynamo guard on the epoch's name.
 _NEVER = "never"
@@ -87,7 +87,7 @@ class _CallState(threading.local):
     eager: set[int] | None = None
     #: How many prologues are active on this thread.
     depth: int = 0
-    #: Whether the call in progress is captured whole.
+    #: Whether blocks in the call in progress are not captured by themselves: it is captured whole, or is to be.
     whole: bool = False
     #: Of a call with gradients: which site-id tensors' adapters ran with gradients on, and which with them off.
     recorded: set[int] | None = None
@@ -197,7 +197,7 @@ def note_mode(site_ids: Iterable[int], *, recorded: bool = True) -> None:
     """Tell who collects it whether adapters (by ``id`` of their site-id tensors) run with gradients on; ``recorded``
     False: they do not, whatever the mode is."""
     collected = CALL.recorded if recorded and torch.is_grad_enabled() else CALL.stopped
-    if collected is not None:
+    if collected is not None and (torch.is_grad_enabled() or not in_reentrant_checkpoint()):
         collected.update(site_ids)
 
 

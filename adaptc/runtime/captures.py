@@ -18,9 +18,9 @@ from adaptc.codegen.torch_internals import without_size_memory
 from adaptc.errors import RecompileLimitWarning, UnsupportedError
 from adaptc.methods import quantised
 from adaptc.runtime import attach, output_hooks, regions, warmup
+from adaptc.runtime.alike import Copies
 from adaptc.runtime.lifts import Lifts, lifts_of
 from adaptc.runtime.prologue import Capture, EntryMethod, Prologue, compiled
-from adaptc.runtime.restart import Before
 from adaptc.runtime.watch import Given, Watch
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 _EPOCHS = itertools.count()
 #: What an epoch consists of: the attributes of ``Captures`` that are put by and taken up again with it.
-_OF_EPOCH = ("backend", "eager", "regions", "_name", "_callables", "_blocks", "_whole", "_by_block", "_signatures")
+_OF_EPOCH = (
+    "backend", "eager", "once", "regions", "_name", "_callables", "_blocks", "_whole", "_stacks", "_signatures",
+)  # fmt: skip
 #: How many epochs are kept beside the one that is used.
 _KEPT = 8
 
@@ -53,9 +55,12 @@ class Captures:
         self.lifts = Lifts()
         #: Path of each block that is captured by itself -> the name of those it shares its graphs with.
         self.regions: dict[str, str] = {}
-        #: Kinds of calls that a block found to need capturing whole, and kinds of which one ran to its end by block.
+        #: Modules that may make a cache for the blocks.
+        self._stacks: list[nn.Module] = []
+        #: Kinds of calls that are captured whole because a call of theirs was found to need it.
         self._whole: set[tuple[object, ...]] = set()
-        self._by_block: set[tuple[object, ...]] = set()
+        #: Whether blocks were found to need graphs of their own, each one: in every epoch.
+        self.copies_differ = False
         #: Whether the last call was captured whole, for blocks that its backward computes again.
         self.last_was_whole = False
         #: Whether what a training step needs was begun with.
@@ -63,8 +68,10 @@ class Captures:
         #: (path, module) of layers in 4-bit codes; None: not looked for yet.
         self._packable: list[tuple[str, nn.Module]] | None = None
         self._signatures: set[tuple[object, ...]] = set()
-        #: ``id`` of the site-id tensors whose hooks ran outside a graph.
+        #: ``id`` of the site-id tensors whose hooks ran outside a graph, and of those
+        #: that did so in a call of a kind that is captured now.
         self.eager: set[int] = set()
+        self.once: set[int] = set()
         #: Of the sites' hooks: what captures guard on.
         self._name = ""
         #: What this epoch's captures take for given; None before its first call.
@@ -85,22 +92,11 @@ class Captures:
         backend = self._open()
         self.counts["calls"] += 1
         if not self.regions:
-            return self._capture(entry, function, backend)(*args, **kwargs)
+            return self._capture(entry, function, backend)((), args, kwargs)
         model = self.handle.model
         kind = (entry, *regions.kind_of_call(model, kwargs))
-        if kind in self._whole or regions.wants_whole(model, args, kwargs):
-            return self._capture(entry, function, backend)(*args, **kwargs)
-        eager, before = set(self.eager), None if kind in self._by_block else Before(model)
-        try:
-            result = self._capture(entry, function, None)(*args, **kwargs)
-            self._by_block.add(kind)
-            return result
-        except regions.CaptureWhole:
-            self._whole.add(kind)
-            self.eager = eager
-        if before is not None:
-            before.restore()
-        return self._capture(entry, function, backend)(*args, **kwargs)
+        whole = kind in self._whole or regions.wants_whole(model, self._stacks, args, kwargs)
+        return self._capture(entry, function, backend if whole else None)(kind, args, kwargs)
 
     def _capture(self, entry: str, function: Callable[..., Any], backend: AdapterBackend | None) -> Capture:
         """``function`` captured whole by ``backend``, or as it is, its blocks captured."""
@@ -114,7 +110,12 @@ class Captures:
         """What captures the blocks called ``name``; takes the block and its arguments."""
         backend = self._open()
         if name not in self._blocks:
-            self._blocks[name] = compiled(self.handle, regions.run_block, backend)
+            blocks, kinds = regions.copies(self.handle.model, self.regions, name)
+            capture: Callable[..., Any] = backend
+            if self.handle.options.regional == "auto":
+                # The first block's input may need no gradient.
+                capture = Copies(self, backend, blocks, kinds + 1)
+            self._blocks[name] = compiled(self.handle, regions.run_block, capture, copies=len(blocks))
         return self._blocks[name]
 
     def _open(self) -> AdapterBackend:
@@ -125,6 +126,7 @@ class Captures:
             self.lifts = lifts_of(self.handle)
             self.backend = AdapterBackend(self.handle.pipeline(), self.options, self.handle.adapter_tensors)
             self.regions = regions.arm(self.handle)
+            self._stacks = regions.caching_stacks(self.handle.model, self.regions)
             self._watch = Watch(self.handle.model)
             self._given = self._watch.given
             self.counts["epochs"] += 1
@@ -159,9 +161,25 @@ class Captures:
         that were live then."""
         return self.backend is not None and lifts_of(self.handle) != self.lifts
 
-    def after_call(self, eager: set[int], limits: list[str]) -> None:
-        self.eager |= eager
+    def after_call(self, found: tuple[object, ...] | None, eager: set[int], limits: list[str]) -> None:
+        """Count a call. ``found``: its kind, if it was found to need capturing whole and ran op by op from there."""
+        if found is None:
+            self.eager |= eager
+        else:
+            self._whole.add(found)
+            self.once |= eager
         self.counts["recompile_limits_hit"] += len(limits)
+
+    def stop_sharing(self) -> None:
+        """Capture the model whole from now on: its blocks are no copies of each other."""
+        self.copies_differ, self.regions = True, {}
+
+    def run_ahead(self, inputs: Any) -> None:
+        """Capture what a call with ``inputs`` needs, by one that leaves no trace."""
+        known = len(self._whole)
+        warmup.run_once(self.handle.model, inputs)
+        if len(self._whole) > known:
+            warmup.run_once(self.handle.model, inputs)
 
     def new_epoch(self) -> None:
         """Forget captured graphs."""
@@ -176,7 +194,7 @@ class Captures:
     def _begin(self) -> None:
         """Make this an epoch of which no call was made."""
         self.backend, self.eager, self.regions, self._callables, self._blocks = None, set(), {}, {}, {}
-        self._whole, self._by_block, self._signatures = set(), set(), set()
+        self._whole, self._stacks, self._signatures, self.once = set(), [], set(), set()
         self._watch = self._given = None
         self._call(str(next(_EPOCHS)))
 
@@ -234,7 +252,7 @@ def preview(handle: Handle, inputs: Any) -> list[CapturedGraph]:
     own, handle.captures = handle.captures, Captures(handle, options)
     try:
         with without_size_memory():
-            warmup.run_once(handle.model, inputs)
+            handle.captures.run_ahead(inputs)
         return [] if handle.captures.backend is None else handle.captures.backend.graphs
     finally:
         handle.captures = own

@@ -19,7 +19,7 @@ from adaptc.errors import AdapterNameError, NewSignatureWarning, UnsupportedErro
 from adaptc.methods import quantised
 from adaptc.passes.manager import Pipeline
 from adaptc.plan import Plan
-from adaptc.runtime import captures, files, lifts, processes, saving, warmup
+from adaptc.runtime import captures, files, lifts, processes, saving
 from adaptc.runtime.adapters import AdapterRecord, AdapterSet, Site
 from adaptc.runtime.lint import Lint
 
@@ -155,7 +155,7 @@ class Handle:
     def idle_sites(self) -> list[str]:
         """Sites of live adapters that no call has reached yet."""
         backend = self.captures.backend
-        ran = self.captures.eager | (backend.ran if backend else set())
+        ran = self.captures.eager | self.captures.once | (backend.ran if backend else set())
         # A module that is trained in full has no anchor: nothing tells whether its copy ran.
         live = [
             (site.path, [a for n in self.live for a in site.of(n) if not a.replaces_forward]) for site in self.sites
@@ -281,7 +281,7 @@ class Handle:
             try:
                 for name in chosen:
                     self.switch(name)
-                    warmup.run_once(self.model, inputs)
+                    self.captures.run_ahead(inputs)
             finally:
                 self._switch_back(before)
 

@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 RECOMPILE_LIMIT = 64
 
 
-def compiled(handle: Handle, run: Callable[..., Any], backend: AdapterBackend) -> Callable[..., Any]:
-    """``run``, a function, captured as the options say."""
+def compiled(
+    handle: Handle, run: Callable[..., Any], backend: Callable[..., Any], *, copies: int = 0
+) -> Callable[..., Any]:
+    """``run``, a function, captured as the options say; for so many ``copies`` of a block, which may turn out to need
+    a graph or two of their own."""
     return compile_isolated(
         run,
         backend=backend,
-        recompile_limit=RECOMPILE_LIMIT,
+        recompile_limit=RECOMPILE_LIMIT + 2 * copies,
         fullgraph=handle.options.fullgraph,
         dynamic=handle.options.dynamic,
     )
@@ -50,7 +53,8 @@ class Capture:
         self.whole = backend is not None
         self.run = run if backend is None else compiled(handle, run, backend)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, kind: tuple[object, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call of a kind (of which blocks may find that it is to be captured whole)."""
         previous = CALL.eager, CALL.recorded, CALL.stopped, CALL.whole
         records = torch.is_grad_enabled()
         recorded: set[int] = set()
@@ -62,8 +66,9 @@ class Capture:
                 output = self.run(*args, **kwargs)
         finally:
             eager, CALL.depth = CALL.eager or set(), CALL.depth - 1
+            found = kind if CALL.whole and not self.whole else None
             CALL.eager, CALL.recorded, CALL.stopped, CALL.whole = previous
-            self.handle.captures.after_call(eager, limits)
+            self.handle.captures.after_call(found, eager, limits)
             for message in limits:
                 warnings.warn(RecompileLimitWarning(message), stacklevel=3)
         if records:

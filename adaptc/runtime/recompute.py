@@ -8,10 +8,12 @@ adapters acted, and another one raises ``CheckpointError``.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import CheckpointFunction
 
 from adaptc.codegen.torch_internals import saves_through_hooks
 
@@ -32,6 +34,14 @@ class _Mark(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         _ = ctx.saved_tensors
         return grad, None
+
+
+def in_reentrant_checkpoint() -> bool:
+    """Whether this is the forward of a re-entrant checkpoint: without gradients, and computed again with them."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def mark(outputs: Any, adapters: Iterable[int]) -> Any:

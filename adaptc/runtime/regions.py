@@ -5,21 +5,25 @@ graph, so that one serves all layers, and no rewrite reaches across blocks. The 
 ``torch.compiler.nested_compile_region`` within one graph, gave wrong gradients under Inductor (torch 2.13).
 
 Some calls are captured whole: those that give a block a cache (each layer's place in it is a constant of its code), or
-that ask for hidden states (which hooks record that transformers sets later). What only a block can see is told by
-``CaptureWhole``. A model with a region that ``lift_no_grad`` is to lift is captured whole at every call.
+that ask for hidden states (which hooks record that transformers sets later). Most can be told before. Where only a
+block can see it, that call goes on to its end with the blocks that are left run op by op, and calls of its kind are
+captured whole from the next one on: a model whose forward counts, draws or writes does so once a call. A model with a
+region that ``lift_no_grad`` is to lift, or whose blocks are no copies of each other, is captured whole at every call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from adaptc.runtime.alike import values_read
 from adaptc.runtime.attach import CALL
 from adaptc.runtime.prologue import Prologue
-from adaptc.transformers_names import given_cache
+from adaptc.transformers_names import LAYER_CACHES, cache_argument, given_cache
 
 if TYPE_CHECKING:
     from adaptc.runtime.handle import Handle
@@ -31,20 +35,23 @@ ALIKE = 3
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
 
 
-class CaptureWhole(BaseException):
-    """Raised by a block, past what the model itself catches: the call in progress is to be captured whole."""
-
-
 class BlockPrologue(Prologue):
     """The call of one block; ``entry`` names the blocks that are captured with it."""
 
+    #: Whether the block ran op by op when the model last called it, without being captured with the whole model.
+    op_by_op = False
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Outside of a call of the model it is computed again for a backward: as it ran in the forward.
-        whole = CALL.whole if CALL.depth > 0 else self.handle.captures.last_was_whole
-        if torch.compiler.is_compiling() or whole:
+        if torch.compiler.is_compiling():
             return self.owner._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-        if CALL.depth > 0 and has_cache(args, kwargs):
-            raise CaptureWhole
+        if CALL.depth > 0:
+            if not CALL.whole and has_cache(args, kwargs):
+                CALL.whole = True
+            self.op_by_op = whole = CALL.whole
+        else:  # computed again for a backward: as it ran in the forward
+            whole = self.op_by_op or self.handle.captures.last_was_whole
+        if whole:
+            return self.owner._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self.handle.captures.block(self.entry)(self.owner, *args, **kwargs)
 
 
@@ -76,9 +83,36 @@ def has_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return given_cache(kwargs) is not None or any(hasattr(a, "get_seq_length") for a in args)
 
 
-def wants_whole(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of the model says by its arguments, or the model's config, that it is to be captured whole."""
-    if has_cache(args, kwargs) or kwargs.get("use_cache"):
+def caching_stacks(model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
+    """The modules that hold the lists of the blocks at ``paths``, if they may make a cache for these themselves."""
+    owners = dict.fromkeys(path.rpartition(".")[0].rpartition(".")[0] for path in paths)
+    stacks = [model.get_submodule(owner) for owner in owners]
+    caching = [stack for stack in stacks if hasattr(getattr(stack, "config", None), "use_cache")]
+    return [s for s in caching if cache_argument(inspect.signature(type(s).forward).parameters) is not None]
+
+
+def _makes_cache(stack: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether ``stack``, if it is one of transformers, makes a cache in a call of the model with ``kwargs``."""
+    config = stack.config
+    if not config.use_cache:
+        return False
+    # State-space models need none in training, and checkpointed layers drop theirs.
+    if stack.training and (getattr(stack, "gradient_checkpointing", False) or hasattr(config, "state_size")):
+        return False
+    if "is_decoder" in vars(stack):
+        return bool(stack.is_decoder)
+    if not hasattr(stack, "base_model_prefix"):  # part of a class that exists as an encoder too, which makes it
+        return kwargs.get("labels") is None and bool(getattr(config, "is_decoder", False))
+    # A loss of an encoder and a decoder needs none, and most classes make none then.
+    return kwargs.get("labels") is None or not getattr(config, "is_encoder_decoder", False)
+
+
+def wants_whole(
+    model: nn.Module, stacks: Sequence[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether a call of the model says by its arguments, or by configs, that it is to be captured whole."""
+    asked = kwargs.get("use_cache")
+    if asked or has_cache(args, kwargs) or (asked is None and any(_makes_cache(stack, kwargs) for stack in stacks)):
         return True
     config = getattr(model, "config", None)
     return any(
@@ -101,7 +135,7 @@ def _setting(config: object, name: str) -> Any:
 
 def _wanted(handle: Handle) -> dict[str, str]:
     asked = handle.options.regional
-    if asked is False or handle.captures.lifts:
+    if asked is False or handle.captures.lifts or (asked == "auto" and handle.captures.copies_differ):
         return {}
     blocks = dict(_blocks("", handle.model))
     kinds: dict[tuple[object, ...], str] = {}
@@ -109,7 +143,7 @@ def _wanted(handle: Handle) -> dict[str, str]:
         path: kinds.setdefault(_kind(path, block), f"{path.rpartition('.')[0]}: {type(block).__name__} {len(kinds)}")
         for path, block in blocks.items()
     }
-    return wanted if asked is True or _pays(handle, blocks, len(kinds)) else {}
+    return wanted if asked is True or _pays(handle, blocks, wanted) else {}
 
 
 def _blocks(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -143,14 +177,22 @@ def _hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
     )  # fmt: skip
 
 
-def _pays(handle: Handle, blocks: Mapping[str, nn.Module], kinds: int) -> bool:
+def copies(model: nn.Module, names: Mapping[str, str], name: str) -> tuple[dict[str, nn.Module], int]:
+    """The blocks called ``name`` by their path, and for how many kinds of them Dynamo would make a graph each."""
+    blocks = {path: model.get_submodule(path) for path, other in names.items() if other == name}
+    return blocks, len(set(values_read(blocks, LAYER_CACHES).values()))
+
+
+def _pays(handle: Handle, blocks: Mapping[str, nn.Module], names: Mapping[str, str]) -> bool:
     """Whether capturing by block is faster to compile, and nothing is lost by it."""
-    if len(blocks) < max(MANY, ALIKE * kinds) or handle.options.fullgraph or handle.options.backend.mode is not None:
+    if len(blocks) < MANY or handle.options.fullgraph or handle.options.backend.mode is not None:
         return False
     if handle.adapters.has_taps or any(_is_hooked(block) for block in blocks.values()):
         return False
     # A forward of an instance is a constant of its code: every layer would be compiled.
     if any("forward" in inner.__dict__ for block in blocks.values() for inner in block.modules()):
+        return False
+    if len(blocks) < ALIKE * sum(copies(handle.model, names, name)[1] for name in set(names.values())):
         return False
     outside = [s for s in handle.sites if not any(f"{s.path}.".startswith(f"{path}.") for path in blocks)]
     # A head that is trained in full is an ordinary layer: nothing of it would be rewritten.
@@ -163,4 +205,4 @@ def _is_hooked(block: nn.Module) -> bool:
     return any(_hooks(block)) or not (compiled is None or isinstance(compiled, BlockPrologue))
 
 
-__all__ = ["CaptureWhole", "arm", "kind_of_call", "run_block", "wants_whole"]
+__all__ = ["arm", "caching_stacks", "copies", "kind_of_call", "run_block", "wants_whole"]

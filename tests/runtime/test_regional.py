@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import types
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from torch import nn
 import adaptc
 from adaptc.errors import NewSignatureWarning
 from adaptc.ir import dialect
+from adaptc.runtime import prologue
 from adaptc.runtime.regions import arm
-from adaptc.runtime.restart import LARGEST
 from tests.models import hosts
 from tests.reference import (
     check_against_reference,
@@ -268,39 +269,232 @@ def test_what_is_not_of_one_block_has_the_call_captured_whole(freeze):
     assert len(graph.sites) == 14 and model.adaptc.eager_sites() == []
 
 
-class Cached(nn.Sequential):
+class Cache:
+    """What blocks keep of a call, as transformers' classes have it."""
+
+    def __init__(self):
+        self.seen = []
+
+    def get_seq_length(self):
+        return len(self.seen)
+
+
+class Kept(nn.Module):
+    """A block that keeps what it made in the cache that it is given."""
+
+    def __init__(self, i):
+        super().__init__()
+        self.i, self.fc, self.norm = i, nn.Linear(6, 6), nn.BatchNorm1d(6)
+
     def forward(self, x, cache=None):
-        return super().forward(x)
+        x = x + torch.tanh(self.norm(self.fc(x)))
+        if cache is not None:
+            cache.seen.insert(self.i, x)
+        return x
 
 
-class Statistics(nn.Module):
-    """Random numbers and running statistics in front of a block that is given a cache; in the last one too."""
+class Once(nn.Module):
+    """Counts its calls, writes into its input, draws random numbers and keeps statistics, before, in and after blocks
+    of which one makes a cache for those after it: none of that may happen twice."""
 
     def __init__(self):
         super().__init__()
-        self.norm, self.drop = nn.BatchNorm1d(6), nn.Dropout(0.5)
-        self.register_buffer("weight", torch.ones(LARGEST + 1))
-        self.layers = nn.ModuleList(Cached(nn.Linear(6, 6), nn.BatchNorm1d(6)) for _ in range(3))
+        self.norm, self.drop, self.calls = nn.BatchNorm1d(6), nn.Dropout(0.5), 0
+        self.layers = nn.ModuleList(Kept(i) for i in range(4))
 
     def forward(self, x):
-        x = self.layers[0](self.drop(self.norm(x)))
-        return self.layers[2](self.layers[1](x), cache=())
+        self.calls += 1
+        x.mul_(0.5)
+        cache = None
+        h = self.drop(self.norm(x))
+        for i, layer in enumerate(self.layers):
+            h = layer(h, cache)
+            cache = Cache() if i == 1 else cache
+        return self.drop(h)
 
 
-def test_a_call_that_begins_anew_leaves_behind_what_one_call_does():
-    torch.manual_seed(0)
-    base, x = Statistics(), torch.randn(8, 6) + 3
-    by_block, whole = regional(base), regional(base, regional=False)
-    for source, target in zip(whole.adaptc.parameters(), by_block.adaptc.parameters(), strict=True):
-        target.data.copy_(source)
-    for calls in (1, 2):
+def test_a_call_that_must_be_captured_whole_runs_once():
+    """To the first call's end with its blocks op by op; whole from the next on."""
+    with hosts.seeded(0):
+        base = Once().train()
+    model = regional(base)
+    merged, seen = copy.deepcopy(base).double(), []
+    model.norm.register_forward_hook(lambda *args: seen.append(len(seen)))
+    for site in model.adaptc.sites:
+        merged.get_submodule(site.path).weight.data += site.adapters["default"].delta().double()
+    for calls in (1, 2, 3):
         found = []
-        for model in (by_block, whole):
+        for one in (model, merged):
             torch.manual_seed(calls)
-            found.append([model(x), torch.rand(3), *model.buffers()])
-        torch.testing.assert_close(*found)
-        assert by_block.norm.num_batches_tracked == by_block.layers[0][1].num_batches_tracked == calls
-    assert by_block.adaptc.captures.regions and by_block.adaptc.captures.last_was_whole
+            x = torch.randn(8, 6).to(one.layers[0].fc.weight.dtype)
+            loss = one(x).square().sum()
+            gradient = torch.autograd.grad(loss, one.layers[3].fc.bias if one is merged else [*one.adaptc.parameters()])
+            found.append([loss, x, torch.rand(3), *one.norm.buffers(), *one.layers[3].norm.buffers()])
+        torch.testing.assert_close(*found, check_dtype=False)
+        assert model.calls == calls == len(seen) == model.layers[0].norm.num_batches_tracked
+        assert all(g.abs().sum() > 0 for g in gradient)
+        assert model.adaptc.eager_sites() == [] and model.adaptc.idle_sites() == []
+    first = [len(g.ran) for g in model.adaptc.graphs][:3]
+    assert first == [1, 1, 4], "two blocks before the cache was there, then all four"
+
+
+def test_what_was_warmed_up_is_not_compiled_at_a_call():
+    model, x = regional(Once().train()), torch.randn(8, 6)
+    calls = next(model.parameters()).new_zeros(())
+    del model.calls
+    model.register_buffer("calls", calls)  # a number of Python would be compiled for each call
+    model.adaptc.warmup(example_inputs=x)
+    graphs = len(model.adaptc.graphs)
+    assert graphs == 3 and model.calls == 0
+    model(x.clone()).sum().backward()
+    assert len(model.adaptc.graphs) == graphs and model.calls == 1
+    assert [len(g.sites) for g in model.adaptc.preview()] == []
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}], ids=["cache", "checkpointed"])
+def test_a_cache_that_transformers_makes_is_known_before(changes):
+    """By its default config; a checkpointed layer gets none in training."""
+    base, seen = llama(use_cache=True), []
+    if changes:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = regional(Wrapped(base.model).train())
+    model.inner.embed_tokens.register_forward_hook(lambda *args: seen.append(1))
+    model(hosts.batch("llama")["input_ids"]).sum().backward()
+    assert [len(g.sites) for g in model.adaptc.graphs] == [7 if changes else 14] and len(seen) == 1
+
+
+class Reentrant(nn.Module):
+    """Checkpoints its blocks re-entrantly, counts calls and writes into its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.3), nn.Tanh()) for _ in range(6))
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        x.mul_(0.5)
+        h = x.clone().requires_grad_()
+        for layer in self.layers:
+            h = torch.utils.checkpoint.checkpoint(layer, h, use_reentrant=True)
+        return h
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_reentrant_checkpoints_compute_again_what_they_computed(backend):
+    """With the masks of the forward, in the first call too: then the gradient of the last block's B, in which the
+    output before the last tanh is linear, gives back what B added to it."""
+    with hosts.seeded(0):
+        base = Reentrant().train()
+    lora = adaptc.LoRA(r=2, alpha=2, dropout=0.4, init="random", targets="all-linear")
+    base.layers[5][2] = nn.Identity()
+    model = regional(base, lora, backend=backend, regional="auto")
+    factor = model.layers[5][0].adapters["default"].lora_B
+    for calls in (1, 2, 3):
+        x, found = torch.randn(4, 6), []
+        for scale in (1.0, 0.0):
+            torch.manual_seed(calls)
+            model.zero_grad()
+            with torch.no_grad():
+                kept = factor.clone()
+                factor.mul_(scale)
+            given = x.clone()
+            loss = model(given).sum()
+            loss.backward()
+            with torch.no_grad():
+                factor.copy_(kept)
+            torch.testing.assert_close(given, x / 2)
+            other = model.layers[2][0].adapters["default"].lora_A.grad
+            found.append((loss.detach(), (factor.grad * kept).sum(), other))
+        (loss, share, other), (without, *_) = found
+        torch.testing.assert_close(share, loss - without, rtol=1e-4, atol=1e-5)
+        assert other.abs().sum() > 0 and model.calls == 2 * calls
+        assert model.adaptc.eager_sites() == []
+
+
+class Numbered(nn.Module):
+    """A block with a Python number of its own."""
+
+    def __init__(self, i):
+        super().__init__()
+        self.up, self.down, self.i = nn.Linear(6, 6), nn.Linear(6, 6), i
+
+    def forward(self, x):
+        return x + self.scaled(self.down(torch.tanh(self.up(x))))
+
+    def scaled(self, y):
+        return y / self.divisor
+
+    @property
+    def divisor(self):
+        return self.i + 1
+
+
+class Unread(Numbered):
+    def scaled(self, y):
+        return y / 2
+
+
+class ReadElsewhere(Numbered):
+    def scaled(self, y):
+        return divided(self, y)
+
+
+def divided(block, y):
+    return y / (block.i + 1)
+
+
+class WithConfig(Numbered):
+    def __init__(self, i):
+        super().__init__(0)
+        self.config = types.SimpleNamespace(divisor=1 + i)
+
+    def scaled(self, y):
+        return y / self.config.divisor
+
+
+class WithDropRate(Numbered):
+    def __init__(self, i):
+        super().__init__(0)
+        self.drop = nn.Dropout(1e-9 * i)
+
+    def scaled(self, y):
+        return self.drop(y)
+
+
+#: class -> the sites of the graphs of one and of two training steps
+NUMBERED = {
+    Numbered: ([12], [12]), WithConfig: ([12], [12]), WithDropRate: ([12], [12]),
+    Unread: ([2, 2], [2, 2]),
+    ReadElsewhere: ([2, 2, 2], [2, 2, 2, 12]),  # not to be told before: found at the third block
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NUMBERED)
+def test_blocks_that_differ_by_a_number(kind):
+    """One graph for all, or one for the whole model."""
+    with hosts.seeded(0):
+        base = nn.Sequential(*(kind(i) for i in range(6))).train()
+    model = regional(base, adaptc.LoRA(r=2, init="random", targets=["up", "down"]), regional="auto")
+    for graphs in NUMBERED[kind]:
+        check_against_reference(model, base, torch.randn(3, 6))
+        assert [len(g.sites) for g in model.adaptc.graphs] == graphs
+        assert model.adaptc.eager_sites() == [] == model.adaptc.idle_sites()
+    for _ in range(2):
+        model.eval()
+        with torch.no_grad():
+            model(torch.randn(3, 6))
+    assert len(model.adaptc.graphs) <= len(graphs) + 1 and model.adaptc.metrics()["recompile_limits_hit"] == 0
+
+
+def test_copies_that_differ_do_not_use_up_the_limit(monkeypatch):
+    monkeypatch.setattr(prologue, "RECOMPILE_LIMIT", 2)
+    base = nn.Sequential(*(Numbered(i) for i in range(6))).train()
+    model = regional(base, adaptc.LoRA(r=2, init="random", targets=["up"]), backend="eager")
+    model(torch.randn(3, 6)).sum().backward()
+    model.eval()(torch.randn(3, 6))
+    assert len(model.adaptc.graphs) == 12 and model.adaptc.metrics()["recompile_limits_hit"] == 0
+    assert model.adaptc.eager_sites() == []
 
 
 @pytest.mark.slow
