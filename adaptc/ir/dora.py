@@ -28,6 +28,7 @@ from adaptc.ir.derive import inline
 from adaptc.ir.dialect import Cost, DialectOp, nbytes
 from adaptc.ir.dora_expand import expand_body, expand_cost
 from adaptc.ir.dora_grads import product_of_columns
+from adaptc.ir.dora_rescale import bias_gradient
 from adaptc.ir.lora import draw_tensor, rows, scaled
 
 #: Into how many blocks of rows W is cut: what is computed of a block (its squares; a 16-bit weight in fp32) is the
@@ -159,16 +160,14 @@ def linear_fake(
 
 
 #: The inputs of ``dora_linear`` that have gradients, by position.
-_TRAINED = {0: "x", 1: "y", 2: "base", 4: "A", 5: "B", 6: "magnitude"}
+_TRAINED = {0: "x", 1: "y", 2: "base", 3: "bias", 4: "A", 5: "B", 6: "magnitude"}
 
 
 def linear_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    for i, name in ((3, "bias"), (8, "scale")):
-        if ctx.needs_input_grad[i]:
-            raise UnsupportedError(
-                f"dora_linear: its {name} is frozen", expected=f"a {name} without gradient",
-                found=f"a {name} that requires one",
-            )  # fmt: skip
+    if ctx.needs_input_grad[8]:
+        raise UnsupportedError(
+            "dora_linear: its scale is frozen", expected="a scale without gradient", found="a scale that requires one"
+        )
     x, y, base, bias, A, B, magnitude, norm, scale = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -181,11 +180,11 @@ _GRADIENTS = ("lora_bottleneck_grad", "lora_factor_grad", "lora_input_grad", "do
 
 def linear_gradient(ctx: Any, grad: torch.Tensor | None, _: Any) -> tuple[torch.Tensor | None, ...]:
     """q, dB, dz and dmagnitude as ``dora_output_grads`` has them;  dA = q^T x;  dx = q A;  with a base:  dy = g, dbase
-    = dz;  without:  dy = dz. Only what is needed."""
+    = dz;  without:  dy = dz, dbias = (1 - c) g summed over the rows. Only what is needed."""
     if grad is None:
         return (None,) * 9
     x, y, base, bias, A, B, magnitude, norm, scale, h = ctx.saved_tensors
-    need_x, need_y, need_base, need_A, need_B, need_magnitude = (ctx.needs_input_grad[i] for i in _TRAINED)
+    need_x, need_y, need_base, need_bias, need_A, need_B, need_magnitude = (ctx.needs_input_grad[i] for i in _TRAINED)
     # With create_graph=True someone differentiates this result: the ops have no second derivative, their bodies have,
     # and the saved h has lost its history.
     twice = torch.is_grad_enabled()
@@ -194,6 +193,7 @@ def linear_gradient(ctx: Any, grad: torch.Tensor | None, _: Any) -> tuple[torch.
     )
     has_base = base is not None
     dx = dz = dA = dB = dm = None
+    dbias = bias_gradient(grad, bias, magnitude, norm) if need_bias and not has_base else None
     if need_B or need_magnitude:
         h = _bottleneck(x, A, scale) if twice else h
         z, bias = (base, None) if has_base else (y, bias)
@@ -205,7 +205,7 @@ def linear_gradient(ctx: Any, grad: torch.Tensor | None, _: Any) -> tuple[torch.
     dx = input_grad(q, A) if need_x else None
     dA = factor_grad(q, x, A.dtype) if need_A else None
     dy, dbase = (grad, dz) if has_base else (dz, None)
-    found = (dx, dy, dbase, None, dA, dB, dm, None, None)
+    found = (dx, dy, dbase, dbias, dA, dB, dm, None, None)
     return tuple(g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=True))
 
 

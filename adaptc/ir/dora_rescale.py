@@ -20,7 +20,6 @@ from torch import fx
 
 from adaptc.codegen.cpp import rescale
 from adaptc.codegen.torch_internals import node_value
-from adaptc.errors import UnsupportedError
 from adaptc.ir import dialect
 from adaptc.ir.derive import inline
 from adaptc.ir.dialect import Cost, DialectOp, nbytes
@@ -46,22 +45,29 @@ def fake(y: torch.Tensor, bias: torch.Tensor | None, magnitude: torch.Tensor, no
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    if inputs[1] is not None and ctx.needs_input_grad[1]:
-        raise UnsupportedError(
-            "dora_rescale: its bias is frozen", expected="a bias without gradient", found="a bias that requires one"
-        )
     ctx.save_for_backward(*inputs)
 
 
 def gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    need_y, _, need_magnitude, _ = ctx.needs_input_grad
+    need_y, need_bias, need_magnitude, _ = ctx.needs_input_grad
+    _, bias, magnitude, norm = ctx.saved_tensors
+    dbias = bias_gradient(grad, bias, magnitude, norm) if need_bias else None
     if not need_magnitude:
-        c = ctx.saved_tensors[2] / ctx.saved_tensors[3]
-        return grad * c.to(grad.dtype) if need_y else None, None, None, None
+        c = magnitude / norm
+        return grad * c.to(grad.dtype) if need_y else None, dbias, None, None
     op = dialect.get("dora_rescale_grad")
     # With create_graph=True someone differentiates this result: the body has a second derivative, the op none.
     dy, dm = (op.body if torch.is_grad_enabled() else op.overload)(grad, *ctx.saved_tensors)
-    return dy if need_y else None, None, dm, None
+    return dy if need_y else None, dbias, dm, None
+
+
+def bias_gradient(
+    grad: torch.Tensor, bias: torch.Tensor, magnitude: torch.Tensor, norm: torch.Tensor
+) -> torch.Tensor:
+    """(1 - c) * grad summed over the rows: what y' = c * y + (1 - c) * bias gives a bias that somebody trains, besides
+    what it gets through y."""
+    total = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=norm.dtype)
+    return ((1 - magnitude / norm) * total).to(bias.dtype)
 
 
 def grad_body(

@@ -44,8 +44,8 @@ def dora_site(
         dropped = F.dropout(x.to(dtype), dropout, training)
         base = None
         if training and dropout > 0:
-            # In the dtype in which the frozen layer computed y: no copy of W in another.
-            W = weight.detach().to(y.dtype)
+            # In the dtype in which the layer computed y: no copy of W in another.
+            W = weight.to(y.dtype)
             base = F.linear(dropped.to(y.dtype), W.t() if transposed else W).to(dtype)
         norm = row_norm(weight, A, B, scale, transposed)
         return linear_body(dropped, y.to(dtype), base, bias, A, B, magnitude, norm, scale)[0].to(y.dtype)

@@ -9,6 +9,7 @@ import warnings
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -311,7 +312,8 @@ def linear_formula(x, y, base, bias, A, B, magnitude, norm, scale):
 @settings(max_examples=60)
 def test_values_and_gradients_are_the_formulas(data):
     args = dialect.get("dora_linear").sample(data.draw)
-    trained = (0, 1, 2, 4, 5, 6)
+    # With a base nothing is read of the bias.
+    trained = (0, 1, 2, 4, 5, 6) if args[2] is not None else (0, 1, 3, 4, 5, 6)
     got_leaves, leaves = [], []
     for i, a in enumerate(args):
         wants = i in trained
@@ -357,7 +359,7 @@ def test_second_derivatives_are_the_formulas():
     torch.manual_seed(0)
     shapes = [(3, 5), (3, 4), None, (4,), (2, 5), (4, 2), (4,), (4,), (1,)]
     args = [None if s is None else torch.rand(s, dtype=torch.float64) + 0.5 for s in shapes]
-    chosen = (0, 1, 4, 5, 6)
+    chosen = (0, 1, 3, 4, 5, 6)
 
     def run(function):
         leaves = [None if a is None else a.clone().requires_grad_(i in chosen) for i, a in enumerate(args)]
@@ -369,13 +371,47 @@ def test_second_derivatives_are_the_formulas():
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("i, name", [(3, "bias"), (8, "scale")])
-def test_frozen_operands_are_refused_a_gradient(i, name):
+def test_a_scale_is_refused_a_gradient():
     shapes = [(3, 5), (3, 4), None, (4,), (2, 5), (4, 2), (4,), (4,), (1,)]
     args = [None if s is None else torch.ones(s) for s in shapes]
-    args[i].requires_grad_()
-    with pytest.raises(UnsupportedError, match=f"its {name} is frozen"):
+    args[8].requires_grad_()
+    with pytest.raises(UnsupportedError, match="its scale is frozen"):
         dialect.get("dora_linear").overload(*args)
+
+
+class Biased(nn.Module):
+    """Adapted layers with a bias, and others around them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.first = nn.Embedding(11, 8), nn.Linear(8, 12)
+        self.norm, self.last = nn.LayerNorm(12), nn.Linear(12, 5)
+
+    def forward(self, ids):
+        return self.last(self.norm(F.gelu(self.first(self.embed(ids)))))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1e-12], ids=["without dropout", "a dropout that drops nothing"])
+@pytest.mark.parametrize("backend", [
+    "aot_eager", *(pytest.param(b, marks=pytest.mark.slow) for b in ("eager", "inductor")),
+])  # fmt: skip
+def test_what_a_user_unfreezes_beside_it_has_pefts_gradients(backend, dropout):
+    """Biases, norms, weights of adapted and other layers: the row norms are constants all the same."""
+    torch.manual_seed(0)
+    base, ids = Biased(), torch.randint(0, 11, (3, 4))
+    method = adaptc.LoRA(r=3, alpha=6, dora=True, init="random", dropout=dropout, targets=["first", "last"])
+    model = adaptc.compile(copy.deepcopy(base), method, backend=backend).train()
+    randomise_magnitudes(model)
+    twin = peft_twin(base, model, lora_dropout=dropout).double().train()
+    for one in (model, twin):
+        one.requires_grad_(True)
+        one(ids).square().sum().backward()
+    got = {n: p.grad for n, p in model.named_parameters() if ".adapters." not in n}
+    found = ((n.removeprefix("base_model.model."), p.grad) for n, p in twin.named_parameters() if "lora_" not in n)
+    want = {name.replace(".base_layer", ""): gradient for name, gradient in found}
+    assert got.keys() == want.keys()
+    errors = relative_errors({name: gradient.double() for name, gradient in got.items()}, want)
+    assert max(errors.values()) < GRADIENT, max(errors, key=errors.get)
 
 
 def rescale_formula(y, bias, magnitude, norm):
@@ -386,12 +422,13 @@ def rescale_formula(y, bias, magnitude, norm):
 @given(data=st.data())
 def test_the_factor_per_column_and_its_gradients_are_the_formulas(data):
     args = dialect.get("dora_rescale").sample(data.draw)
-    leaves = [None if a is None else a.clone().requires_grad_(i in (0, 2)) for i, a in enumerate(args)]
-    exact = [None if a is None else a.double().requires_grad_(i in (0, 2)) for i, a in enumerate(args)]
+    chosen = [i for i in (0, 1, 2) if args[i] is not None]
+    leaves = [None if a is None else a.clone().requires_grad_(i in chosen) for i, a in enumerate(args)]
+    exact = [None if a is None else a.double().requires_grad_(i in chosen) for i, a in enumerate(args)]
     out, want = dialect.get("dora_rescale").overload(*leaves), rescale_formula(*exact)
     seed = torch.linspace(-1, 1, want.numel(), dtype=torch.float64).reshape(want.shape)
-    grads = torch.autograd.grad(out, [leaves[0], leaves[2]], seed.to(out.dtype))
-    wants = torch.autograd.grad(want, [exact[0], exact[2]], seed.to(out.dtype).double())
+    grads = torch.autograd.grad(out, [leaves[i] for i in chosen], seed.to(out.dtype))
+    wants = torch.autograd.grad(want, [exact[i] for i in chosen], seed.to(out.dtype).double())
     assert out.is_contiguous() and grads[0].is_contiguous()
     # At most 16 terms, each of at most 2 x 4, and a quotient of at most 4.
     bound = 64 * 4 * torch.finfo(out.dtype).eps
@@ -422,8 +459,6 @@ def test_a_factor_of_one_keeps_every_bit_in_16_bits():
 def test_a_factor_of_one_keeps_every_bit():
     y, bias, n = torch.randn(3, 5), torch.randn(5), torch.rand(5) + 0.5
     assert torch.equal(dialect.get("dora_rescale").overload(y, bias, n, n), y)
-    with pytest.raises(UnsupportedError, match="its bias is frozen"):
-        dialect.get("dora_rescale").overload(y, bias.requires_grad_(), n, n)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
