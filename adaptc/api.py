@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from adaptc.codegen import toolchain, torch_internals
 from adaptc.codegen.backend import BackendOptions
@@ -100,6 +101,7 @@ def compile(
         raise UnsupportedError("adaptc.compile needs a plan", found=f"None for a {type(model).__name__}")
     processes.check_unwrapped(model)
     _check_not_nested(model)
+    _check_materialised(model)
     handle = Handle(model, wanted)
     handle.add(name, plan, calibration=calibration)
     try:
@@ -119,6 +121,16 @@ def _check_not_nested(model: nn.Module) -> None:
                 f"{path} was compiled by adaptc on its own",
                 expected="one compiled model, not one inside another",
                 do=f"{path}.adaptc.detach() first, and name its modules in this plan",
+            )
+
+
+def _check_materialised(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
+            raise UnsupportedError(
+                f"{path} ({type(module).__name__}) has no shape before its first call",
+                expected="a model whose lazy layers have run, so that their weights are there to be frozen",
+                do="call the model once on an input, under torch.no_grad(), before adaptc.compile",
             )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaptc.errors import AdaptcWarning, AdapterNameError, PlanError, SiteError
+from adaptc.errors import AdaptcWarning, AdapterNameError, PlanError, SiteError, UnsupportedError
 from adaptc.methods.base import Adapter, Method
 from adaptc.methods.bias import Bias
 from adaptc.plan import Assignment, Plan, Resolution, bypassed
@@ -77,6 +77,8 @@ class AdapterSet:
         #: path -> (site id, every path of the module), in model order
         self._sites: dict[str, tuple[int, tuple[str, ...]]] = {}
         self._next_site_id = 0
+        #: path -> the module that adapters were put on
+        self._adapted: dict[str, nn.Module] = {}
 
     @property
     def sites(self) -> list[Site]:
@@ -149,6 +151,7 @@ class AdapterSet:
         order = {path: i for i, path in enumerate(modules)}
         self._sites, self._next_site_id = dict(sorted(sites.items(), key=lambda s: order[s[0]])), next_id
         self._warn_of_idle([a.path for a, _, adapter in built if not adapter.acts_inside])
+        self._adapted.update((a.module_path, a.module) for a, _, _ in built)
         recorded = [(a.path, entry, a.rule, adapter.method) for a, entry, adapter in built]
         self.records[name] = AdapterRecord(plan, recorded, config)
         return grew
@@ -187,6 +190,19 @@ class AdapterSet:
             attach.attach(site.path, site.module, new + key[len(name) :], twin)
         sites = [(path, new + key[len(name) :], rule, method) for path, key, rule, method in record.sites]
         self.records[new] = AdapterRecord(record.plan, sites, record.config, list(record.rows), reference=True)
+
+    def check_weights(self) -> None:
+        """Raise UnsupportedError where a site's module was replaced by a copy of it with another weight: its adapters
+        were copied too, and what they add is no longer of this layer."""
+        for site in self.sites:
+            was = self._adapted.get(site.path, site.module)
+            if was is not site.module and not _have_one_weight(was, site.module):
+                raise UnsupportedError(
+                    f"{site.path}: an adapted {type(was).__name__} was replaced by a copy with another weight",
+                    expected="the weight that was adapted: fuse_modules folds a normalisation into it",
+                    do="fold the adapters in first (model.adaptc.merge_and_unload()) and fuse then, or adapt the model"
+                    " anew",
+                )
 
     def _check_free(self, path: str, module: nn.Module, entry: str) -> None:
         found = attach.adapters_of(module)
@@ -339,6 +355,14 @@ class AdapterSet:
                 if name is None or attach.adapter_name(entry) == name:
                     for local, parameter in adapter.named_parameters():
                         yield f"{site.path}.adapters.{entry}.{local}".lstrip("."), parameter
+
+
+def _have_one_weight(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules have equal weights; those without one have."""
+    a, b = getattr(one, "weight", None), getattr(other, "weight", None)
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        return a is b
+    return a.shape == b.shape and torch.equal(a.detach(), b.detach().to(a))
 
 
 def with_all_biases(resolution: Resolution, model: nn.Module) -> list[Assignment]:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from adaptc.errors import SiteError
+from adaptc.errors import SiteError, UnsupportedError
 from adaptc.methods.base import Adapter
 from adaptc.runtime.recompute import in_reentrant_checkpoint, mark
 
@@ -49,6 +49,14 @@ class SiteAdapters(nn.ModuleDict):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
+
+    def __prepare_scriptable__(self) -> SiteAdapters:
+        """Called by ``torch.jit.script`` on every module of what it is given."""
+        raise UnsupportedError(
+            "torch.jit.script cannot read a model with adapters: they act by hooks on its modules",
+            do="torch.jit.trace(model, inputs), torch.export.export(model, inputs), or model.adaptc.merge_and_unload()"
+            " first",
+        )
 
     def make_live(self, adapters: Sequence[Adapter]) -> None:
         """Let ``adapters`` (entries of this dict) act, in this order."""
@@ -97,11 +105,14 @@ class _CallState(threading.local):
 CALL = _CallState()
 
 
-def run_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def run_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = ...) -> Any:
     """Forward hook of every adapted module: correct its output by the live adapters.
 
-    A module-level function that closes over nothing, so that models deep-copy and pickle.
+    A module-level function that closes over nothing, so that models deep-copy and pickle. Called without ``kwargs``
+    somebody has put it on another module.
     """
+    if output is ...:
+        raise _moved(module)
     found = cast(SiteAdapters, module.adapters)
     live = found.live
     if found.epoch == _NEVER or len(live) == 0:
@@ -120,6 +131,16 @@ def run_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     if not torch.compiler.is_compiling():
         output = mark(output, [id(adapter) for adapter in live])
     return output
+
+
+def _moved(module: nn.Module) -> UnsupportedError:
+    """The error of a hook that was taken over with others by what has replaced its module."""
+    kind = type(module)
+    return UnsupportedError(
+        f"an adapted module was replaced by a {kind.__module__}.{kind.__qualname__}, which does not have its adapters",
+        expected="the module that was adapted: torch.ao.quantization replaces what it quantises and fuses",
+        do="fold the adapters in first (model.adaptc.merge_and_unload()) and quantise then, or adapt the model anew",
+    )
 
 
 def _input_of(module: nn.Module, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -157,9 +178,11 @@ def arguments_of(module: nn.Module) -> tuple[str, ...]:
     return tuple(parameter.name for parameter in parameters if parameter.kind in named)
 
 
-def run_tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run_tap(module: nn.Module, args: tuple[Any, ...], kwargs: Any = ...) -> Any:
     """Forward pre-hook of modules whose input adapters elsewhere read: keep it for those that are live, or let them
     change what goes with their own site's output."""
+    if kwargs is ...:
+        raise _moved(module)
     taps = module.__dict__[Taps.KEY]
     x, changed = _input_of(module, taps.arguments, args, kwargs), kwargs
     for found, name in taps.readers:
@@ -201,8 +224,10 @@ def note_mode(site_ids: Iterable[int], *, recorded: bool = True) -> None:
         collected.update(site_ids)
 
 
-def run_before_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run_before_site(module: nn.Module, args: tuple[Any, ...], kwargs: Any = ...) -> Any:
     """Forward pre-hook of modules with adapters that act on the input: change it by those that are live."""
+    if kwargs is ...:
+        raise _moved(module)
     found = cast(SiteAdapters, module.adapters)
     live = [a for a in found.live if a.acts_before]
     if len(live) == 0:

@@ -123,6 +123,7 @@ class Captures:
         if self.backend is None:
             output_hooks.install(self.handle.model)
             self.note_signature()
+            self.handle.adapters.check_weights()
             self.lifts = lifts_of(self.handle)
             self.backend = AdapterBackend(self.handle.pipeline(), self.options, self.handle.adapter_tensors)
             self.regions = regions.arm(self.handle)

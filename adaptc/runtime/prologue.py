@@ -103,10 +103,21 @@ class Prologue:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Inside another capture (the root's, or a torch.compile of the user) this is an ordinary module call.
-        if torch.compiler.is_compiling() or CALL.depth > 0:
+        if CALL.depth > 0 or torch.compiler.is_compiling():
             return self.owner._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return self._run_plainly(args, kwargs)
         self.handle.check_data_parallel(self.handle)
         return self.handle.captures.call(self.entry, self.owner._call_impl, args, kwargs)
+
+    def _run_plainly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call as ordinary module calls, for ``torch.jit.trace``: neither the model nor a block is captured."""
+        before = CALL.depth, CALL.whole
+        CALL.depth, CALL.whole = CALL.depth + 1, True
+        try:
+            return self.owner._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        finally:
+            CALL.depth, CALL.whole = before
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prologue | None:
         owner, handle = memo.get(id(self.owner)), self.handle
