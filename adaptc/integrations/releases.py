@@ -13,7 +13,7 @@ from packaging.version import InvalidVersion, Version
 
 from adaptc.errors import AdaptcWarning
 
-#: Library -> releases (major, minor) that the default tests ran with; docs/releases.md says in which pairs. Of torch
+#: Library -> releases (major, minor) that tests ran with; docs/releases.md says which tests, in which pairs. Of torch
 #: 2.11 the tests in tests/gpu.
 RUN = {
     "torch": ((2, 11), (2, 13), (2, 14)),

@@ -156,7 +156,9 @@ def test_a_checkpoint_saves_a_seed_and_not_the_state_that_it_was_drawn_with():
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model(**hosts.batch("llama")).loss.backward()
     states = [numel for dtype, numel in saved if dtype is torch.uint8]
-    assert (torch.int64, 1) in saved and len(states) == 1, "that of the attention, which torch takes for random"
+    # That of the attention, which torch takes for random before 2.14.
+    attention = torch.__version__ < "2.14"
+    assert (torch.int64, 1) in saved and len(states) == attention
 
 
 def test_generate_with_a_cache_needs_at_most_three_graphs():
