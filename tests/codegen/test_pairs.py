@@ -286,10 +286,11 @@ NAMES = ["lora_shrink", "lora_factor_grads", "lora_input_grads", "lora_bottlenec
 @pytest.mark.parametrize("name", NAMES)
 def test_without_the_instructions_the_bodies_run(name, monkeypatch):
     args = arguments_of(name, BF16)
-    assert (dialect.get(name).kernel(*args) is not None) == (pairs.library() is not None)
     with_kernel = dialect.get(name).overload(*args)
-    monkeypatch.setattr(pairs, "library", lambda: None)
+    # A CPU that emulates bf16 has another kernel for some of them.
     monkeypatch.setattr(lora_split, "cpu_emulates", lambda dtype: False)
+    assert (dialect.get(name).kernel(*args) is not None) == (pairs.library() is not None)
+    monkeypatch.setattr(pairs, "library", lambda: None)
     assert dialect.get(name).kernel(*args) is None
     python = getattr(torch.ops.adaptc_python, name)
     torch.testing.assert_close(flat(with_kernel), flat(python(*args)), rtol=2e-2, atol=2e-2)
