@@ -102,6 +102,7 @@ ELSEWHERE = {
     "adaptformer": (["attention.output"], {"tap": "self.query"}),
     "prefix": (["."], {"num_virtual_tokens": 2}),
     "prompt": (["."], {"num_virtual_tokens": 2}),
+    "trainable_tokens": (["query"], {"indices": [3]}),
 }
 
 
