@@ -357,7 +357,7 @@ def test_a_cache_that_transformers_makes_is_known_before(changes):
     base, seen = llama(use_cache=True), []
     if changes:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = regional(Wrapped(base.model).train())
+    model = regional(Wrapped(base.model).train(), backend="eager")
     model.inner.embed_tokens.register_forward_hook(lambda *args: seen.append(1))
     model(hosts.batch("llama")["input_ids"]).sum().backward()
     assert [len(g.sites) for g in model.adaptc.graphs] == [7 if changes else 14] and len(seen) == 1
@@ -380,7 +380,9 @@ class Reentrant(nn.Module):
         return h
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["eager", *(pytest.param(backend, marks=pytest.mark.slow) for backend in ("aot_eager", "inductor"))]
+)
 def test_reentrant_checkpoints_compute_again_what_they_computed(backend):
     """With the masks of the forward, in the first call too: then the gradient of the last block's B, in which the
     output before the last tanh is linear, gives back what B added to it."""
@@ -475,7 +477,8 @@ def test_blocks_that_differ_by_a_number(kind):
     """One graph for all, or one for the whole model."""
     with hosts.seeded(0):
         base = nn.Sequential(*(kind(i) for i in range(6))).train()
-    model = regional(base, adaptc.LoRA(r=2, init="random", targets=["up", "down"]), regional="auto")
+    lora = adaptc.LoRA(r=2, init="random", targets=["up", "down"])
+    model = regional(base, lora, regional="auto", backend="eager")
     for graphs in NUMBERED[kind]:
         check_against_reference(model, base, torch.randn(3, 6))
         assert [len(g.sites) for g in model.adaptc.graphs] == graphs
