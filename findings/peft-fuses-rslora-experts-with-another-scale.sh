@@ -2,7 +2,7 @@
 # Guess: PEFT reads an adapter that has one LoRA per expert (as transformers 4 made them) into the fused experts of
 #   transformers 5 with the function that was trained, whether the scale was alpha / r or, of rsLoRA, alpha / sqrt(r).
 # Seen: gate_proj and up_proj become one product of rank 2r, and r and alpha are doubled. This keeps alpha / r; the
-#   scale of rsLoRA becomes 2 alpha / sqrt(2 r), which is sqrt(2) times the trained one. Nothing is said.
+#   scale of rsLoRA becomes 2 alpha / sqrt(2 r), which is sqrt(2) times the trained one. Nothing says so.
 # Matters: whoever goes on with such an adapter under transformers 5: the model is another one than was trained.
 # adaptc: the fused factors have the trained scale, and files of fused experts are written so that PEFT computes it
 #   (adaptc/runtime/peft_experts.py; tests/runtime/test_peft_experts.py, test_where_experts_differ).

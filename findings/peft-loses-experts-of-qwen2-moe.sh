@@ -1,15 +1,15 @@
 # Versions: peft 0.21.2, transformers 5.23.0, torch 2.13.0
 # Guess: PEFT reads an adapter that has one LoRA per expert (as transformers 4 made them) into the fused experts of
 #   transformers 5 for Qwen2-MoE as it does for Qwen3-MoE: its table calls the layout itself "qwen2_moe".
-# Seen: the table has only types that are mapped to the layout, and not the type qwen2_moe. The adapter of the attention
-#   acts, those of the experts are lost, and only the warning about keys that do not fit says so.
+# Seen: the table has only types that are mapped to the layout, and not the type qwen2_moe. The adapters of the
+#   attention and of the shared expert act, those of the experts are lost, and nothing is said.
 # Matters: whoever goes on with an adapter of Qwen1.5-MoE or Qwen2-MoE under transformers 5: the experts are untrained.
 # adaptc: the layout is told by the model's modules (adaptc/runtime/peft_experts.py; tests/runtime/test_peft_experts.py,
 #   test_every_expert_of_every_layer).
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 
 finding torch==2.13.0 transformers==5.23.0 peft==0.21.2 <<'PROGRAM' | seen "qwen3_moe changes: mlp.experts.down_proj, mlp.experts.gate_up_proj, self_attn.q_proj.weight
-qwen2_moe changes: self_attn.q_proj.weight"
+qwen2_moe changes: mlp.shared_expert.down_proj.weight, mlp.shared_expert.gate_proj.weight, mlp.shared_expert.up_proj.weight, self_attn.q_proj.weight"
 import json
 import os
 
@@ -19,22 +19,22 @@ import torch
 import transformers
 
 torch.manual_seed(0)
-shapes = {"self_attn.q_proj": (32, 32)}
-for expert in range(2):
-    for name, shape in (("gate_proj", (16, 32)), ("up_proj", (16, 32)), ("down_proj", (32, 16))):
-        shapes[f"mlp.experts.{expert}.{name}"] = shape
-tensors = {}
-for name, (rows, columns) in shapes.items():
-    path = f"base_model.model.model.layers.0.{name}"
-    tensors |= {f"{path}.lora_A.weight": torch.randn(4, columns), f"{path}.lora_B.weight": torch.randn(rows, 4)}
 os.makedirs("adapter")
-safetensors.torch.save_file(tensors, "adapter/adapter_model.safetensors")
 with open("adapter/adapter_config.json", "w") as file:
     json.dump({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8,
         "target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"],
     }, file)
-for kind in ("qwen3_moe", "qwen2_moe"):
+for kind, shared in (("qwen3_moe", ()), ("qwen2_moe", ("shared_expert",))):
+    shapes = {"self_attn.q_proj": (32, 32)}
+    for mlp in ("experts.0", "experts.1", *shared):
+        shapes |= {f"mlp.{mlp}.{name}": (16, 32) for name in ("gate_proj", "up_proj")}
+        shapes[f"mlp.{mlp}.down_proj"] = (32, 16)
+    tensors = {}
+    for name, (rows, columns) in shapes.items():
+        path = f"base_model.model.model.layers.0.{name}"
+        tensors |= {f"{path}.lora_A.weight": torch.randn(4, columns), f"{path}.lora_B.weight": torch.randn(rows, 4)}
+    safetensors.torch.save_file(tensors, "adapter/adapter_model.safetensors")
     config = transformers.AutoConfig.for_model(
         kind, vocab_size=40, hidden_size=32, moe_intermediate_size=16, shared_expert_intermediate_size=16,
         num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, num_experts=2, num_experts_per_tok=1,

@@ -3,7 +3,7 @@
 #   as on Llama: those of the dense layer and those of the shared expert. The routed experts are no layers.
 # Seen: for DeepSeek-V3 (and the other types of PEFT's table for mixtures of experts) PEFT replaces the names by
 #   target_parameters=["gate_up_proj", "down_proj"]. All routed experts get adapters, of twice the rank for gate_up_proj
-#   (16 rows below are 4 experts of rank 4), the dense layer and the shared expert none. Nothing is said.
+#   (16 rows below are 4 experts of rank 4), the dense layer and the shared expert none, and nothing says so.
 # Matters: who trains such a model by the usual names trains other weights than named, and an adapter of the dense or
 #   shared layers cannot be named this way.
 # adaptc: such a layer is written to a file as the parameter "<path>.weight", which PEFT leaves as it is, and a config
