@@ -194,9 +194,10 @@ class AdapterSet:
     def check_weights(self) -> None:
         """Raise UnsupportedError where a site's module was replaced by a copy of it with another weight: its adapters
         were copied too, and what they add is no longer of this layer."""
+        adapted = {id(module) for module in self._adapted.values()}  # one may have another path by now
         for site in self.sites:
             was = self._adapted.get(site.path, site.module)
-            if was is not site.module and not _have_one_weight(was, site.module):
+            if id(site.module) not in adapted and not _have_one_weight(was, site.module):
                 raise UnsupportedError(
                     f"{site.path}: an adapted {type(was).__name__} was replaced by a copy with another weight",
                     expected="the weight that was adapted: fuse_modules folds a normalisation into it",
