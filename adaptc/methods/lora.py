@@ -154,6 +154,9 @@ class LoRAAdapter(ScaledAdapter):
     method: LoRA
     initial_A: torch.Tensor | None  # noqa: N815
     initial_B: torch.Tensor | None  # noqa: N815
+    #: Whether the factors are all there is. Dynamo guards on every attribute that is read, at every site and call, so
+    #: what else there may be is looked for only where this is False (as in adapters that were pickled without it).
+    _is_plain = False
 
     def __init__(self, method: LoRA, module: nn.Module, *, dtype: torch.dtype | None = None, site_id: int = 0) -> None:
         weight = module.weight
@@ -176,6 +179,8 @@ class LoRAAdapter(ScaledAdapter):
         else:
             self.register_parameter("bias", None)
         self.set_dropout(method.dropout)
+        parts = (self.lora_B_bias, self.lora_magnitude, self.initial_A, self.bias, method.compute_dtype)
+        self._is_plain = all(part is None for part in parts)
 
     def reset_parameters(self, weight: torch.Tensor) -> None:
         """Draw the initial values (the method's ``init``); those of "corda" come by :meth:`set_covariance`."""
@@ -226,6 +231,11 @@ class LoRAAdapter(ScaledAdapter):
         return A, torch.cat([self.lora_B - self.initial_B, self.initial_B], 1)
 
     def apply_to(self, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if self._is_plain:
+            dropout = float(self._dropout)
+            drops = dropout > 0 and self.training
+            y = lora_site(x, y, self.site_id, self.lora_A, self.lora_B, self.scale, dropout, drops, None)
+            return y
         A, B = self.factors()
         dropout, compute_dtype = float(self._dropout), self.method.compute_dtype
         if self.lora_magnitude is None:

@@ -1,9 +1,10 @@
 """What captured code takes for given and Dynamo does not guard on: which modules have hooks, and methods of classes.
 
-Dynamo guards on the hooks that it traced (how many, their code, what they close over), on a ``forward`` of an instance
-and on the modules of the tree. It does not guard on a hook that is not there, nor on a method of a class. So a model is
-looked at before each call. Where something of this kind differs, other captured code is used: that of a call in which
-it was the same, or new one. Hooks that are set and removed around calls thus cost two captures, not one a call.
+Of a module that has hooks Dynamo guards on all of them (how many of each kind, their code, what they close over), and
+on a ``forward`` of an instance and the modules of the tree. It guards on no hook of a module that has none, nor on a
+method of a class. So a model is looked at before each call. Where something of this kind differs, other captured code
+is used: that of a call in which it was the same, or new one. Hooks that are set and removed around calls thus cost two
+captures, not one a call.
 """
 
 from __future__ import annotations
@@ -18,21 +19,20 @@ from torch import nn
 from adaptc.codegen.torch_internals import global_module_hooks
 from adaptc.runtime.attach import adapters_of
 
-#: The attributes of a module that hold hooks, and those that say with what arguments these are called.
+#: The attributes of a module that hold hooks.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_DICTS = (*_HOOKS, "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 #: What a call of a module runs of ``nn.Module`` itself.
 _CALLING = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__", "__setattr__")
 
-_hooks_of = operator.itemgetter(*_HOOKS)
 _children_of = operator.itemgetter("_modules")
+_held_by = {name: operator.itemgetter(name) for name in _HOOKS}
 
 
 class Given:
-    """What captured code took for given: which dicts of hooks were not empty, by path and name, and the methods of the
-    modules' classes."""
+    """What captured code took for given: paths of the modules with hooks, names of torch's dicts of hooks for every
+    module that were not empty, and the methods of the modules' classes."""
 
-    def __init__(self, hooked: frozenset[tuple[str, str]], methods: dict[type, Any]) -> None:
+    def __init__(self, hooked: frozenset[str], methods: dict[type, Any]) -> None:
         self.hooked, self.methods = hooked, methods
 
     def holds(self, now: Given) -> bool:
@@ -48,40 +48,43 @@ class Given:
 class Watch:
     """A model as it was when it was looked at, in a form that is quickly compared with the model as it is.
 
-    A comparison takes about 40 µs for 16 decoder layers: it runs in C, over lists that are made once.
+    A comparison takes some 30 µs for 16 decoder layers: it runs in C, over lists that are made once. A dict of hooks is
+    read from its module each time, because there are those who replace it.
     """
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(_modules_of("", model, set()))
-        hooks = [
-            *(((path, name), module.__dict__[name]) for path, module in modules for name in _DICTS),
-            *((("", name), hooks) for name, hooks in global_module_hooks().items()),
-        ]
-        self._empty = [held for _, held in hooks if not held]
-        self._filled = [held for _, held in hooks if held]
-        self._states = [module.__dict__ for _, module in modules]
-        self._hooks = list(map(_hooks_of, self._states))
+        hooked = {path: (name, m.__dict__) for path, m in modules if (name := _hooks_in(m)) is not None}
+        self._bare = [m.__dict__ for path, m in modules if path not in hooked]
+        # Of several kinds of hooks one is enough: while it is there, Dynamo guards on the others.
+        self._hooked = [(_held_by[name], [s for n, s in hooked.values() if n == name]) for name in _HOOKS]
+        everywhere = global_module_hooks()
+        self._empty = [held for held in everywhere.values() if not held]
+        self._filled = [held for held in everywhere.values() if held]
         self._parents = [m.__dict__ for _, m in modules if any(name != "adapters" for name in m._modules)]
         self._children = self._read_children()
         kinds = dict.fromkeys(kind for _, module in modules for kind in type(module).__mro__ if kind is not object)
         self._readers = [(kind, vars(kind), _reader_of(kind)) for kind in kinds]
-        self._sizes = [len(held) for _, held, _ in self._readers]
+        self._kinds = [held for _, held, _ in self._readers]
+        self._sizes = list(map(len, self._kinds))
         self._methods = [read(held) for _, held, read in self._readers]
         self.given = Given(
-            frozenset(place for place, held in hooks if held),
+            frozenset((*hooked, *(name for name, held in everywhere.items() if held))),
             dict(zip(kinds, self._methods, strict=True)),
         )
 
     def sees_a_change(self) -> bool:
         """Whether the model may be another than it was."""
-        if any(self._empty) or not all(self._filled) or list(map(_hooks_of, self._states)) != self._hooks:
-            return True
-        if self._read_children() != self._children:
-            return True
         try:
-            return [read(held) for _, held, read in self._readers] != self._methods or self._sizes != [
-                len(held) for _, held, _ in self._readers
-            ]
+            return (
+                any(self._empty)
+                or not all(self._filled)
+                or any(any(map(held_by, self._bare)) for held_by in _held_by.values())
+                or not all(all(map(held_by, states)) for held_by, states in self._hooked)
+                or self._read_children() != self._children
+                or list(map(len, self._kinds)) != self._sizes
+                or [read(held) for _, held, read in self._readers] != self._methods
+            )
         except KeyError:  # a method is gone
             return True
 
@@ -91,7 +94,7 @@ class Watch:
 
 def _modules_of(path: str, module: nn.Module, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
     """The modules of the model, without those of adapters: (path, module). No scripted ones: they run no Python."""
-    if id(module) in seen or not all(name in module.__dict__ for name in (*_DICTS, "_modules")):
+    if id(module) in seen or not all(name in module.__dict__ for name in (*_HOOKS, "_modules")):
         return
     seen.add(id(module))
     yield path, module
@@ -99,6 +102,11 @@ def _modules_of(path: str, module: nn.Module, seen: set[int]) -> Iterator[tuple[
     for name, child in module._modules.items():
         if child is not None and child is not ours:
             yield from _modules_of(f"{path}.{name}".lstrip("."), child, seen)
+
+
+def _hooks_in(module: nn.Module) -> str | None:
+    """Where a module has hooks, or None."""
+    return next((name for name in _HOOKS if module.__dict__[name]), None)
 
 
 def _reader_of(kind: type) -> Callable[[Mapping[str, Any]], Any]:

@@ -47,6 +47,13 @@ def test_train_and_eval_with_dropout():
     assert (dropouts[0], dropouts[-1]) == (7, 0)
 
 
+def test_modes_share_a_graph_where_nothing_drops():
+    model = adaptc.compile(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), LORA, backend="aot_eager").train()
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(model(x), model.eval()(x))
+    assert len(model.adaptc.graphs) == 1
+
+
 def test_gradient_accumulation_and_clipping():
     base, model = compiled()
     batches = [hosts.batch("llama", seed=s) for s in (1, 2)]

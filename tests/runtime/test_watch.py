@@ -28,9 +28,9 @@ class Act(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self):
+    def __init__(self, outputs=5):
         super().__init__()
-        self.first, self.act, self.head = nn.Linear(8, 6), Act(), nn.Linear(6, 5)
+        self.first, self.act, self.head = nn.Linear(8, 6), Act(), nn.Linear(6, outputs)
 
     def forward(self, x):
         return self.head(self.act(self.first(x)))
@@ -67,10 +67,10 @@ def formula(model, x, factors, curve=torch.tanh):
     return at("", whole, x)
 
 
-def compiled(backend="eager", **options):
+def compiled(backend="eager", net=Net, **options):
     torch.manual_seed(0)
     plan = adaptc.LoRA(r=3, alpha=2, targets=["first"], init="random", compute_dtype=None)
-    return adaptc.compile(Net().double(), plan, backend=backend, **options)
+    return adaptc.compile(net().double(), plan, backend=backend, **options)
 
 
 def values(model, run):
@@ -247,6 +247,33 @@ def test_another_module_and_a_forward_of_an_instance_act():
     check(model, curve=torch.relu)
     model.act.register_forward_hook(lambda m, args, y: y * 3)
     check(model, {("act", "output"): 3}, curve=torch.relu)
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.nets = nn.ModuleList(Net(8) for _ in range(3))
+
+    def forward(self, x):
+        for net in self.nets:
+            x = net(x)
+        return x
+
+
+def test_code_behind_a_break_that_modules_share_knows_their_hooks():
+    model = compiled(net=Stack, regional=False)
+    # Dynamo breaks at backward hooks, and then compiles the forward of a Net for all of them.
+    model.nets[1].act.register_full_backward_hook(lambda m, into, out: (into[0] * 1.5,))
+    model.nets[2].act.register_forward_hook(lambda m, args, y: y * 3)
+    factors = {}, {("act", "to input"): 1.5}, {("act", "output"): 3}
+
+    def expected(x):
+        for net, each in zip(model.nets, factors, strict=True):
+            x = formula(net, x, each)
+        return x
+
+    for _ in range(2):
+        torch.testing.assert_close(values(model, model), values(model, expected))
 
 
 def test_hooks_of_a_copy_are_its_own():

@@ -24,25 +24,62 @@ def compile_isolated(
 ) -> Callable[..., Any]:
     """``torch.compile`` with cache entries of its own: equal code elsewhere does not use up the limit.
 
-    2.13 has arguments for it. Before, a fresh code object isolates the outermost frame; for the frames behind graph
-    breaks the limit is raised around each call, and they guard on hooks that are not there. On any version a fresh code
-    object is a frame of its own in Dynamo's counts. Read on 2.11 to 2.15, run on 2.13.
+    2.13 has arguments for it. Before, a fresh code object isolates the outermost frame, and for the frames behind graph
+    breaks the limit is raised around each call. On any version a fresh code object is a frame of its own in Dynamo's
+    counts. Read on 2.11 to 2.15, run on 2.13.
+
+    A frame behind a graph break may serve several modules of one class: such frames guard on hooks that are not there
+    too, as torch's do not. Guards of the outermost frame are only as many as they have to be: it runs at every call.
     """
     assert isinstance(fn, types.FunctionType)
     fresh = types.FunctionType(
         fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__
     )
+    behind = _BehindBreaks(fresh.__code__, backend)
     if Version("2.13") <= TORCH:
-        isolated: dict[str, Any] = {"recompile_limit": recompile_limit, "isolate_recompiles": True, **options}
-        return torch.compile(fresh, backend=backend, **isolated)
-    compiled = torch.compile(fresh, backend=backend, **options)
+        options = {"recompile_limit": recompile_limit, "isolate_recompiles": True, **options}
+    else:
+        behind.expect(recompile_limit=recompile_limit)
+    compiled = torch.compile(fresh, backend=behind, **options)
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=recompile_limit, skip_nnmodule_hook_guards=False):
+        with behind.guards():
             return compiled(*args, **kwargs)
 
     return call
+
+
+class _BehindBreaks:
+    """A backend that lets Dynamo guard on hooks that are not there, in all frames but the outermost."""
+
+    def __init__(self, outermost: types.CodeType, backend: Callable[..., Any]) -> None:
+        self.outermost, self.backend = outermost, backend
+        #: Dynamo's settings around each call, once there are such frames.
+        self.settings: dict[str, Any] = {}
+        self._now = contextlib.ExitStack()
+
+    def expect(self, **settings: Any) -> None:
+        self.settings = {"skip_nnmodule_hook_guards": False, **settings}
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        if not self.settings and _frame_in_progress() is not self.outermost:
+            self.expect()
+            # Dynamo makes the guards of this frame when its backend has returned.
+            self._now.enter_context(torch._dynamo.config.patch(self.settings))
+        return self.backend(gm, inputs)  # type: ignore[no-any-return]
+
+    def guards(self) -> Any:
+        """A context for a call of the outermost frame."""
+        return torch._dynamo.config.patch(self.settings) if self.settings else self._now
+
+
+def _frame_in_progress() -> types.CodeType:
+    """The code of the frame that Dynamo is compiling. 2.11 to 2.15."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    code: types.CodeType = InstructionTranslator.current_tx().output.root_tx.f_code
+    return code
 
 
 class _LimitCounter(logging.Filter):
@@ -228,7 +265,7 @@ def let_frame_break() -> str:
 
     output = InstructionTranslator.current_tx().output
     output.has_user_defined_allowed_in_graph = False
-    code = output.root_tx.f_code
+    code = _frame_in_progress()
     return f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
 
 
