@@ -10,14 +10,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from adaptc import methods as methods
     from adaptc.api import compile as compile
-    from adaptc.codegen.rewrite import rewrite as rewrite
     from adaptc.methods.adaptformer import AdaptFormer as AdaptFormer
     from adaptc.methods.bias import Bias as Bias
     from adaptc.methods.bottleneck import Bottleneck as Bottleneck
     from adaptc.methods.conv_adapter import ConvAdapter as ConvAdapter
     from adaptc.methods.hydra import Hydra as Hydra
     from adaptc.methods.ia3 import IA3 as IA3
-    from adaptc.methods.lora import LoRA as LoRA
+    from adaptc.methods.lora.method import LoRA as LoRA
     from adaptc.methods.prefix import Prefix as Prefix
     from adaptc.methods.prompt import Prompt as Prompt
     from adaptc.methods.ssf import SSF as SSF
@@ -26,10 +25,11 @@ if TYPE_CHECKING:
     from adaptc.plan import Match as Match
     from adaptc.plan import Plan as Plan
     from adaptc.plan import Rule as Rule
+    from adaptc.rewrite import rewrite as rewrite
 
 _TABLE = {
     "compile": "adaptc.api",
-    "rewrite": "adaptc.codegen.rewrite",
+    "rewrite": "adaptc.rewrite",
     "Plan": "adaptc.plan",
     "Rule": "adaptc.plan",
     "Match": "adaptc.plan",

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from adaptc.codegen import toolchain, torch_internals
-from adaptc.codegen.backend import BackendOptions
+from adaptc import torch_internals
+from adaptc.capture.backend import BackendOptions
+from adaptc.codegen import toolchain
 from adaptc.errors import AdaptcWarning, AdapterNameError, UnsupportedError
+from adaptc.handle import CompileOptions, Handle
 from adaptc.integrations import peft_model, releases, trl
 from adaptc.plan.match import strings
 from adaptc.runtime import processes
-from adaptc.runtime.handle import CompileOptions, Handle
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -155,7 +156,7 @@ def _usable(options: BackendOptions, model: nn.Module) -> BackendOptions:
 
 
 def _compile_again(handle: Handle, plan: Any, name: str, calibration: Any, options: CompileOptions) -> None:
-    from adaptc.runtime import files
+    from adaptc.files import folder
 
     default = CompileOptions(BackendOptions())
     for option in ("backend", "fullgraph", "dynamic", "adapter_dtype", "regional", "lift_no_grad"):
@@ -165,7 +166,7 @@ def _compile_again(handle: Handle, plan: Any, name: str, calibration: Any, optio
                 f"the model is compiled already, with another {option}",
                 expected=has, found=asked, do="leave it out, or model.adaptc.detach() first",
             )  # fmt: skip
-    wanted = files.plan_of(plan, handle.model).lifting(handle.options.lift_no_grad)
+    wanted = folder.plan_of(plan, handle.model).lifting(handle.options.lift_no_grad)
     if name not in handle.records:
         handle.add(name, plan, calibration=calibration)
         return

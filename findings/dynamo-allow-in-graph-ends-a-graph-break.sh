@@ -5,7 +5,7 @@
 #   one function of allow_in_graph in the frame Dynamo does not answer, and the error reaches the user.
 # Matters: whoever puts a function of allow_in_graph into a model: code beside it that compiled stops compiling.
 # adaptc: its own such functions do not count, so that the frame breaks as without them, and a user's is named in the
-#   error (adaptc/codegen/backend.py; tests/runtime/test_values_from_data.py, test_sizes_that_only_data_say,
+#   error (adaptc/capture/backend.py; tests/runtime/test_values_from_data.py, test_sizes_that_only_data_say,
 #   test_beside_a_users_own_function_in_the_graph_the_error_names_it).
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 

@@ -4,7 +4,7 @@
 #   code, looks for its module and does not find one. In torch 2.13.0 the GraphModule can be made, but its code calls
 #   torch.autograd.function.apply, which there is not: there only fx.Interpreter runs it.
 # Matters: passes over fx graphs that put an autograd Function in, and interpret the graph, which worked until 2.13.
-# adaptc: a function of that Function's module is put in (printable, adaptc/codegen/torch_internals/values.py; the
+# adaptc: a function of that Function's module is put in (printable, adaptc/torch_internals/values.py; the
 #   default tests run beside torch 2.14.1 by tests/releases/test_environments.py).
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 

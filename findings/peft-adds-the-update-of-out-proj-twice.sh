@@ -5,7 +5,7 @@
 #   update of out_proj when it merges the attention, which merges out_proj inside, which adds it again.
 # Matters: whoever trains attention of torch's own with PEFT and reads or writes its adapters elsewhere: the outputs
 #   are not those of the formula, and the optimiser steps by a gradient that is not that of the loss.
-# adaptc: the formula, once; reading or writing such a file says the difference (adaptc/methods/lora_sites/weights.py,
+# adaptc: the formula, once; reading or writing such a file says the difference (adaptc/methods/lora/attention.py,
 #   peft_difference; tests/sites/test_mha.py, test_what_peft_computes_from_the_same_file_is_told).
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 

@@ -7,7 +7,7 @@
 # Matters: whoever saves a trained DoRA adapter and reads it by its folder, or has sentence-transformers read it, which
 #   does it this way: the model answers with what DoRA has not learned.
 # adaptc: a whole sentence-transformers model with DoRA is written with the adapter folded into the weights
-#   (adaptc/runtime/composite.py; tests/integrations/test_sentence_transformers.py, test_kinds).
+#   (adaptc/files/composite.py; tests/integrations/test_sentence_transformers.py, test_kinds).
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 
 finding torch==2.13.0 transformers==5.23.0 peft==0.21.2 <<'PROGRAM' | seen "PEFT reads the magnitudes: True

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-HOOKS = {*(ROOT / "adaptc/codegen/torch_internals").glob("*.py"), ROOT / "bench/torch_internals.py"}
+HOOKS = {*(ROOT / "adaptc/torch_internals").glob("*.py"), ROOT / "bench/torch_internals.py"}
 HEAVY = (
     "typer", "rich", "matplotlib", "pydantic", "transformers", "peft", "triton", "sklearn", "yaml", "jinja2",
     "accelerate", "bitsandbytes", "torchao",

@@ -25,7 +25,7 @@ from pathlib import Path
 import filelock
 import torch
 
-from adaptc.codegen import torch_internals
+from adaptc import torch_internals
 from adaptc.codegen.cpp import build
 
 log = logging.getLogger(__name__)

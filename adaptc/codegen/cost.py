@@ -21,21 +21,14 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from adaptc.codegen import torch_internals
-from adaptc.codegen.torch_internals import (
-    HigherOrderOperator,
-    OpOverload,
-    is_backward,
-    node_value,
-    size_hint,
-    tree_leaves,
-)  # fmt: skip
+from adaptc import torch_internals
 from adaptc.ir import dialect
 from adaptc.ir.dialect import Cost
 from adaptc.ir.edit import copy_graph_module, nested
 from adaptc.ir.effects import may_write
 from adaptc.ir.names import op_name
 from adaptc.ir.sites import is_inserted
+from adaptc.torch_internals import HigherOrderOperator, OpOverload, is_backward, node_value, size_hint, tree_leaves
 
 log = logging.getLogger(__name__)
 

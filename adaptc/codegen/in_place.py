@@ -34,18 +34,11 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from adaptc.codegen.torch_internals import (
-    OpOverload,
-    demand_layouts,
-    node_value,
-    size_hint,
-    tree_leaves,
-    writes_products,
-)
 from adaptc.ir import dialect
-from adaptc.ir.dora_grads import grads_in_place
-from adaptc.ir.dora_rescale import grad_in_place
-from adaptc.ir.lora_split import add_input_grads
+from adaptc.ir.ops.dora_grads import grads_in_place
+from adaptc.ir.ops.dora_rescale import grad_in_place
+from adaptc.ir.ops.lora_split import add_input_grads
+from adaptc.torch_internals import OpOverload, demand_layouts, node_value, size_hint, tree_leaves, writes_products
 
 aten = torch.ops.aten
 _PRODUCTS = (aten.mm.default, aten.addmm.default, dialect.get("onednn_linear").overload)

@@ -15,11 +15,11 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from adaptc.codegen.torch_internals import node_value
 from adaptc.errors import UnsupportedError
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit
 from adaptc.ir.origin import origins
+from adaptc.torch_internals import node_value
 
 aten = torch.ops.aten
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sysconfig
 from pathlib import Path
 
-from adaptc.codegen import torch_internals
+from adaptc import torch_internals
 
 
 def inductor_missing() -> str | None:

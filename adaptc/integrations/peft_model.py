@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 
 from adaptc.errors import AdaptcError, AdapterNameError, UnsupportedError
+from adaptc.files import peft_format, peft_keys
+from adaptc.handle import CompileOptions, Handle
 from adaptc.plan.files import read_peft_config
-from adaptc.runtime import peft_format, peft_keys
-from adaptc.runtime.handle import CompileOptions, Handle
 from adaptc.runtime.names import adapter_directory, check_adapter_name
 
 

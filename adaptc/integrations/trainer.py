@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from adaptc.files import save_pretrained
 from adaptc.integrations import trl
-from adaptc.runtime import saving
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from adaptc.runtime.handle import Handle
+    from adaptc.handle import Handle
 
 
 class AdapterTrainerMixin:
@@ -51,31 +51,31 @@ class AdapterTrainerMixin:
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         handle = self._handle()
-        if handle is None or not handle.records or saving.has_saver(handle.model):
+        if handle is None or not handle.records or save_pretrained.has_saver(handle.model):
             super()._save(output_dir, state_dict)  # type: ignore[misc]
             return
         # Of a model that has no save_pretrained the trainer writes what it is given, and its own files.
         directory = self.args.output_dir if output_dir is None else output_dir
-        super()._save(directory, saving.guard(handle.model))  # type: ignore[misc]
+        super()._save(directory, save_pretrained.guard(handle.model))  # type: ignore[misc]
         if self.args.should_save:
-            saving.save_adapters(handle, directory)
+            save_pretrained.save_adapters(handle, directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str | Path, model: Any = None) -> None:
         handle = self._handle()
         if handle is None or not handle.records:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         else:
-            saving.load_adapters(handle, resume_from_checkpoint)
+            save_pretrained.load_adapters(handle, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         handle = self._handle()
         if handle is None or not handle.records:
             super()._load_best_model()  # type: ignore[misc]
         else:
-            saving.load_adapters(handle, self.state.best_model_checkpoint)
+            save_pretrained.load_adapters(handle, self.state.best_model_checkpoint)
 
     def _handle(self) -> Handle | None:
-        from adaptc.runtime.handle import Handle
+        from adaptc.handle import Handle
 
         found = getattr(self.accelerator.unwrap_model(self.model), "adaptc", None)
         return found if isinstance(found, Handle) else None

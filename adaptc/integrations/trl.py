@@ -21,10 +21,10 @@ from typing import Any, cast
 from torch import nn
 
 from adaptc.errors import AdaptcWarning, NewSignatureWarning, UnsupportedError
+from adaptc.files.save_pretrained import OnModel
+from adaptc.handle import Handle
 from adaptc.runtime.adapters import ACTIVE
 from adaptc.runtime.attach import adapters_of
-from adaptc.runtime.handle import Handle
-from adaptc.runtime.saving import OnModel
 
 _ASKED = "is_peft_model"
 #: The modules of TRL that treat a compiled model rightly when they take it for a PEFT model.

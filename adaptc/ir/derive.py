@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.codegen.torch_internals import autograd_again, node_value, trace_body
 from adaptc.ir import dialect
 from adaptc.ir.dialect import DialectOp
 from adaptc.ir.edit import Edit
+from adaptc.torch_internals import autograd_again, node_value, trace_body
 
 
 def derive(

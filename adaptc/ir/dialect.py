@@ -16,26 +16,26 @@ from typing import Any
 
 import torch
 
-from adaptc.codegen.torch_internals import OpOverload, not_views
 from adaptc.ir.code_hash import code_hash
+from adaptc.torch_internals import OpOverload, not_views
 
 #: op name -> module that defines it; importing the module registers the op. Methods define their own beside these.
 _TABLE = {
-    "lora_linear": "adaptc.ir.lora",
-    "lora_bottleneck_grad": "adaptc.ir.lora",
-    "lora_factor_grad": "adaptc.ir.lora",
-    "lora_input_grad": "adaptc.ir.lora",
-    "lora_shrink": "adaptc.ir.lora_split",
-    "lora_expand": "adaptc.ir.lora_split",
-    "lora_factor_grads": "adaptc.ir.lora_split",
-    "lora_input_grads": "adaptc.ir.lora_split",
-    "lora_merged_weight": "adaptc.ir.lora_merged",
-    "lora_dense_grads": "adaptc.ir.lora_merged",
-    "lora_linear_expand": "adaptc.ir.lora_fused",
-    "lora_bottleneck_grads": "adaptc.ir.lora_fused",
-    "lora_linear_input_grads": "adaptc.ir.lora_fused",
-    "seeded_dropout": "adaptc.ir.dropout",
-    "onednn_linear": "adaptc.ir.onednn_linear",
+    "lora_linear": "adaptc.ir.ops.lora",
+    "lora_bottleneck_grad": "adaptc.ir.ops.lora",
+    "lora_factor_grad": "adaptc.ir.ops.lora",
+    "lora_input_grad": "adaptc.ir.ops.lora",
+    "lora_shrink": "adaptc.ir.ops.lora_split",
+    "lora_expand": "adaptc.ir.ops.lora_split",
+    "lora_factor_grads": "adaptc.ir.ops.lora_split",
+    "lora_input_grads": "adaptc.ir.ops.lora_split",
+    "lora_merged_weight": "adaptc.ir.ops.lora_merged",
+    "lora_dense_grads": "adaptc.ir.ops.lora_merged",
+    "lora_linear_expand": "adaptc.ir.ops.lora_fused",
+    "lora_bottleneck_grads": "adaptc.ir.ops.lora_fused",
+    "lora_linear_input_grads": "adaptc.ir.ops.lora_fused",
+    "seeded_dropout": "adaptc.ir.ops.dropout",
+    "onednn_linear": "adaptc.ir.ops.onednn_linear",
 }
 
 _LIBRARY = torch.library.Library("adaptc", "DEF")  # type: ignore[no-untyped-call]

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.codegen.torch_internals import fake_mode_of, lazy_graph_module, node_value, printable, tree_leaves
 from adaptc.ir.origin import INHERITED, Origin
+from adaptc.torch_internals import fake_mode_of, lazy_graph_module, node_value, printable, tree_leaves
 
 
 @dataclasses.dataclass

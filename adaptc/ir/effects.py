@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from adaptc.codegen.torch_internals import HigherOrderOperator, OpOverload, OpOverloadPacket
+from adaptc.torch_internals import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 #: ``operator`` functions behind ``h += 1`` and the like; Dynamo emits these, not ``Tensor.add_``.
 _IN_PLACE = frozenset(

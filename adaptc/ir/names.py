@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.codegen.torch_internals import OpOverload, source_name
+from adaptc.torch_internals import OpOverload, source_name
 
 #: What the formulas call a module's tensors.
 _ROLES = {"weight": "W", "bias": "b", "lora_A": "A", "lora_B": "B", "scale": "s", "site_id": "id"}

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from adaptc.codegen.torch_internals import node_value
 from adaptc.ir import dialect
 from adaptc.ir.names import op_name
+from adaptc.torch_internals import node_value
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.codegen.torch_internals import OpOverload, gradient_inputs, is_backward, node_value, size_text
 from adaptc.ir import dialect, names
 from adaptc.ir.edit import nested
 from adaptc.ir.sites import is_inserted
+from adaptc.torch_internals import OpOverload, gradient_inputs, is_backward, node_value, size_text
 
 #: Column of the types; a fixed one keeps unchanged lines equal when others change.
 _TYPES_AT = 88

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from adaptc.codegen.torch_internals import OpOverload
 from adaptc.ir import dialect
+from adaptc.torch_internals import OpOverload
 
 
 def LORA_LINEAR() -> OpOverload:

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import fx
 
-from adaptc.codegen.torch_internals import grad_switch, node_value, tree_leaves
 from adaptc.ir.edit import nested
+from adaptc.torch_internals import grad_switch, node_value, tree_leaves
 
 
 @dataclasses.dataclass

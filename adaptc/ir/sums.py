@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from adaptc.codegen.torch_internals import node_value
-from adaptc.ir.structure import same_type
+from adaptc.passes.checks.structure import same_type
+from adaptc.torch_internals import node_value
 
 ADD = torch.ops.aten.add.Tensor
 

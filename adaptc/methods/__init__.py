@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 #: One row a method: kind -> "module:class". Adding a method is its file and its row.
 TABLE = {
-    "lora": "adaptc.methods.lora:LoRA",
+    "lora": "adaptc.methods.lora.method:LoRA",
     "ia3": "adaptc.methods.ia3:IA3",
     "hydra": "adaptc.methods.hydra:Hydra",
     "vera": "adaptc.methods.vera:VeRA",
@@ -32,10 +32,10 @@ TABLE = {
 }
 #: Modules of methods at other kinds of sites; they define ops and anchors.
 SITES = (
-    "adaptc.methods.lora_sites.conv",
-    "adaptc.methods.lora_sites.embedding",
-    "adaptc.methods.lora_sites.experts",
-    "adaptc.methods.lora_sites.weights",
+    "adaptc.methods.lora.conv",
+    "adaptc.methods.lora.embedding",
+    "adaptc.methods.lora.experts",
+    "adaptc.methods.lora.attention",
 )
 
 

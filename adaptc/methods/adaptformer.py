@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from adaptc.ir.derive import derive
-from adaptc.ir.lora import draw_tensor
+from adaptc.ir.ops.lora import draw_tensor
 from adaptc.methods import linear
 from adaptc.methods.base import Method, anchor_of
 from adaptc.methods.bottleneck import Branch, branch

@@ -12,10 +12,10 @@ from typing import ClassVar
 import torch
 from torch import fx, nn
 
-from adaptc.codegen.torch_internals import node_value
 from adaptc.ir.edit import Edit
 from adaptc.methods import linear
 from adaptc.methods.base import Adapter, Anchor, Method
+from adaptc.torch_internals import node_value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

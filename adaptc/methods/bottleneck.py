@@ -6,7 +6,7 @@
     series_out   y' = y + s f(y)           after it
     parallel     y' = y + s f(x)           beside it
 
-Placements of published adapters are plans: see ``adaptc.methods.bottleneck_plans``.
+Placements of published adapters are plans: see ``adaptc.plan.presets``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 
 from adaptc.errors import UnsupportedError
 from adaptc.ir.derive import derive
-from adaptc.ir.lora import draw_tensor
+from adaptc.ir.ops.lora import draw_tensor
 from adaptc.methods import linear
 from adaptc.methods.base import Adapter, Method, anchor_of
 

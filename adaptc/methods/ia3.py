@@ -18,7 +18,7 @@ from torch import nn
 
 from adaptc.errors import ConfigTypeError
 from adaptc.ir.derive import derive
-from adaptc.ir.lora import draw_tensor
+from adaptc.ir.ops.lora import draw_tensor
 from adaptc.methods import linear
 from adaptc.methods.base import Adapter, Method, anchor_of
 from adaptc.methods.codec import EXCLUDE, Codec, Config, Option, Part, Sites, is_bool, is_modules, optional

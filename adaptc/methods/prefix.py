@@ -27,7 +27,7 @@ from torch import nn
 
 from adaptc.errors import AdaptcWarning, UnsupportedError
 from adaptc.ir.derive import derive
-from adaptc.ir.lora import draw_tensor
+from adaptc.ir.ops.lora import draw_tensor
 from adaptc.methods import tokens
 from adaptc.methods.base import Adapter, Method, anchor_of
 from adaptc.methods.codec import Codec, Option, is_bool, is_rank, optional

@@ -9,8 +9,8 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from adaptc.codegen.torch_internals import is_fake
 from adaptc.methods.base import Adapter, Method
+from adaptc.torch_internals import is_fake
 
 
 def storage_dtype(weight: torch.Tensor, asked: torch.dtype | None) -> torch.dtype:

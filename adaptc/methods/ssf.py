@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from adaptc.ir.derive import derive
-from adaptc.ir.lora import draw_tensor
+from adaptc.ir.ops.lora import draw_tensor
 from adaptc.methods import linear
 from adaptc.methods.base import Adapter, Method, anchor_of
 

@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from adaptc.codegen.torch_internals import reparametrize
 from adaptc.errors import SiteError
 from adaptc.ir.derive import derive
-from adaptc.ir.lora import draw_tensor
+from adaptc.ir.ops.lora import draw_tensor
 from adaptc.methods.base import Adapter, Method, anchor_of
 from adaptc.methods.scaled import storage_dtype
+from adaptc.torch_internals import reparametrize
 
 #: PEFT's name of the values, below the embedding.
 SUFFIX = "token_adapter.trainable_tokens_delta"

@@ -15,15 +15,16 @@ import functools
 import torch
 from torch import fx
 
-from adaptc.codegen import choices, torch_internals
+from adaptc import torch_internals
+from adaptc.codegen import choices
 from adaptc.codegen.choices import Choice
-from adaptc.codegen.torch_internals import node_value, size_hint
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.names import module_of
 from adaptc.ir.products import Product, frozen_product
 from adaptc.ir.sites import is_inserted
 from adaptc.passes.contract import Context, Contract, everywhere
+from adaptc.torch_internals import node_value, size_hint
 
 CONTRACT = Contract(level="joint", numerics="reassociates")
 

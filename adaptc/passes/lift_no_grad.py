@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from adaptc.codegen.torch_internals import node_value, tree_leaves
 from adaptc.ir.edit import Edit, Result, infer_value, nested
 from adaptc.ir.effects import may_write
 from adaptc.ir.stopped import GradModes, Region, Walk
-from adaptc.ir.structure import same_type
+from adaptc.passes.checks.structure import same_type
 from adaptc.passes.contract import Context, Contract
+from adaptc.torch_internals import node_value, tree_leaves
 
 if TYPE_CHECKING:
     from adaptc.passes.manager import PassReport

@@ -21,12 +21,12 @@ import torch
 from torch import fx
 
 from adaptc.codegen import lowering
-from adaptc.codegen.torch_internals import mark_recomputed, node_value, tree_leaves
 from adaptc.ir import dialect
 from adaptc.ir.derive import tracing_once
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.sites import dialect_nodes, site_of
 from adaptc.passes.contract import Context, Contract, everywhere
+from adaptc.torch_internals import mark_recomputed, node_value, tree_leaves
 
 CONTRACT = Contract(
     level="joint", numerics="reassociates", provides=frozenset({"aten"}), conflicts=frozenset({"aten"})

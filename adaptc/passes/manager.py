@@ -19,14 +19,15 @@ from torch import fx
 
 from adaptc.codegen import choices
 from adaptc.codegen.cost import level_cost
-from adaptc.codegen.torch_internals import carry_capture_metadata, cpu_emulates, has_avx512_bf16
 from adaptc.errors import AdaptcWarning, PipelineError, VerifyError
-from adaptc.ir import dialect, structure
+from adaptc.ir import dialect
 from adaptc.ir.code_hash import code_hash
 from adaptc.ir.dialect import Cost
 from adaptc.ir.edit import Result, copy_graph_module
 from adaptc.ir.names import op_name
+from adaptc.passes.checks import structure
 from adaptc.passes.contract import Context, Contract, Level, Pass
+from adaptc.torch_internals import carry_capture_metadata, cpu_emulates, has_avx512_bf16
 
 #: Every pass of this version in its default order: name -> "module:function"; the contract is beside it.
 _TABLE = {

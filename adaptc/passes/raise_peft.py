@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from adaptc.codegen.torch_internals import node_value, source_name
 from adaptc.ir.edit import Edit, Result, nested
 from adaptc.ir.effects import barrier
 from adaptc.ir.names import module_path
 from adaptc.ir.sites import adapter_below, cast_dtype, dropout_of, is_cast
-from adaptc.methods.lora import expand_site
+from adaptc.methods.lora.method import expand_site
 from adaptc.passes.contract import Context, Contract
+from adaptc.torch_internals import node_value, source_name
 
 CONTRACT = Contract(level="dynamo", numerics="approximate", provides=frozenset({"inserted"}))
 

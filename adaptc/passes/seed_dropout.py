@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from adaptc.codegen.torch_internals import node_value
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.sites import dropout_of, is_inserted, site_of
 from adaptc.passes.contract import Context, Contract, everywhere
+from adaptc.torch_internals import node_value
 
 CONTRACT = Contract(
     level="dynamo", numerics="reassociates", requires=frozenset({"inserted"}), provides=frozenset({"seeded"})

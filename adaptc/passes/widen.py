@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from adaptc.codegen.torch_internals import cpu_emulates, mark_recomputed, node_value
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.sites import is_inserted, site_of
 from adaptc.passes.contract import Context, Contract, everywhere
+from adaptc.torch_internals import cpu_emulates, mark_recomputed, node_value
 
 CONTRACT = Contract(level="joint", numerics="reassociates")
 

@@ -202,8 +202,8 @@ class Plan:
 
         With ``model``, names are checked against it, and selectors are chosen that mean what PEFT means.
         """
+        from adaptc.files.peft_format import config_to_plan
         from adaptc.plan.files import read_peft_config
-        from adaptc.runtime.peft_format import config_to_plan
 
         return config_to_plan(read_peft_config(config), model=model)
 

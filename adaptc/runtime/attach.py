@@ -11,9 +11,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from adaptc.capture.recompute import in_reentrant_checkpoint, mark
 from adaptc.errors import SiteError, UnsupportedError
 from adaptc.methods.base import Adapter
-from adaptc.runtime.recompute import in_reentrant_checkpoint, mark
 
 #: No epoch is called so: comparing with it only makes Dynamo guard on the epoch's name.
 _NEVER = "never"

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from adaptc.codegen import torch_internals
+from adaptc import torch_internals
 from adaptc.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
+    from adaptc.handle import Handle
     from adaptc.methods.base import Adapter
-    from adaptc.runtime.handle import Handle
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 #: Buffers of adapters that never differ between processes. DDP writes the first process's buffers into the others'

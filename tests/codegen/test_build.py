@@ -17,7 +17,8 @@ from torch._inductor import codecache, cpu_vec_isa
 from torch._inductor.codecache import CppCodeCache
 
 import adaptc
-from adaptc.codegen import choices, torch_internals
+from adaptc import torch_internals
+from adaptc.codegen import choices
 from adaptc.codegen.cpp import build, onednn, pairs_source, products, skinny_source
 from adaptc.errors import AdaptcWarning
 from adaptc.passes.manager import Pipeline

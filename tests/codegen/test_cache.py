@@ -21,9 +21,11 @@ from torch._inductor.utils import fresh_cache
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import adaptc
-from adaptc.codegen import lowering, torch_internals
-from adaptc.codegen.backend import FROM_CACHE
-from adaptc.ir import dialect, lora
+from adaptc import torch_internals
+from adaptc.capture.backend import FROM_CACHE
+from adaptc.codegen import lowering
+from adaptc.ir import dialect
+from adaptc.ir.ops import lora
 from adaptc.passes.manager import Pipeline
 from tests.models import hosts
 

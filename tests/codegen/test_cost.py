@@ -15,9 +15,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import adaptc
 from adaptc.codegen import cost
 from adaptc.codegen.cost import crossing_bytes, graph_cost, is_adapter, is_backward, node_cost, saved_bytes, shares
-from adaptc.codegen.torch_internals import storage_key, tree_leaves
 from adaptc.ir import dialect
 from adaptc.ir.dialect import Cost
+from adaptc.torch_internals import storage_key, tree_leaves
 from tests.passes.models import adapted, trained_graph
 
 #: Batch, heads, rows, in, out, rank. No two are equal.

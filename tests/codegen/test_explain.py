@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.codegen.explain import number_text
-from adaptc.codegen.fold import fold, ranges, unfold
+from adaptc.ir.fold import fold, ranges, unfold
+from adaptc.report.explain import number_text
 from tests.models import hosts
 
 

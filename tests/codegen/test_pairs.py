@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptc.codegen.cpp import pairs, products
-from adaptc.ir import dialect, dora, dora_expand, dora_grads, lora_fused, lora_split
+from adaptc.ir import dialect
+from adaptc.ir.ops import dora, dora_expand, dora_grads, lora_fused, lora_split
 from tests.codegen.test_skinny import check
 
 needs_pairs = pytest.mark.skipif(pairs.library() is None, reason="no CPU with AVX512_BF16, or no compiler for it")

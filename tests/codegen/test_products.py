@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 import adaptc
 from adaptc.codegen.cpp import pairs, products, skinny
 from adaptc.codegen.in_place import ADD_PRODUCT
-from adaptc.codegen.torch_internals import cpu_emulates
+from adaptc.torch_internals import cpu_emulates
 from tests.reference import check_steps_agree, step
 
 ONE, SEEDS, P = torch.ones(1, dtype=torch.float64), [torch.tensor([5])], [0.5]

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from adaptc.codegen.cpp import skinny
 from adaptc.errors import AdaptcWarning
-from adaptc.ir import lora_fused, lora_split
-from adaptc.ir.dropout import keep_mask
+from adaptc.ir.ops import lora_fused, lora_split
+from adaptc.ir.ops.dropout import keep_mask
 
 SIZES = st.sampled_from([1, 2, 5, 6, 7, 12, 13, 31, 64, 65, 130])
 WIDTHS = st.sampled_from([1, 3, 8, 15, 16, 17, 63, 64, 100, 129, 511, 512, 513, 1024, 1030])

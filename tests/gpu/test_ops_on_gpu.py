@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptc.ir import dialect
-from adaptc.ir.dropout import keep_mask
+from adaptc.ir.ops.dropout import keep_mask
 from adaptc.ir.sites import dialect_nodes
 from adaptc.passes.contract import Context
 from adaptc.passes.lower import lower

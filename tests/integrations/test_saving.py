@@ -11,9 +11,9 @@ import torch
 import transformers
 
 import adaptc
-from adaptc.codegen.explain import Explanation
 from adaptc.errors import CheckpointError, ResumeError, UnsupportedError
-from adaptc.runtime import saving
+from adaptc.files import save_pretrained as saving
+from adaptc.report.explain import Explanation
 from tests.models import hosts
 
 LORA = adaptc.LoRA(r=3, alpha=6, init="random", targets="all-linear")

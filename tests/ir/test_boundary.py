@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import adaptc
-from adaptc.ir import cutout
-from adaptc.ir.boundary import draw, exact_copy, private_randomness, span, vary_constant, visit_rewrites
 from adaptc.ir.edit import copy_graph_module
+from adaptc.passes.checks import cutout
+from adaptc.passes.checks.boundary import draw, exact_copy, private_randomness, span, vary_constant, visit_rewrites
 from adaptc.passes.contract import Context
 from adaptc.passes.manager import get
 from tests.ir.wrong_passes import adapted, capture

@@ -79,7 +79,7 @@ def test_fingerprint_changes_with_every_part_of_an_op(monkeypatch, name, part, h
 
 def test_fingerprint_covers_helpers_and_schemas(monkeypatch):
     before = dialect.fingerprint()
-    lora = sys.modules["adaptc.ir.lora"]
+    lora = sys.modules["adaptc.ir.ops.lora"]
     monkeypatch.setattr(lora, "rows", changed(lora.rows))
     assert dialect.fingerprint() != before
     monkeypatch.undo()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from adaptc.codegen.cpp import seeded_dropout as kernel
 from adaptc.codegen.cpp.seeded_dropout import seeded_dropout
 from adaptc.ir import dialect
-from adaptc.ir.dropout import keep_mask
+from adaptc.ir.ops.dropout import keep_mask
 from adaptc.passes.contract import Context
 from adaptc.passes.lower import lower
 from tests.codegen.test_lowering import graph_of

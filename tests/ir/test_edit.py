@@ -10,8 +10,8 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from adaptc.codegen.torch_internals import node_value
 from adaptc.ir.edit import Edit, copy_graph_module, nested
+from adaptc.torch_internals import node_value
 
 
 def captured(fn, *inputs):

@@ -14,7 +14,7 @@ import adaptc
 from adaptc.errors import NoGradientWarning, VerifyError
 from adaptc.ir.edit import Edit, Result, nested
 from adaptc.ir.sites import lora_nodes, site_of
-from adaptc.ir.structure import check_structure, describe, same_type, signature
+from adaptc.passes.checks.structure import check_structure, describe, same_type, signature
 from adaptc.passes.contract import Context
 from adaptc.passes.manager import Pipeline, get
 from tests.ir.wrong_passes import adapted, again, around, capture, replace_adapters, wrong

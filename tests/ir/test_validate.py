@@ -14,7 +14,7 @@ import adaptc
 from adaptc.errors import AdaptcWarning, VerifyError
 from adaptc.ir.edit import Edit, Result, Rewrite
 from adaptc.ir.sites import lora_nodes, site_of
-from adaptc.ir.validate import difference, fp64_tolerance, validator
+from adaptc.passes.checks.validate import difference, fp64_tolerance, validator
 from adaptc.passes.contract import Context
 from adaptc.passes.manager import Pipeline, get
 from tests.ir.wrong_passes import (

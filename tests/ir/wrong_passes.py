@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.codegen.torch_internals import carry_capture_metadata
-from adaptc.ir import lora  # noqa: F401  (registers the dialect op)
 from adaptc.ir.edit import Edit, Result, Rewrite, copy_graph_module
+from adaptc.ir.ops import lora  # noqa: F401  (registers the dialect op)
 from adaptc.ir.sites import lora_nodes, site_of
 from adaptc.passes.contract import Context, Contract, Pass
 from adaptc.passes.manager import Pipeline, get
+from adaptc.torch_internals import carry_capture_metadata
 
 
 class Square(nn.Module):

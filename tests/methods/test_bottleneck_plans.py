@@ -10,7 +10,7 @@ import transformers
 
 import adaptc
 from adaptc.errors import PlanError
-from adaptc.methods.bottleneck_plans import STYLES, bottleneck_plan
+from adaptc.plan.presets import STYLES, bottleneck_plan
 from tests.methods.in_fp64 import check_against_formula, randomise
 from tests.methods.test_bottleneck import formulas
 from tests.models import hosts

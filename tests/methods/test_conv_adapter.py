@@ -14,8 +14,8 @@ from torch import nn
 import adaptc
 from adaptc.errors import PlanError, SiteError
 from adaptc.methods import conv_adapter
-from adaptc.methods.bottleneck_plans import petl_ast_plan
 from adaptc.methods.conv_adapter import CONV_BACK, CONV_FRONT, STYLES
+from adaptc.plan.presets import petl_ast_plan
 from tests.methods.in_fp64 import check_against_formula, errors_of, formula_step, randomise
 from tests.models import towers
 from tests.reference import check_all_rewritten, step

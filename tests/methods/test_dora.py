@@ -16,8 +16,9 @@ from torch import nn
 
 import adaptc
 from adaptc.errors import SiteError, UnsupportedError
-from adaptc.ir import dialect, dora
-from adaptc.ir.dora import bf16_parts, row_norm
+from adaptc.ir import dialect
+from adaptc.ir.ops import dora
+from adaptc.ir.ops.dora import bf16_parts, row_norm
 from tests.models import hosts
 from tests.passes.graphs import ops
 from tests.passes.models import adapted, trained_graph

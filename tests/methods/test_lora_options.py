@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 import adaptc
 from adaptc.errors import PlanError, SiteError
-from adaptc.methods import lora_init
+from adaptc.methods.lora import initial as lora_init
 from adaptc.runtime.calibrate import covariances
 
 FROM_WEIGHT = ["pissa", "pissa_niter_4", "olora", "corda"]

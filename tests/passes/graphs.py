@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.codegen.torch_internals import fake_mode_of
 from adaptc.ir.edit import infer_value
 from adaptc.ir.sites import LORA_LINEAR
 from adaptc.passes.contract import Context
 from adaptc.passes.manager import op_counts
+from adaptc.torch_internals import fake_mode_of
 from tests.ir.formulas import assert_within, rounding_bound
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import adaptc
 from adaptc.codegen.choices import Choice
-from adaptc.codegen.torch_internals import is_backward
 from adaptc.passes import reassociate
+from adaptc.torch_internals import is_backward
 from tests.models import hosts
 
 INDUCTOR = pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.ir.dropout import keep_mask
+from adaptc.ir.ops.dropout import keep_mask
 
 #: What two sites read and make, and the other way about: no multiples of a tile or of a vector register, and one is
 #: more than a kernel takes at once. Smaller than what other orders of the products are timed for.

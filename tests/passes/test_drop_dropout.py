@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptc.ir.lora import draw_tensor
+from adaptc.ir.ops.lora import draw_tensor
 from adaptc.ir.sites import lora_nodes
 from adaptc.passes.canonicalise.drop_dropout import drop_dropout
 from adaptc.passes.contract import Context

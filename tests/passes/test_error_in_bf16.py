@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.ir.dropout import keep_mask
+from adaptc.ir.ops.dropout import keep_mask
 from tests.models import hosts
 from tests.reference import as_double, factors_of
 

@@ -14,16 +14,17 @@ from torch.utils.checkpoint import CheckpointPolicy
 import adaptc
 from adaptc.codegen.cost import saved_bytes, shares
 from adaptc.codegen.cpp import products
-from adaptc.codegen.torch_internals import is_backward
 from adaptc.errors import VerifyError
-from adaptc.ir import dialect, lora_fused, lora_split
+from adaptc.ir import dialect
 from adaptc.ir.names import module_of, op_name
+from adaptc.ir.ops import lora_fused, lora_split
 from adaptc.ir.sites import is_inserted
 from adaptc.passes import manager
 from adaptc.passes.contract import Context
 from adaptc.passes.fuse import fuse
 from adaptc.passes.lower import lower
 from adaptc.passes.share import share
+from adaptc.torch_internals import is_backward
 from tests.models import hosts
 from tests.passes.graphs import ops
 from tests.passes.models import adapted, trained_graph

@@ -12,9 +12,9 @@ import re
 import pytest
 import torch
 
-from adaptc.codegen.torch_internals import TORCH
-from adaptc.ir import lora_split
+from adaptc.ir.ops import lora_split
 from adaptc.passes import widen
+from adaptc.torch_internals import TORCH
 from tests.passes.models import adapted, trained_graph
 
 FOLDER = pathlib.Path(__file__).parent / "golden"

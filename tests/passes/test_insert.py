@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import adaptc
-from adaptc.codegen.torch_internals import watch_calls
 from adaptc.ir.edit import copy_graph_module
-from adaptc.ir.lora import draw_tensor
+from adaptc.ir.ops.lora import draw_tensor
 from adaptc.ir.sites import dialect_nodes, lora_nodes, site_of
 from adaptc.methods.bias import bias_site
-from adaptc.methods.lora import lora_site
+from adaptc.methods.lora.method import lora_site
 from adaptc.passes.contract import Context
 from adaptc.passes.insert import insert
+from adaptc.torch_internals import watch_calls
 from tests.ir.wrong_passes import capture
 from tests.passes.graphs import DTYPES, Graph, check_adapters, ops, run, tensors
 

@@ -14,12 +14,12 @@ import adaptc
 from adaptc.codegen import choices
 from adaptc.codegen.choices import Choice
 from adaptc.codegen.cost import shares
-from adaptc.codegen.torch_internals import mark_recomputed
 from adaptc.ir.edit import copy_graph_module
-from adaptc.ir.onednn_linear import ONEDNN_LINEAR
+from adaptc.ir.ops.onednn_linear import ONEDNN_LINEAR
 from adaptc.ir.sites import is_inserted
 from adaptc.passes import library
 from adaptc.passes.contract import Context
+from adaptc.torch_internals import mark_recomputed
 from tests.passes.models import Model, adapted, trained_graph
 
 INDUCTOR = pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])

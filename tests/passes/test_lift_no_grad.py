@@ -13,7 +13,7 @@ from torch import nn
 
 import adaptc
 from adaptc.errors import NoGradientWarning, PlanError
-from adaptc.ir.lora import draw_tensor
+from adaptc.ir.ops.lora import draw_tensor
 from adaptc.passes.contract import Context
 from adaptc.passes.lift_no_grad import lift_no_grad
 from tests.passes.graphs import DTYPES, Graph, check_adapters, ops, run, tensors

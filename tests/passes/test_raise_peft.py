@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.codegen import peft_backend
-from adaptc.codegen.backend import AdapterBackend, BackendOptions
+from adaptc.capture import peft_backend
+from adaptc.capture.backend import AdapterBackend, BackendOptions
 from adaptc.errors import AdaptcWarning
 from adaptc.ir import dialect
 from adaptc.passes.manager import Pipeline, op_counts

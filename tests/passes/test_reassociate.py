@@ -19,7 +19,7 @@ from adaptc.codegen.choices import Choice
 from adaptc.codegen.cost import shares
 from adaptc.codegen.roofline import Rates
 from adaptc.ir import dialect
-from adaptc.ir.lora import draw_tensor
+from adaptc.ir.ops.lora import draw_tensor
 from adaptc.ir.sites import lora_nodes
 from adaptc.passes import reassociate as pass_module
 from adaptc.passes.reassociate import plans

@@ -15,8 +15,8 @@ from torch import nn
 import adaptc
 from adaptc.errors import VerifyError
 from adaptc.ir import dialect
-from adaptc.ir.dropout import keep_mask
-from adaptc.ir.lora import draw_tensor
+from adaptc.ir.ops.dropout import keep_mask
+from adaptc.ir.ops.lora import draw_tensor
 from adaptc.passes import manager
 from adaptc.passes.contract import Context
 from adaptc.passes.manager import op_counts

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import adaptc
 from adaptc.errors import NewSignatureWarning, VerifyError
 from adaptc.ir import dialect
-from adaptc.ir.lora import draw_tensor
+from adaptc.ir.ops.lora import draw_tensor
 from adaptc.passes import manager
 from adaptc.passes.contract import Context
 from adaptc.passes.share import share

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptc.ir.lora import draw_tensor
+from adaptc.ir.ops.lora import draw_tensor
 from adaptc.ir.sites import lora_nodes
 from adaptc.passes.canonicalise.sink_casts import sink_casts
 from adaptc.passes.contract import Context

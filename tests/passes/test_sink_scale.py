@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptc.ir.lora import draw_tensor
+from adaptc.ir.ops.lora import draw_tensor
 from adaptc.ir.sites import LORA_LINEAR, lora_nodes
 from adaptc.passes.canonicalise.sink_scale import sink_scale
 from adaptc.passes.contract import Context

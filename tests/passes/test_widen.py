@@ -10,12 +10,12 @@ import torch
 
 import adaptc
 from adaptc.codegen.cost import saved_bytes
-from adaptc.codegen.torch_internals import cpu_emulates
-from adaptc.ir import lora_split
 from adaptc.ir.edit import copy_graph_module
+from adaptc.ir.ops import lora_split
 from adaptc.ir.sites import is_inserted
 from adaptc.passes import widen
 from adaptc.passes.contract import Context
+from adaptc.torch_internals import cpu_emulates
 from tests.passes.models import Model, adapted, trained_graph
 
 aten = torch.ops.aten

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from adaptc.runtime import checkpoint
+from adaptc.files import checkpoint
 
 CONFIG = {"peft_type": "LORA", "r": 2, "target_modules": ["q"], "lora_alpha": 4}
 PLAN = {"version": 1, "rules": []}

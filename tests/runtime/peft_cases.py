@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from adaptc import Plan
+from adaptc.files import checkpoint, peft_format
+from adaptc.files.fingerprint import fingerprint
 from adaptc.methods.base import Adapter
-from adaptc.runtime import checkpoint, peft_format
 from adaptc.runtime.adapters import with_all_biases
-from adaptc.runtime.fingerprint import fingerprint
 from tests.models import hosts
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.codegen.torch_internals import reset_dynamo
+from adaptc.torch_internals import reset_dynamo
 from tests.methods.in_fp64 import randomise
 from tests.reference import check_against_reference, loss_of, reference_model
 

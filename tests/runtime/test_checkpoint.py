@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 
 from adaptc import errors
-from adaptc.runtime import checkpoint, names
+from adaptc.files import checkpoint
+from adaptc.runtime import names
 from tests.runtime.adapter_files import CONFIG, NAMES, PLAN, same_tensors, tensors, write
 
 # -- writing and reading ----------------------------------------------------------------------------------

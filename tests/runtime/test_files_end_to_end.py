@@ -14,7 +14,7 @@ import torch
 
 import adaptc
 from adaptc import errors
-from adaptc.runtime import checkpoint
+from adaptc.files import checkpoint
 from tests.models import hosts
 from tests.runtime.peft_cases import logits, peft_load, peft_model, peft_save, randomise
 

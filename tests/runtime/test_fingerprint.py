@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from adaptc.runtime.fingerprint import compare_fingerprint, fingerprint
+from adaptc.files.fingerprint import compare_fingerprint, fingerprint
 
 
 class Host(nn.Module):

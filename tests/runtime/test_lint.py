@@ -11,7 +11,7 @@ from torch import nn
 
 import adaptc
 from adaptc.errors import AdaptcWarning, NoGradientWarning
-from adaptc.runtime.lint import dead_parameters
+from adaptc.runtime.calls.lint import dead_parameters
 from tests.models import hosts
 from tests.reference import loss_of
 

@@ -16,8 +16,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from adaptc import errors
-from adaptc.runtime import checkpoint
-from adaptc.runtime.tensor_file import read_tensor_file
+from adaptc.files import checkpoint
+from adaptc.files.tensor_file import read_tensor_file
 from tests.runtime.adapter_files import NAMES, tensors, write
 
 

@@ -13,8 +13,8 @@ import torch
 
 from adaptc import Bias, LoRA, Match, Plan, Rule
 from adaptc.errors import UnsupportedError
+from adaptc.files import checkpoint, peft_format
 from adaptc.methods.patterns import value_at
-from adaptc.runtime import checkpoint, peft_format
 from adaptc.runtime.names import adapter_directory
 from tests.models import hosts
 from tests.runtime.peft_cases import Adapted, load, logits, peft_load, peft_model, peft_save

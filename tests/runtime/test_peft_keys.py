@@ -12,7 +12,7 @@ import torch
 
 from adaptc import LoRA, Match, Plan, Rule
 from adaptc.errors import MissingKeyError, NonFiniteError, TensorShapeError, UnexpectedKeyError
-from adaptc.runtime import checkpoint, peft_format
+from adaptc.files import checkpoint, peft_format
 from tests.runtime.peft_cases import Adapted, load, logits, peft_model, peft_save
 
 PLAN = Plan([Rule(Match("classifier"), train="full"), LoRA(r=2, bias="lora_only", targets=["query"])])

@@ -18,8 +18,8 @@ import torch
 
 import adaptc
 from adaptc import IA3, Bias, LoRA, Match, Plan, Rule, VeRA, errors
+from adaptc.files import checkpoint, peft_format
 from adaptc.methods.codec import codec_of, codecs
-from adaptc.runtime import checkpoint, peft_format
 from tests.models import hosts
 from tests.runtime.peft_cases import Adapted, load, logits, peft_config, peft_load, peft_model, peft_save, randomise
 

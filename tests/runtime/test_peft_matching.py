@@ -13,9 +13,10 @@ from peft.tuners.tuners_utils import check_target_module_exists
 
 from adaptc import LoRA, Match, Plan, Rule
 from adaptc.errors import AdaptcWarning, PlanError
+from adaptc.files import peft_format
 from adaptc.methods.patterns import value_at
 from adaptc.plan.files import read_peft_config
-from adaptc.runtime import peft_format, peft_matching
+from adaptc.plan.peft import matching as peft_matching
 from tests.models import hosts
 
 CLASSIFIER = Rule(Match("classifier"), train="full")

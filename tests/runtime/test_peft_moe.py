@@ -15,7 +15,7 @@ from torch import nn
 
 import adaptc
 from adaptc.errors import AdaptcWarning, ConfigError
-from adaptc.runtime import peft_moe
+from adaptc.plan.peft import moe as peft_moe
 from tests.models import hosts, mixtures
 
 IDS = torch.arange(8)[None] + 3

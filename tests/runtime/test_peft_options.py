@@ -12,8 +12,8 @@ from peft.utils.peft_types import PeftType
 
 from adaptc import LoRA, Plan
 from adaptc.errors import ConfigError, ConfigTypeError, UnknownConfigKeyError, UnsupportedKindError
+from adaptc.files.peft_format import config_to_plan
 from adaptc.methods.codec import codecs
-from adaptc.runtime.peft_format import config_to_plan
 
 OPTIONS = codecs()["LORA"].keys()
 

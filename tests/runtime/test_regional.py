@@ -14,8 +14,8 @@ from torch import nn
 import adaptc
 from adaptc.errors import NewSignatureWarning
 from adaptc.ir import dialect
-from adaptc.runtime import prologue
-from adaptc.runtime.regions import arm
+from adaptc.runtime.calls import prologue
+from adaptc.runtime.calls.regions import arm
 from tests.models import hosts
 from tests.reference import (
     check_against_reference,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.codegen.torch_internals import reset_dynamo
+from adaptc.torch_internals import reset_dynamo
 from tests.reference import check_against_reference
 
 WIDTH = 8

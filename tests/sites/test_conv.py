@@ -14,7 +14,7 @@ from torch import nn
 
 import adaptc
 from adaptc.errors import SiteError
-from adaptc.methods.lora_sites import conv
+from adaptc.methods.lora import conv
 from tests.models import hosts
 from tests.reference import relative_errors
 from tests.sites.life import check_life

@@ -14,7 +14,7 @@ from torch import nn
 
 import adaptc
 from adaptc.errors import SiteError, UnsupportedError
-from adaptc.methods.lora_sites import embedding
+from adaptc.methods.lora import embedding
 from tests.models import hosts
 from tests.reference import check_all_rewritten, relative_errors, step
 from tests.sites.life import check_life

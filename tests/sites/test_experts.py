@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import adaptc
-from adaptc.codegen import grouped
-from adaptc.codegen.torch_internals import storage_key
 from adaptc.errors import SiteError, UnsupportedError
+from adaptc.ir.ops import grouped
 from adaptc.ir.sites import site_of
-from adaptc.methods.lora_sites import experts
+from adaptc.methods.lora import experts
+from adaptc.torch_internals import storage_key
 from tests.models import hosts
 from tests.reference import check_steps_agree, loss_of, reference_step, relative_errors, step
 from tests.sites.life import check_life

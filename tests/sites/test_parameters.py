@@ -16,9 +16,9 @@ from transformers.models.omdet_turbo.modeling_omdet_turbo import OmDetTurboLangu
 from transformers.models.wav2vec2.modeling_wav2vec2 import AMSoftmaxLoss
 
 import adaptc
-from adaptc.codegen.torch_internals import node_value, storage_key
 from adaptc.errors import PlanError, SiteError
 from adaptc.ir import dialect
+from adaptc.torch_internals import node_value, storage_key
 from tests.models import hosts
 from tests.reference import check_steps_agree, loss_of, relative_errors, step
 from tests.sites.life import check_life

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch.nn.parameter import is_lazy
 
-from adaptc.codegen import torch_internals
+from adaptc import torch_internals
 from adaptc.codegen.cpp import onednn, pairs_source, products, skinny, skinny_source
 
 Work = Callable[[], object]

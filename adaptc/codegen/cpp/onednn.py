@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from adaptc.codegen import torch_internals
+from adaptc import torch_internals
 from adaptc.codegen.cpp.native_source import NATIVE
 
 SOURCE = (

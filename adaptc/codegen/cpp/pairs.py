@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from adaptc.codegen import torch_internals
+from adaptc import torch_internals
 from adaptc.codegen.cpp import products
 from adaptc.codegen.cpp.pairs_source import SOURCE
 

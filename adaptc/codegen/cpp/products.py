@@ -7,7 +7,7 @@
     dropout, fp32 or bf16                      ``skinny``
     else                                       Python: the libraries
 
-``adaptc.ir.lora_split`` and ``lora_fused`` choose alike in Python, which runs until the kernels are there.
+``adaptc.ir.ops.lora_split`` and ``lora_fused`` choose alike in Python, which runs until the kernels are there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from adaptc.codegen import torch_internals
+from adaptc import torch_internals
 from adaptc.codegen.cpp.native_source import NATIVE, PRODUCTS
 
 #: Ranks, of all sites together, up to which the libraries were slower wherever it was measured.

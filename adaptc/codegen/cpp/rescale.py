@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from adaptc.codegen import torch_internals
+from adaptc import torch_internals
 from adaptc.codegen.cpp.elements import VECTORS
 from adaptc.codegen.cpp.native_source import NATIVE
 

@@ -11,10 +11,10 @@ import functools
 
 import torch
 
-from adaptc.codegen import torch_internals
+from adaptc import torch_internals
 from adaptc.codegen.cpp.elements import ELEMENTS, kept_scale, threshold
 
-#: The constants are those of ``adaptc.ir.dropout``.
+#: The constants are those of ``adaptc.ir.ops.dropout``.
 SOURCE = ELEMENTS + r"""
 
 

@@ -6,7 +6,7 @@
     update     total += sum_g D_g . (q_g A_g)           q_g (..., r_g), A_g (r_g, K), total (..., K)
     row_norms  n_i   = |W_i + s (B A)_i|                W (N, K), A (r, K), B (N, r), n (N,)
 
-x, g, W and total are fp32 or bf16; factors of either have any strides. D_g is the mask of ``adaptc.ir.dropout`` of
+x, g, W and total are fp32 or bf16; factors of either have any strides. D_g is the mask of ``adaptc.ir.ops.dropout`` of
 ``seeds`` (1,) int64 and ``p`` over 1 - p, or one where there are none. x, g, W and total are read once: rows that fit a
 cache are copied, with the mask or in fp32, and each register tile of the result is summed from the copy. Libraries cut
 their tiles for wide results, and cannot drop. n_i^2 = |W_i|^2 + 2 s B_i . (A W^T)_i + s^2 B_i (A A^T) B_i^T.
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from adaptc.codegen import torch_internals
+from adaptc import torch_internals
 from adaptc.codegen.cpp import products
 from adaptc.codegen.cpp.skinny_source import SOURCE
 

@@ -7,7 +7,7 @@ from adaptc.codegen.cpp.native_source import NATIVE, OPERANDS
 from adaptc.codegen.cpp.row_norms_source import ROW_NORMS
 from adaptc.codegen.cpp.skinny_ops_source import OPS
 
-#: The constants of the hash are those of ``adaptc.ir.dropout``.
+#: The constants of the hash are those of ``adaptc.ir.ops.dropout``.
 KERNELS = r"""
 constexpr int ROWS = W == 16 ? 12 : 6, TALL = W == 16 ? 8 : 6;
 // Rows that are summed into what stays in the second cache, and how many columns of them the first one holds.

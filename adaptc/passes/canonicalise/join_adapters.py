@@ -18,11 +18,11 @@ import operator
 import torch
 from torch import fx
 
-from adaptc.codegen.torch_internals import node_value
 from adaptc.ir.edit import Edit, Result, Rewrite
 from adaptc.ir.effects import barrier
 from adaptc.ir.sites import adapter_below, is_cast, lora_nodes, site_of
 from adaptc.passes.contract import Context
+from adaptc.torch_internals import node_value
 
 
 def join_adapters(gm: fx.GraphModule, context: Context, result: Result) -> None:

@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from adaptc.codegen.torch_internals import node_value
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result, Rewrite
 from adaptc.ir.effects import barrier
 from adaptc.ir.names import op_name
 from adaptc.ir.sites import LORA_LINEAR, dialect_nodes, site_of
 from adaptc.passes.contract import Context
+from adaptc.torch_internals import node_value
 
 _MATMULS = (torch.matmul, torch.mm, operator.matmul, "matmul", "mm", "__matmul__")
 _INNER = (torch.inner, "inner")

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from torch import fx
 
-from adaptc.codegen.torch_internals import node_value
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.effects import barrier
 from adaptc.ir.sites import cast_dtype, is_cast, lora_nodes, site_of
 from adaptc.passes.contract import Context
+from adaptc.torch_internals import node_value
 
 
 def sink_casts(gm: fx.GraphModule, context: Context, result: Result) -> None:

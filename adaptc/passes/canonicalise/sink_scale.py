@@ -13,10 +13,10 @@ import operator
 
 from torch import fx
 
-from adaptc.codegen.torch_internals import node_value
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.sites import lora_nodes, site_of
 from adaptc.passes.contract import Context
+from adaptc.torch_internals import node_value
 
 
 def sink_scale(gm: fx.GraphModule, context: Context, result: Result) -> None:

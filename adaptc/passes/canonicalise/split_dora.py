@@ -13,11 +13,11 @@ from typing import cast
 
 from torch import fx
 
-from adaptc.codegen.torch_internals import node_value
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.sites import LORA_LINEAR, site_of
 from adaptc.passes.contract import Context
+from adaptc.torch_internals import node_value
 
 
 def split_dora(gm: fx.GraphModule, context: Context, result: Result) -> None:

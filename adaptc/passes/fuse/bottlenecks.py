@@ -12,13 +12,13 @@ from typing import Any, cast
 
 from torch import fx
 
-from adaptc.codegen.torch_internals import node_value
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.products import without_views
 from adaptc.ir.sites import site_of
-from adaptc.ir.structure import same_sizes
+from adaptc.passes.checks.structure import same_sizes
 from adaptc.passes.contract import Context
+from adaptc.torch_internals import node_value
 
 
 def fuse_bottlenecks(gm: fx.GraphModule, context: Context, result: Result) -> None:

@@ -13,15 +13,15 @@ from typing import Any, cast
 
 from torch import fx
 
-from adaptc.codegen.torch_internals import node_value
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.products import Product
 from adaptc.ir.sites import is_inserted, site_of
-from adaptc.ir.structure import same_sizes
 from adaptc.ir.sums import is_sum
+from adaptc.passes.checks.structure import same_sizes
 from adaptc.passes.contract import Context
 from adaptc.passes.fuse.products import CHECKPOINT, Fused, origins_of, own_product
+from adaptc.torch_internals import node_value
 
 
 def fuse_inputs(gm: fx.GraphModule, context: Context, result: Result, fused: list[Fused]) -> None:

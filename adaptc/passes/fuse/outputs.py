@@ -17,14 +17,14 @@ from typing import Any, cast
 
 from torch import fx
 
-from adaptc.codegen.torch_internals import node_value
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.products import Product
 from adaptc.ir.sites import LORA_LINEAR, site_of
-from adaptc.ir.structure import same_sizes
+from adaptc.passes.checks.structure import same_sizes
 from adaptc.passes.contract import Context
 from adaptc.passes.fuse.products import Fused, origins_of, own_product
+from adaptc.torch_internals import node_value
 
 
 def fuse_outputs(gm: fx.GraphModule, context: Context, result: Result, fused: list[Fused]) -> None:

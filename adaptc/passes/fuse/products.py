@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from torch import fx
 
-from adaptc.codegen.torch_internals import tree_leaves
 from adaptc.ir.origin import Origin, checkpoint_marks, keep_origins, origin_of
 from adaptc.ir.products import Product, frozen_product
+from adaptc.torch_internals import tree_leaves
 
 #: Why a product stays, where a checkpoint keeps it and computes what reads it again, or the other way round.
 CHECKPOINT = "a checkpoint treats its frozen layer's output in another way than its own"

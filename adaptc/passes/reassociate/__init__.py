@@ -29,13 +29,6 @@ from torch import fx
 from adaptc.codegen import choices
 from adaptc.codegen.choices import Choice
 from adaptc.codegen.roofline import Rates, finished, on, rates
-from adaptc.codegen.torch_internals import (
-    may_call_onednn,
-    node_value,
-    onednn_linear,
-    product_precision,
-    size_hint,
-)
 from adaptc.ir.code_hash import code_hash
 from adaptc.ir.edit import Result
 from adaptc.ir.sites import lora_nodes, site_of
@@ -43,6 +36,7 @@ from adaptc.passes.contract import Context, Contract, everywhere
 from adaptc.passes.reassociate import plans
 from adaptc.passes.reassociate.site import Site, read
 from adaptc.passes.reassociate.write import write
+from adaptc.torch_internals import may_call_onednn, node_value, onednn_linear, product_precision, size_hint
 
 CONTRACT = Contract(level="joint", numerics="reassociates", conflicts=frozenset({"shared", "fused", "aten"}))
 

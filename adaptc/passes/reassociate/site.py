@@ -9,10 +9,10 @@ from typing import cast
 
 from torch import fx
 
-from adaptc.codegen.torch_internals import node_value, size_hint
 from adaptc.ir import dialect
 from adaptc.ir.products import Product, frozen_product, without_views
 from adaptc.ir.sums import flatten, root_of
+from adaptc.torch_internals import node_value, size_hint
 
 
 @dataclasses.dataclass(frozen=True)

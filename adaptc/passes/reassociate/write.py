@@ -7,7 +7,6 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from adaptc.codegen.torch_internals import node_value
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Rewrite
 from adaptc.ir.origin import origin_of
@@ -15,6 +14,7 @@ from adaptc.ir.products import Product, views_down_to, without_views
 from adaptc.ir.sites import site_of
 from adaptc.ir.sums import ADD, flatten
 from adaptc.passes.reassociate.site import Grads, InputGrad, Site
+from adaptc.torch_internals import node_value
 
 aten = torch.ops.aten
 

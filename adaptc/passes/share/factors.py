@@ -22,14 +22,14 @@ from typing import cast
 import torch
 from torch import fx
 
-from adaptc.codegen.torch_internals import OpOverload, is_backward, keeps_inputs, mark_recomputed, node_value
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
-from adaptc.ir.lora_split import has_fp32_kernel
+from adaptc.ir.ops.lora_split import has_fp32_kernel
 from adaptc.ir.products import VIEWS
 from adaptc.ir.sites import site_of
 from adaptc.passes.contract import Context
 from adaptc.passes.share.dropped import Dropped, dropouts_of, dropped, seeds_of
+from adaptc.torch_internals import OpOverload, is_backward, keeps_inputs, mark_recomputed, node_value
 
 aten = torch.ops.aten
 #: What a value is read through: autograd keeps results behind the second two.

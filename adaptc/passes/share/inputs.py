@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from torch import fx
 
-from adaptc.codegen.torch_internals import node_value
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.sites import site_of
 from adaptc.ir.sums import ADD, flatten, is_inner, is_sum
 from adaptc.passes.contract import Context
 from adaptc.passes.share.dropped import Dropped, dropped, seeds_of
+from adaptc.torch_internals import node_value
 
 
 def share_inputs(gm: fx.GraphModule, context: Context, result: Result) -> None:

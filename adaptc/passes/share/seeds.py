@@ -17,12 +17,12 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from adaptc.codegen.torch_internals import mark_drawn_once, node_value
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result, Rewrite
 from adaptc.ir.origin import checkpoint_marks
 from adaptc.ir.sites import site_of
 from adaptc.passes.contract import Context
+from adaptc.torch_internals import mark_drawn_once, node_value
 
 aten = torch.ops.aten
 _DRAWS = (aten.randint.default, aten.randint.low)

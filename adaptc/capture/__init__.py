@@ -1,0 +1,1 @@
+"""The Dynamo backend: one captured graph through the passes to a compiler."""

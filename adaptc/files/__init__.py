@@ -1,0 +1,1 @@
+"""Adapter folders: written, read, checked."""

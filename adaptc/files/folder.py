@@ -1,0 +1,207 @@
+"""Adapter folders and a compiled model: ``model.adaptc.save``, ``.load``, and adding from a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from adaptc.errors import AdaptcWarning, ConfigError
+from adaptc.files import checkpoint, peft_experts, peft_format
+from adaptc.files.fingerprint import compare_fingerprint, fingerprint
+from adaptc.methods.base import Adapter, Method
+from adaptc.plan import Assignment, Plan
+from adaptc.plan.files import is_peft_config
+from adaptc.runtime import embeddings, processes
+from adaptc.runtime.adapters import with_all_biases
+from adaptc.runtime.names import check_adapter_name
+
+if TYPE_CHECKING:
+    from adaptc.handle import Handle
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What a site's row in a file is made of."""
+
+    path: str
+    module: torch.nn.Module
+    method: Method
+    parameter: str | None = None
+
+
+def is_adapter_directory(source: object) -> bool:
+    return isinstance(source, str | os.PathLike) and Path(source).is_dir()
+
+
+def plan_of(source: Any, model: torch.nn.Module | None = None) -> Plan:
+    """The plan that ``source`` means, as ``adaptc.compile`` takes it; a folder's own, when it has one."""
+    if is_adapter_directory(source):
+        return _plan_in(_read(source, model), model)
+    if model is not None and is_peft_config(source):
+        return Plan.from_peft(source, model=model)
+    return Plan.coerce(source)
+
+
+def _read(directory: Any, model: torch.nn.Module | None) -> checkpoint.AdapterFiles:
+    """The files, with adapters of single experts as PEFT fuses them for ``model``."""
+    files = checkpoint.read_adapter(directory)
+    if model is None or files.config is None or files.plan is not None:
+        return files
+    config, tensors = peft_experts.fuse(files.config, files.tensors, model, source=str(files.path))
+    return dataclasses.replace(files, config=config, tensors=tensors)
+
+
+def _plan_in(files: checkpoint.AdapterFiles, model: torch.nn.Module | None) -> Plan:
+    if files.plan is not None:
+        plan = Plan.from_dict(files.plan)
+        return plan if model is None else peft_format.without_idle_keys(plan, model)
+    assert files.config is not None  # read_adapter: a folder without a config has a plan
+    return peft_format.config_to_plan(files.config, model=model, loading=True)
+
+
+def add(handle: Handle, directory: Any, name: str) -> None:
+    """Attach a folder as the new adapter ``name``, not live; nothing changes when it does not fit."""
+    files = _read(directory, handle.model)
+    plan = _plan_in(files, handle.model).lifting(handle.options.lift_no_grad)
+    # Built once aside, to check the tensors before anything is attached.
+    with torch.random.fork_rng(devices=[]):
+        trial = {
+            site.path: site.build(dtype=handle.options.adapter_dtype, site_id=0)
+            for site in with_all_biases(plan.resolve(handle.model), handle.model)
+        }
+        for kind in dict.fromkeys(type(adapter.method) for adapter in trial.values()):
+            kind.link([adapter for adapter in trial.values() if type(adapter.method) is kind])
+    decoded = _decode(files, trial, handle)
+    rows = _rows(files, decoded, handle)
+    with torch.random.fork_rng(devices=[]):
+        handle.install(name, plan, config=files.config)
+    peft_format.assign(decoded, _adapters(handle, name))
+    handle.adapters.set_rows(name, rows)
+    if files.plan is None:
+        _warn_of_another_function(files.path, _adapters(handle, name))
+
+
+def load(handle: Handle, directory: Any, name: str) -> None:
+    """Replace the values of the adapter ``name`` by those of a folder, or add it.
+
+    Where parameters are sharded all processes must call, and each keeps its part.
+    """
+    if name not in handle.records:
+        add(handle, directory, name)
+        return
+    files = _read(directory, handle.model)
+    theirs = with_all_biases(_plan_in(files, handle.model).resolve(handle.model), handle.model)
+    _check_same_sites(theirs, handle, name)
+    adapters = _adapters(handle, name)
+    with processes.gathered(handle.model, adapters.values(), write=True):
+        decoded = _decode(files, adapters, handle)
+        handle.adapters.set_rows(name, _rows(files, decoded, handle))
+        peft_format.assign(decoded, adapters)
+    handle.records[name].config = files.config
+    if files.plan is None:
+        _warn_of_another_function(files.path, adapters)
+
+
+def save(handle: Handle, directory: Any, name: str, save_embedding_layers: bool | str = "auto") -> None:
+    """Write an adapter: in PEFT's format, or in adaptc's own where PEFT has no such method.
+
+    ``save_embedding_layers``: see ``Handle.save``.
+
+    Where parameters are sharded all processes must call, the first one writes, and the others wait for it.
+
+    Raises:
+        UnsupportedError: PEFT has the method, and its format no place for these sites or options.
+    """
+    record = handle.adapters.record(name)
+    check_adapter_name(name, [p for p, _ in handle.model.named_modules() if ".adapters" not in f".{p}"])
+    parts = [(site, path, adapter) for site in handle.sites for path, adapter in site.parts(name)]
+    sites = [Saved(path, s.module, a.method_now(), a.parameter) for s, path, a in parts]
+    config = None
+    if peft_format.codec_of_sites(sites) is not None:
+        config = peft_format.plan_to_config(
+            record.plan,
+            sites,
+            base_model_name=None if record.config else getattr(handle.model, "name_or_path", None) or None,
+            original=record.config,
+            model=handle.model,
+        )
+    adapters = _adapters(handle, name)
+    with processes.gathered(handle.model, adapters.values()):
+        tensors = peft_format.encode(adapters, config)
+    with handle.adapters.base_alone():
+        layers = embeddings.to_save(handle.model, record.rows, save_embedding_layers)
+        # What a reader finds again is the base with the rows that the file brings.
+        with embeddings.at_work(handle.model, record.rows if layers else []):
+            base = fingerprint(handle.model, [site.path for site, _, _ in parts])
+    write = functools.partial(
+        checkpoint.write_adapter,
+        directory,
+        config=config,
+        tensors={**tensors, **peft_format.embedding_keys(layers, adapters)},
+        plan=record.plan.to_dict(),
+        fingerprint=base,
+    )
+    processes.write_once(handle.model, write)
+    if config is not None:
+        _warn_of_another_function(directory, adapters)
+
+
+def _decode(
+    files: checkpoint.AdapterFiles, adapters: dict[str, Adapter], handle: Handle
+) -> dict[str, dict[str, torch.Tensor]]:
+    source = str(files.path)
+    return peft_format.decode(files.tensors, adapters, model=handle.model, source=source, config=files.config)
+
+
+def _rows(files: checkpoint.AdapterFiles, decoded: peft_format.Decoded, handle: Handle) -> list[embeddings.Rows]:
+    """The rows of the base's embeddings that the folder has others of; warns where the base is another one."""
+    with handle.adapters.base_alone():
+        rows = embeddings.rows_of(handle.model, decoded.get(peft_format.EMBEDDINGS, {}), str(files.path))
+        with embeddings.at_work(handle.model, rows):
+            _warn_of_another_base(files, handle)
+        return rows
+
+
+def _adapters(handle: Handle, name: str) -> dict[str, Adapter]:
+    return {path: adapter for site in handle.sites for path, adapter in site.parts(name)}
+
+
+def _check_same_sites(theirs: list[Assignment], handle: Handle, name: str) -> None:
+    ours = {path: peft_format.comparable(a.method) for site in handle.sites for path, a in site.parts(name)}
+    found = {site.path: peft_format.comparable(site.method) for site in theirs}
+    different = sorted(path for path in ours.keys() | found.keys() if ours.get(path) != found.get(path))
+    if different:
+        path = different[0]
+        raise ConfigError(
+            f"the folder's adapter has other sites than {name!r}: {len(different)} differ, first {path}",
+            expected=ours.get(path, "no adapter there"),
+            found=found.get(path, "no adapter there"),
+            do=f"model.adaptc.remove({name!r}) first, or load it under another name",
+        )
+
+
+def _warn_of_another_function(directory: Any, adapters: dict[str, Adapter]) -> None:
+    """Say where PEFT computes something else from the same file."""
+    sites: dict[str, list[str]] = {}
+    for path, adapter in adapters.items():
+        if difference := adapter.peft_difference():
+            sites.setdefault(difference, []).append(path)
+    for difference, paths in sites.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        warnings.warn(
+            f"{directory}: the adapter of {paths[0]}{more} is another function in PEFT: {difference}",
+            AdaptcWarning,
+            stacklevel=4,
+        )
+
+
+def _warn_of_another_base(files: checkpoint.AdapterFiles, handle: Handle) -> None:
+    if files.fingerprint is not None:
+        for difference in compare_fingerprint(files.fingerprint, handle.model):
+            warnings.warn(f"{files.path}: {difference}", AdaptcWarning, stacklevel=4)

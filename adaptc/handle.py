@@ -1,0 +1,426 @@
+"""``model.adaptc``: the handle of a compiled model."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from adaptc.capture.adapter_inputs import AdapterTensors
+from adaptc.capture.backend import BackendOptions
+from adaptc.capture.graphs import CapturedGraph
+from adaptc.errors import AdapterNameError, NewSignatureWarning, UnsupportedError
+from adaptc.files import folder, save_pretrained
+from adaptc.methods import quantised
+from adaptc.passes.manager import Pipeline
+from adaptc.plan import Plan
+from adaptc.runtime import processes
+from adaptc.runtime.adapters import AdapterRecord, AdapterSet, Site
+from adaptc.runtime.calls import captures, lifts
+from adaptc.runtime.calls.lint import Lint
+
+if TYPE_CHECKING:
+    from adaptc.report.explain import Explanation
+
+#: What the handle will do and this version does not: name -> what it is for.
+_LATER = {
+    "axes": "the dimension groups of the model",
+    "report": "the HTML report",
+    "permute_optimizer": "resuming an optimizer under co-permutation",
+    "batch": "one adapter per row of a batch",
+    "pin": "keeping adapters in device memory",
+    "prefetch": "loading adapters ahead of use",
+    "merge": "folding adapters into the base weights",
+    "unmerge": "undoing a merge",
+    "compose": "combining adapters",
+    "convert": "converting an adapter to another kind",
+    "export": "other file formats",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileOptions:
+    """The arguments of ``adaptc.compile`` that say how, not what."""
+
+    backend: BackendOptions
+    fullgraph: bool = False
+    dynamic: bool | None = None
+    adapter_dtype: torch.dtype | None = None
+    example_inputs: Any = None
+    regional: bool | str = "auto"
+    lift_no_grad: tuple[str, ...] = ()
+
+
+def pipeline_of(plan: Plan | None) -> Pipeline:
+    """The passes that a plan asks for.
+
+    Raises:
+        PipelineError: they cannot run in this order, or one of them is not known.
+    """
+    passes = None if plan is None else plan.passes
+    if passes is None:
+        return Pipeline.from_options()
+    return Pipeline.from_options(skip=passes.skip, order=passes.order, limit=passes.limit)
+
+
+class Handle:
+    """What a compiled model can be asked and told; holds no tensors of its own."""
+
+    def __init__(self, model: nn.Module, options: CompileOptions) -> None:
+        self.model = model
+        self.options = options
+        self.adapters = AdapterSet(model, options.adapter_dtype)
+        self.captures = captures.Captures(self)
+        #: Entry points that bypass the model's forward and are captured beside it.
+        self.entries: list[str] = []
+        self._was_trainable: dict[str, bool] = {}
+        #: Of the hook before the model's ``load_state_dict``.
+        self.guard_handle: Any = None
+        self.check_data_parallel = processes.DataParallelCheck()
+        self.lint = Lint(self)
+
+    # -- reading ---------------------------------------------------------------------------------------
+
+    @property
+    def sites(self) -> list[Site]:
+        """The adapted modules, in the order of the model."""
+        return self.adapters.sites
+
+    @property
+    def records(self) -> dict[str, AdapterRecord]:
+        """Adapter name -> its plan and origin."""
+        return self.adapters.records
+
+    @property
+    def live(self) -> tuple[str, ...]:
+        """The names of the adapters that act, in order."""
+        return self.adapters.live
+
+    @property
+    def graphs(self) -> list[CapturedGraph]:
+        """The graphs captured since the set of sites last changed."""
+        return [] if self.captures.backend is None else list(self.captures.backend.graphs)
+
+    def explain(self) -> Explanation:
+        """The report: sites, passes, graphs, trained parameters and costs; print it."""
+        from adaptc.report.explain import explain
+
+        return explain(self)
+
+    def preview(self) -> list[CapturedGraph]:
+        """The graphs of the example inputs, captured without compiling kernels; none when there are no inputs.
+
+        Runs the model once, forward and backward, and leaves no trace.
+        """
+        inputs = self.options.example_inputs
+        if inputs is None:
+            return []
+        return captures.preview(self, inputs)
+
+    def metrics(self) -> dict[str, int]:
+        """Counters. ``graphs`` and ``recompiles`` are those of this epoch (since the set of sites changed):
+        a recompile is a graph of a frame that had been compiled before, for sites that it had been compiled for."""
+        graphs = self.graphs
+        return {
+            **self.captures.counts,
+            "graphs": len(graphs),
+            "recompiles": sum(g.is_recompile for g in graphs),
+            "sites": len(self.sites),
+            "eager_sites": len(self.eager_sites()),
+        }
+
+    def site_paths(self) -> dict[int, str]:
+        """``id`` of every adapter's site-id tensor -> module path."""
+        return {id(a.site_id): site.path for site in self.sites for a in site.adapters.values()}
+
+    def adapter_tensors(self) -> AdapterTensors:
+        """The tensors by which a captured graph's inputs are told to be an adapter's."""
+        adapters = [(a, site.path) for site in self.sites for a in site.adapters.values()]
+        return AdapterTensors(
+            [(a.site_id, path) for a, path in adapters],
+            [(p, path) for a, path in adapters for p in a.parameters() if p.requires_grad],
+            lifts.tensors(self.model, self.captures.lifts),
+            frozenset(self.captures.lifts.own),
+        )
+
+    def eager_sites(self) -> list[str]:
+        """Sites whose adapter ran outside a captured graph: right values, but not rewritten."""
+        paths = self.site_paths()
+        return sorted({paths[i] for i in self.captures.eager if i in paths})
+
+    def idle_sites(self) -> list[str]:
+        """Sites of live adapters that no call has reached yet."""
+        backend = self.captures.backend
+        ran = self.captures.eager | self.captures.once | (backend.ran if backend else set())
+        # A module that is trained in full has no anchor: nothing tells whether its copy ran.
+        live = [
+            (site.path, [a for n in self.live for a in site.of(n) if not a.replaces_forward]) for site in self.sites
+        ]
+        return [path for path, adapters in live if adapters and not any(id(a.site_id) in ran for a in adapters)]
+
+    # -- training --------------------------------------------------------------------------------------
+
+    def parameters(self, name: str | None = None) -> Iterator[nn.Parameter]:
+        """The parameters of one adapter, or of all."""
+        for _, parameter in self.adapters.named_parameters(name):
+            yield parameter
+
+    def named_parameters(self, name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name in the model, parameter) of one adapter, or of all."""
+        return self.adapters.named_parameters(name)
+
+    def param_groups(
+        self, name: str | None = None, *, lr: float | None = None, lr_ratio: float = 1.0, **options: Any
+    ) -> list[dict[str, Any]]:
+        """Optimizer groups; ``options`` go into each. ``lr_ratio`` is LoRA+'s lambda (Hayou et al. 2024):
+        ``lora_B`` and every one-dimensional parameter learn at ``lr * lr_ratio``.
+
+        Raises:
+            ValueError: a ratio without ``lr``.
+        """
+        if lr_ratio != 1.0 and lr is None:
+            raise ValueError("param_groups: lr_ratio needs lr")
+        base: dict[str, Any] = options if lr is None else {**options, "lr": lr}
+        groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+        for full_name, parameter in self.named_parameters(name):
+            fast = lr_ratio != 1.0 and (full_name.endswith(".lora_B") or parameter.dim() == 1)
+            groups[fast].append(parameter)
+        chosen = [{"params": groups[False], **base}]
+        if lr is not None and groups[True]:
+            chosen.append({"params": groups[True], **base, "lr": lr * lr_ratio})
+        return chosen
+
+    def on_step(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Let methods that act between optimizer steps do so after each step; returns a removable handle."""
+
+        def after_step(*_: Any) -> None:
+            for site in self.sites:
+                for adapter in site.adapters.values():
+                    adapter.after_step(optimizer)
+
+        return optimizer.register_step_post_hook(after_step)
+
+    # -- adapters --------------------------------------------------------------------------------------
+
+    def add(self, name: str, plan: Any, *, calibration: Iterable[Any] | None = None) -> None:
+        """Add an adapter under ``name``: a plan (or what ``adaptc.compile`` accepts as one), or an adapter
+        folder, whose values are loaded. It is not live until ``switch``. ``calibration``: as in ``adaptc.compile``.
+
+        Raises:
+            AdapterNameError: the name is taken.
+            PlanError, SiteError, CheckpointError: nothing has changed then.
+        """
+        if folder.is_adapter_directory(plan):
+            folder.add(self, plan, name)
+        else:
+            self.install(name, folder.plan_of(plan, self.model), calibration=calibration)
+        self.lint.check_values(name)
+
+    def install(
+        self, name: str, plan: Any, *, config: dict[str, Any] | None = None, calibration: Iterable[Any] | None = None
+    ) -> None:
+        """Attach fresh adapters of a ``Plan`` under ``name``."""
+        plan = plan.lifting(self.options.lift_no_grad)
+        pipeline_of(plan)  # refuses passes that cannot run, before anything changes
+        processes.check_unwrapped(self.model)
+        grew = self.adapters.install(name, plan, config=config, calibration=calibration)
+        processes.note_constant_buffers(self)
+        if grew:
+            self.captures.new_epoch()
+
+    def remove(self, name: str) -> None:
+        """Take the adapter ``name`` off the model.
+
+        Raises:
+            AdapterNameError: there is no such adapter.
+        """
+        shrank = self.adapters.remove(name)
+        processes.note_constant_buffers(self)
+        if shrank:
+            self.captures.new_epoch()
+
+    def switch(self, names: str | Sequence[str] | None) -> None:
+        """Make one adapter live, several together, or none. Recompiles nothing among adapters of one signature
+        (kinds, shapes, dtypes, requires_grad per site); a new signature compiles at its first call, and
+        is announced by a ``NewSignatureWarning``.
+
+        Raises:
+            AdapterNameError: an unknown name, or one given twice.
+            SiteError: two of them replace one module.
+        """
+        self.adapters.set_live(() if names is None else (names,) if isinstance(names, str) else tuple(names))
+        outdated = bool(self.live) and self.captures.lifts_changed()
+        if outdated:
+            self.captures.new_epoch()
+        if self.captures.note_signature() or outdated:
+            live = ", ".join(map(repr, self.live)) or "no adapter"
+            message = f"{live}: kinds, shapes or dtypes not seen before; the next call compiles once"
+            warnings.warn(NewSignatureWarning(message), stacklevel=2)
+
+    def warmup(self, names: str | Sequence[str] | None = None, *, example_inputs: Any = None) -> None:
+        """Compile ahead for each adapter in ``names`` (default: all): one forward, and a backward in training
+        mode when the output has a gradient. Values, gradients, buffers and random state stay as they are.
+
+        Raises:
+            ValueError: no example inputs are known.
+        """
+        inputs = self.example_inputs(example_inputs)
+        if inputs is None:
+            raise ValueError(
+                "no example inputs: pass example_inputs=, here or to adaptc.compile"
+                f" ({type(self.model).__name__} has no dummy_inputs)"
+            )
+        before = self.live
+        chosen = list(self.records) if names is None else [names] if isinstance(names, str) else list(names)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NewSignatureWarning)
+            try:
+                for name in chosen:
+                    self.switch(name)
+                    self.captures.run_ahead(inputs)
+            finally:
+                self._switch_back(before)
+
+    def example_inputs(self, given: Any = None) -> Any:
+        """Inputs of one call: ``given``, those of ``adaptc.compile``, the model's ``dummy_inputs``, or None."""
+        if given is None:
+            given = self.options.example_inputs
+        return getattr(self.model, "dummy_inputs", None) if given is None else given
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the block the base model computes alone; afterwards the same adapters are live again."""
+        before = self.live
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NewSignatureWarning)
+            self.switch(None)
+            try:
+                yield
+            finally:
+                self._switch_back(before)
+
+    def _switch_back(self, names: Sequence[str]) -> None:
+        """Make ``names`` live again, but for those that were removed meanwhile."""
+        self.switch([name for name in names if name in self.records])
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, of how many, as PEFT does."""
+        sizes = [(quantised.numel(p), p.requires_grad) for p in self.model.parameters()]
+        trained, total = sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+        share = 100 * trained / max(total, 1)
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def merge_and_unload(self) -> nn.Module:
+        """Fold the live adapters into the base's weights, in fp64 and rounded once, and detach; cannot be undone.
+
+        Adapters that are not live are dropped. Returns the model.
+
+        Raises:
+            UnsupportedError: names the site whose adapter cannot be merged; nothing has changed then.
+        """
+        from adaptc.runtime.merging import fold_in
+
+        fold_in(self)
+        self.adapters.keep_rows()
+        return self.detach()
+
+    # -- files -----------------------------------------------------------------------------------------
+
+    def save(
+        self, directory: Any, name: str | None = None, *, save_embedding_layers: bool | str = "auto"
+    ) -> None:
+        """Write an adapter in PEFT's format, with our plan beside it; atomic. ``name``: default the live one.
+
+        ``save_embedding_layers``: whether the embeddings are written too, as in PEFT; "auto": where the adapter was
+        loaded with others than the base has, or the vocabulary has another size than in the base's own files.
+
+        Raises:
+            AdapterNameError: no such adapter, or none given and not exactly one is live.
+            UnsupportedError: PEFT's format cannot express the adapter.
+        """
+        if name is None and len(self.live) != 1:
+            raise AdapterNameError("save: say which adapter", found=f"live: {', '.join(self.live) or 'none'}")
+        folder.save(self, directory, self.live[0] if name is None else name, save_embedding_layers)
+
+    def load(self, directory: Any, name: str | None = None) -> None:
+        """Read an adapter folder into the adapter ``name`` (default: the live one): replaces its values, or adds
+        it. Everything is checked before anything changes.
+
+        Raises:
+            CheckpointError: the files are malformed or do not fit; nothing has changed then.
+        """
+        if name is None and len(self.live) > 1:
+            raise AdapterNameError("load: say into which adapter", found=f"live: {', '.join(self.live)}")
+        chosen = name or (self.live[0] if self.live else "default")
+        folder.load(self, directory, chosen)
+        self.lint.check_values(chosen)
+
+    # -- capture ---------------------------------------------------------------------------------------
+
+    def attach_to_model(self) -> None:
+        """Freeze the base, remembering which parameters were trainable, and install the prologue."""
+        ours = {name for name, _ in self.named_parameters()}
+        named = [(n, p) for n, p in self.model.named_parameters() if n not in ours]
+        self._was_trainable = {n: p.requires_grad for n, p in named}
+        for _, parameter in named:
+            parameter.requires_grad_(False)
+        self.model.adaptc = self  # type: ignore[assignment]
+        self.entries = captures.arm(self)
+        save_pretrained.arm(self)
+
+    def pipeline(self) -> Pipeline:
+        """The passes that the live adapters' plans ask for (the first plan that says anything)."""
+        plans = [self.records[name].plan for name in (*self.live, *self.records)]
+        return pipeline_of(next((plan for plan in plans if plan.passes and plan.passes.says_which), None))
+
+    def detach(self) -> nn.Module:
+        """Give the untouched model back: no adapters, hooks or attributes, and trainable flags as they were."""
+        model = self.model
+        for name in list(self.records):
+            self.adapters.remove(name)
+        processes.note_constant_buffers(self)
+        captures.disarm(model)
+        save_pretrained.disarm(self)
+        for name, parameter in model.named_parameters():
+            if name in self._was_trainable:
+                parameter.requires_grad_(self._was_trainable[name])
+        model.__dict__.pop("adaptc", None)
+        self.captures.new_epoch()
+        return model
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _LATER:
+            raise UnsupportedError(f"model.adaptc.{name} is not in this version", missing=_LATER[name])
+        raise AttributeError(f"'Handle' object has no attribute {name!r}")
+
+    # -- copies ----------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        if id(self) in memo:
+            return memo[id(self)]  # type: ignore[no-any-return]
+        if id(self.model) not in memo:
+            return copy.deepcopy(self.model, memo).adaptc  # type: ignore[return-value]
+        new = object.__new__(Handle)
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Captured code belongs to this object and process; a copy captures anew.
+        own = ("captures", "check_data_parallel", "lint")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.captures = captures.Captures(self)
+        self.check_data_parallel = processes.DataParallelCheck()
+        self.lint = Lint(self)
+
+    def __repr__(self) -> str:
+        return f"<adaptc handle of {type(self.model).__name__}: {len(self.sites)} sites, live {self.live}>"

@@ -1,0 +1,1 @@
+"""LoRA at every kind of site, and DoRA."""

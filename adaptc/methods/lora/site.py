@@ -1,0 +1,70 @@
+"""What the adapters of LoRA at other than linear sites have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from adaptc.ir.edit import Edit
+from adaptc.methods.scaled import ScaledAdapter
+from adaptc.torch_internals import node_value
+
+if TYPE_CHECKING:
+    from adaptc.methods.lora.method import LoRA
+
+
+class SiteAdapter(ScaledAdapter):
+    """LoRA at one kind of module; built as ``(method, module, dtype=..., site_id=...)``."""
+
+    method: LoRA
+
+    def __init__(
+        self, method: LoRA, module: nn.Module, *, dtype: torch.dtype | None = None, site_id: int = 0
+    ) -> None:
+        raise NotImplementedError(f"{type(self).__name__}.__init__")
+
+    @classmethod
+    def refusal(cls, method: LoRA, module: nn.Module) -> str | None:
+        """Why LoRA with these options cannot adapt ``module``, or None when it can."""
+        raise NotImplementedError(f"{cls.__name__}.refusal")
+
+    def deltas(self) -> dict[str, torch.Tensor]:
+        """Path of a weight below the module -> its update, in fp64; only where ``merge_refusal`` is None."""
+        raise NotImplementedError(f"{type(self).__name__}.deltas")
+
+    def merge_refusal(self) -> str | None:
+        """Why the correction is not an update of the frozen weights, or None when it is."""
+        return None
+
+    def signature(self) -> tuple[object, ...]:
+        return (*super().signature(), type(self).__name__, self.method.compute_dtype)
+
+
+#: How factors may be initialised where the frozen weight is not a linear layer's.
+INITS = ("default", "gaussian", "random")
+
+
+def only_plain(method: LoRA, module: nn.Module) -> str | None:
+    """Why the options of ``method`` do not apply to what is not a linear layer, or None."""
+    kind = type(module).__name__
+    if method.dora:
+        return f"dora is for linear layers, and this is a {kind}"
+    if method.lora_bias:
+        return f"lora_bias is for linear layers, and this is a {kind}"
+    if method.init not in INITS:
+        return f'init "{method.init}" is for linear layers, and this is a {kind}; here: {", ".join(INITS)}'
+    if method.bias == "lora_only" and getattr(module, "bias", None) is not None:
+        return f'bias="lora_only" is for linear layers, and this is a {kind}'
+    return None
+
+
+def cast(edit: Edit, node: fx.Node, dtype: Any) -> fx.Node:
+    """``node`` in ``dtype``."""
+    return node if node_value(node).dtype == dtype else edit.call("to", node, dtype)
+
+
+def compute_in(y: torch.Tensor, compute_dtype: str | None) -> torch.dtype:
+    """The dtype in which the correction of ``y`` is computed."""
+    return y.dtype if compute_dtype is None else getattr(torch, compute_dtype)

@@ -1,0 +1,1 @@
+"""What was compiled, told to the user."""
