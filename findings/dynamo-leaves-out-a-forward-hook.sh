@@ -6,7 +6,7 @@
 #   of torch, for the sake of time), so that the hook of a later block's part is left out, silently.
 # Matters: whoever puts adapters, probes or quantisation into hooks on some blocks and compiles the model.
 # adaptc: frames behind a graph break guard on such hooks (adaptc/torch_internals/dynamo.py;
-#   tests/runtime/test_watch.py, test_code_behind_a_break_that_modules_share_knows_their_hooks).
+#   tests/runtime/calls/test_watch.py, test_code_behind_a_break_that_modules_share_knows_their_hooks).
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 
 finding torch==2.13.0 <<'PROGRAM' | seen "forward hook alone: as without torch.compile

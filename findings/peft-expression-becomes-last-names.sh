@@ -5,7 +5,7 @@
 #   last names of all that it matches, and q_proj of every layer is adapted. Nothing is said.
 # Matters: who adapts some layers by an expression trains and saves all of them.
 # adaptc: a plan means what it says, and its file names paths that PEFT reads alike; a config of PEFT's is read as PEFT
-#   reads it (adaptc/plan/peft/moe.py; tests/runtime/test_peft_moe.py, test_plans_of_every_form,
+#   reads it (adaptc/plan/peft/moe.py; tests/plan/peft/test_moe.py, test_plans_of_every_form,
 #   test_a_config_is_read_as_peft_reads_it).
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 

@@ -5,7 +5,7 @@
 #   scale of rsLoRA becomes 2 alpha / sqrt(2 r), which is sqrt(2) times the trained one. Nothing says so.
 # Matters: whoever goes on with such an adapter under transformers 5: the model is another one than was trained.
 # adaptc: the fused factors have the trained scale, and files of fused experts are written so that PEFT computes it
-#   (adaptc/files/peft_experts.py; tests/runtime/test_peft_experts.py, test_where_experts_differ).
+#   (adaptc/files/peft_experts.py; tests/files/test_peft_experts.py, test_where_experts_differ).
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 
 finding torch==2.13.0 transformers==5.23.0 peft==0.21.2 <<'PROGRAM' | seen "use_rslora=False, gate_up_proj: 1.00 of the trained update

@@ -4,7 +4,7 @@
 # Seen: the table has only types that are mapped to the layout, and not the type qwen2_moe. The adapters of the
 #   attention and of the shared expert act, those of the experts are lost, and nothing is said.
 # Matters: whoever goes on with an adapter of Qwen1.5-MoE or Qwen2-MoE under transformers 5: the experts are untrained.
-# adaptc: the layout is told by the model's modules (adaptc/files/peft_experts.py; tests/runtime/test_peft_experts.py,
+# adaptc: the layout is told by the model's modules (adaptc/files/peft_experts.py; tests/files/test_peft_experts.py,
 #   test_every_expert_of_every_layer).
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 

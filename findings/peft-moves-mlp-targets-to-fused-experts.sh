@@ -7,7 +7,7 @@
 # Matters: who trains such a model by the usual names trains other weights than named, and an adapter of the dense or
 #   shared layers cannot be named this way.
 # adaptc: such a layer is written to a file as the parameter "<path>.weight", which PEFT leaves as it is, and a config
-#   that loses its layers is warned of (adaptc/plan/peft/moe.py; tests/runtime/test_peft_moe.py,
+#   that loses its layers is warned of (adaptc/plan/peft/moe.py; tests/plan/peft/test_moe.py,
 #   test_every_layer_of_the_mlps_in_one_file,
 #   test_a_config_object_adapts_what_peft_adapts_and_names_what_it_leaves_out).
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"

@@ -4,7 +4,7 @@
 #   looks at modules only.
 # Matters: whoever believes the warning and takes the key out trains another rank than before.
 # adaptc: such a key counts as used, and the warning is about keys that change nothing
-#   (adaptc/plan/peft/matching.py; tests/runtime/test_peft_matching.py,
+#   (adaptc/plan/peft/matching.py; tests/plan/peft/test_matching.py,
 #   test_what_selects_nothing_is_left_out_with_a_warning).
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 

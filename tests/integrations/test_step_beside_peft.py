@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import adaptc
+from tests.files.peft_cases import peft_save, randomise
 from tests.integrations.test_peft_model import ours_to_theirs
 from tests.models import hosts
 from tests.reference import (
@@ -25,7 +26,6 @@ from tests.reference import (
     reference_step,
     step,
 )
-from tests.runtime.peft_cases import peft_save, randomise
 
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
 

@@ -13,7 +13,7 @@ from adaptc.ir.sites import lora_nodes
 from adaptc.passes.canonicalise import canonicalise
 from adaptc.passes.contract import Context
 from adaptc.passes.insert import insert
-from tests.ir.wrong_passes import capture
+from tests.passes.checks.wrong_passes import capture
 from tests.passes.graphs import Graph, check_adapters, ops, tensors
 
 

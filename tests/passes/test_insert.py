@@ -22,7 +22,7 @@ from adaptc.methods.lora.method import lora_site
 from adaptc.passes.contract import Context
 from adaptc.passes.insert import insert
 from adaptc.torch_internals import watch_calls
-from tests.ir.wrong_passes import capture
+from tests.passes.checks.wrong_passes import capture
 from tests.passes.graphs import DTYPES, Graph, check_adapters, ops, run, tensors
 
 

@@ -14,7 +14,7 @@ from adaptc.passes.checks import cutout
 from adaptc.passes.checks.boundary import draw, exact_copy, private_randomness, span, vary_constant, visit_rewrites
 from adaptc.passes.contract import Context
 from adaptc.passes.manager import get
-from tests.ir.wrong_passes import adapted, capture
+from tests.passes.checks.wrong_passes import adapted, capture
 
 LAYOUTS = {
     "contiguous": lambda: torch.randn(3, 4, 5),

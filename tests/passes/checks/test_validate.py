@@ -17,7 +17,7 @@ from adaptc.ir.sites import lora_nodes, site_of
 from adaptc.passes.checks.validate import difference, fp64_tolerance, validator
 from adaptc.passes.contract import Context
 from adaptc.passes.manager import Pipeline, get
-from tests.ir.wrong_passes import (
+from tests.passes.checks.wrong_passes import (
     WRONG,
     adapted,
     again,

@@ -17,7 +17,7 @@ from adaptc.ir.sites import lora_nodes, site_of
 from adaptc.passes.checks.structure import check_structure, describe, same_type, signature
 from adaptc.passes.contract import Context
 from adaptc.passes.manager import Pipeline, get
-from tests.ir.wrong_passes import adapted, again, around, capture, replace_adapters, wrong
+from tests.passes.checks.wrong_passes import adapted, again, around, capture, replace_adapters, wrong
 from tests.reference import check_against_reference
 
 

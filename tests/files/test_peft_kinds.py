@@ -20,8 +20,8 @@ import adaptc
 from adaptc import IA3, Bias, LoRA, Match, Plan, Rule, VeRA, errors
 from adaptc.files import checkpoint, peft_format
 from adaptc.methods.codec import codec_of, codecs
+from tests.files.peft_cases import Adapted, load, logits, peft_config, peft_load, peft_model, peft_save, randomise
 from tests.models import hosts
-from tests.runtime.peft_cases import Adapted, load, logits, peft_config, peft_load, peft_model, peft_save, randomise
 
 PREFIX = "base_model.model."
 CLASSIFIER = Rule(Match("classifier"), train="full")

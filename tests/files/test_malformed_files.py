@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from adaptc import errors
 from adaptc.files import checkpoint
 from adaptc.files.tensor_file import read_tensor_file
-from tests.runtime.adapter_files import NAMES, tensors, write
+from tests.files.adapter_files import NAMES, tensors, write
 
 
 def raw_file(header: object, body: bytes = b"", *, length: int | None = None) -> bytes:

@@ -18,7 +18,7 @@ from torch import nn
 import adaptc
 from adaptc.errors import CheckpointError, MissingKeyError, TensorShapeError, UnsupportedError
 from tests.models import mixtures
-from tests.runtime.test_peft_moe import check_same, contents, logits, merged
+from tests.plan.peft.test_moe import check_same, contents, logits, merged
 
 #: What the layers of an expert were called, by what they are now; the second half of gate_up_proj is the second name.
 NAMES = {

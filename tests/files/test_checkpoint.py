@@ -17,7 +17,7 @@ import torch
 from adaptc import errors
 from adaptc.files import checkpoint
 from adaptc.runtime import names
-from tests.runtime.adapter_files import CONFIG, NAMES, PLAN, same_tensors, tensors, write
+from tests.files.adapter_files import CONFIG, NAMES, PLAN, same_tensors, tensors, write
 
 # -- writing and reading ----------------------------------------------------------------------------------
 

@@ -15,8 +15,8 @@ import torch
 import adaptc
 from adaptc import errors
 from adaptc.files import checkpoint
+from tests.files.peft_cases import logits, peft_load, peft_model, peft_save, randomise
 from tests.models import hosts
-from tests.runtime.peft_cases import logits, peft_load, peft_model, peft_save, randomise
 
 CONFIG = {"target_modules": ["query"], "r": 3, "lora_alpha": 5, "modules_to_save": ["classifier"]}
 QUERIES = [f"bert.encoder.layer.{i}.attention.self.query" for i in (0, 1)]

@@ -16,8 +16,8 @@ from adaptc.errors import UnsupportedError
 from adaptc.files import checkpoint, peft_format
 from adaptc.methods.patterns import value_at
 from adaptc.runtime.names import adapter_directory
+from tests.files.peft_cases import Adapted, load, logits, peft_load, peft_model, peft_save
 from tests.models import hosts
-from tests.runtime.peft_cases import Adapted, load, logits, peft_load, peft_model, peft_save
 
 #: name -> (host, LoraConfig options, options of the host)
 WRITTEN_BY_PEFT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

@@ -13,7 +13,7 @@ import torch
 from adaptc import LoRA, Match, Plan, Rule
 from adaptc.errors import MissingKeyError, NonFiniteError, TensorShapeError, UnexpectedKeyError
 from adaptc.files import checkpoint, peft_format
-from tests.runtime.peft_cases import Adapted, load, logits, peft_model, peft_save
+from tests.files.peft_cases import Adapted, load, logits, peft_model, peft_save
 
 PLAN = Plan([Rule(Match("classifier"), train="full"), LoRA(r=2, bias="lora_only", targets=["query"])])
 PREFIX = "base_model.model."
