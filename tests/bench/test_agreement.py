@@ -39,7 +39,7 @@ def agreements(bases: dict[str, Base]) -> dict[Case, Agreement]:
     return {case: Agreement(bases[case.dtype], SMALL, case) for case in (PLAIN, DROPPED, BF16)}
 
 
-@pytest.mark.parametrize("case", [PLAIN, BF16], ids=str)
+@pytest.mark.parametrize("case", [PLAIN, pytest.param(BF16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("name", ["peft-eager", "peft-compile", "adaptc"])
 def test_right_contenders_agree(
     bases: dict[str, Base], agreements: dict[Case, Agreement], case: Case, name: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+import pytest
 import torch
 
 from bench import train
@@ -18,6 +19,7 @@ SMALL = dataclasses.replace(PLAIN, checkpointing=True)
 CASE = Case("fp32", 0.0)
 
 
+@pytest.mark.slow
 def test_blocks_are_computed_again_and_compute_what_they_did() -> None:
     base = build_base(SMALL, CASE)
     agreement = Agreement(base, SMALL, CASE)

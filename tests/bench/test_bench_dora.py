@@ -17,6 +17,7 @@ SMALL = Settings(layers=1, hidden=32, head_dim=16, vocab=32, tokens=12, rank=3, 
 CASE = Case("fp32", 0.0)
 
 
+@pytest.mark.slow
 def test_adaptc_computes_what_peft_computes_and_a_changed_magnitude_is_refused() -> None:
     base = build_base(SMALL, CASE)
     agreement = Agreement(base, SMALL, CASE)

@@ -37,6 +37,7 @@ def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for case in results["cases"] for row in case["contenders"].values()]
 
 
+@pytest.mark.slow
 def test_every_contender_is_measured_in_every_case(results: dict[str, Any]) -> None:
     assert [(case["dtype"], case["dropout"]) for case in results["cases"]] == [("fp32", 0.0), ("bf16", 0.05)]
     for case in results["cases"]:

@@ -141,7 +141,11 @@ def report_on(options, autocast):
 
 
 @pytest.mark.parametrize(
-    "options, autocast", [({}, False), ({"regional": True}, True)], ids=["whole", "regional, autocast"]
+    "options, autocast",
+    [
+        pytest.param({}, False, id="whole", marks=pytest.mark.slow),
+        pytest.param({"regional": True}, True, id="regional, autocast", marks=pytest.mark.long),
+    ],
 )
 def test_a_report_on_code_from_the_cache_says_what_the_first_one_said(options, autocast):
     (first_waits, first, stages), (waiting, again, same) = (report_on(options, autocast) for _ in range(2))
@@ -265,6 +269,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_another_process_finds_code_and_choices_and_computes_the_same(tmp_path):
     def run():
         folder = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
@@ -306,6 +311,7 @@ def test_with_verify_nothing_comes_from_the_cache():
         assert len(reports) > 3 and all((r.errors is not None) == checked for r in reports)
 
 
+@pytest.mark.slow
 def test_another_pipeline_does_not_find_it():
     step()
     assert_compiled_anew(step(passes={"skip": ["canonicalise"]}))

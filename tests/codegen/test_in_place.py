@@ -343,6 +343,7 @@ class Residual(nn.Module):
         return self.head(y + self.b(y)).square().sum()
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 @pytest.mark.parametrize("targets", [["head"], ["a", "b", "head"]])
 def test_a_skip_connection_reads_what_was_there(targets):

@@ -173,6 +173,7 @@ def test_an_earlier_runs_folder_is_taken(tmp_path: Path) -> None:
     assert tmp_path.is_dir()
 
 
+@pytest.mark.slow
 def test_a_second_run_with_the_same_seed_repeats_the_first(finished: Finished) -> None:
     again = _run(
         finished.out,

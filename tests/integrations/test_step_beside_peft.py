@@ -147,7 +147,8 @@ def seeded_step(model):
 
 
 @pytest.mark.parametrize("p, fullgraph", [
-    pytest.param(0.0, False, id="exact"), pytest.param(0.1, True, id="dropout in one graph"),
+    pytest.param(0.0, False, id="exact"),
+    pytest.param(0.1, True, id="dropout in one graph", marks=pytest.mark.slow),
     pytest.param(0.1, False, id="dropout", marks=pytest.mark.slow),
 ])  # fmt: skip
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])

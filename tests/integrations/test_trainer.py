@@ -95,6 +95,7 @@ def test_no_trainer_reads_a_bare_base_from_its_checkpoints(straight):
         train(base(), directory, resume=True)
 
 
+@pytest.mark.slow
 def test_its_best_model_names_the_mixin(tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     with pytest.raises(ResumeError, match="does not read by itself"):

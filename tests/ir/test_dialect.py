@@ -233,6 +233,7 @@ def uuids_of_other_processes():
     return lines
 
 
+@pytest.mark.slow
 def test_hashes_are_equal_in_every_process(uuids_of_other_processes):
     assert len(uuids_of_other_processes) == 1
     (line,) = uuids_of_other_processes

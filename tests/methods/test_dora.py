@@ -462,6 +462,7 @@ def test_a_factor_of_one_keeps_every_bit():
     assert torch.equal(dialect.get("dora_rescale").overload(y, bias, n, n), y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sites_that_read_one_value_share_it(dtype):
     model = hosts.short("llama", train=True).to(dtype)

@@ -131,6 +131,7 @@ def test_it_is_the_formula_in_fp64(host):
     assert float((other - grad).norm() / grad.norm()) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", slow(HOSTS, "t5"))
 def test_loss_gradient_and_generation_are_pefts(host):
     base = build(host, (3, 2))
@@ -160,6 +161,7 @@ def test_loss_gradient_and_generation_are_pefts(host):
         assert torch.equal(got, want) and got.shape == (2, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", slow(FIRST, "bart"))
 def test_generation_reads_the_prefix_with_and_without_a_cache(host):
     base = build(host, (3, 2))
@@ -215,6 +217,7 @@ def test_decoding_with_a_cache_is_computing_the_whole():
             model(**given, decoder_input_ids=ids, past_key_values=fixed)
 
 
+@pytest.mark.long
 def test_two_prefixes_bf16_and_checkpointing():
     base, batch = build("t5", (3, 2)).bfloat16(), batch_of()
     model = compiled(base).train()
@@ -234,13 +237,13 @@ def test_two_prefixes_bf16_and_checkpointing():
         model(**batch)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_bears_what_every_kind_of_site_must():
     plan = adaptc.Plan([adaptc.Prefix(num_virtual_tokens=ROWS)])
     check_life(lambda: build("t5", (3, 2)), plan, batch_of(), sites=1, unmergeable="cannot be folded")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_lora_beside_a_prefix():
     base, batch = build("bart", (3, 2)), batch_of()
     plan = [adaptc.Prefix(num_virtual_tokens=ROWS), adaptc.LoRA(r=2, targets=["v_proj"], init="random")]
@@ -250,7 +253,7 @@ def test_lora_beside_a_prefix():
     assert model.adaptc.metrics()["graphs"] == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.inductor
 def test_inductor_computes_the_same():
     base, batch = build("t5", (3, 2)), batch_of()
@@ -261,6 +264,7 @@ def test_inductor_computes_the_same():
     assert max(relative_errors(got, grads).values()) < 2e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow(["table", "projected"], "table"))
 def test_files_go_to_peft_and_come_back(kind, tmp_path):
     base, batch = build("t5", (3, 2)), batch_of()
@@ -303,6 +307,7 @@ TOLD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host, layers, changes, told", TOLD)
 def test_a_decoder_of_other_sizes_than_peft_finds(host, layers, changes, told, tmp_path):
     base, batch = build(host, layers, **changes), batch_of()
@@ -336,6 +341,7 @@ def test_a_table_of_as_many_layers_as_the_decoder(tmp_path):
         compiled(base).adaptc.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_wrapped_model_of_peft_is_taken_over():
     base, batch = build("bart", (3, 2)), batch_of()
     theirs = peft_of(base).train()
@@ -350,6 +356,7 @@ def test_a_wrapped_model_of_peft_is_taken_over():
     assert adapter_of(model).method.num_transformer_submodules == 2
 
 
+@pytest.mark.slow
 def test_initial_values():
     base, batch = build("t5", (3, 2)), batch_of()
     for options in ({}, {"prefix_projection": True, "encoder_hidden_size": 7}):

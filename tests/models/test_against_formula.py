@@ -53,8 +53,8 @@ def checkpoint_every_block(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("host, cut", [
-    ("llama", break_before_every_block),
-    *(pytest.param("llama", cut, marks=pytest.mark.slow) for cut in (compile_every_block, checkpoint_every_block)),
+    *(pytest.param("llama", cut, marks=pytest.mark.slow)
+      for cut in (break_before_every_block, compile_every_block, checkpoint_every_block)),
     *(pytest.param("bert", cut, marks=pytest.mark.slow)
       for cut in (break_before_every_block, compile_every_block, checkpoint_every_block)),
 ])  # fmt: skip

@@ -385,10 +385,16 @@ def assert_same(got, want):
     assert max(relative_errors({n: g.double() for n, g in got.items()}, want).values()) < 1e-5
 
 
+def _tier(kind, backend, regional):
+    if (kind, backend) in {("no_grad", "aot_eager"), ("inference_mode", "eager"), ("enable_grad", "eager")}:
+        return []
+    if (kind, backend) == ("no_grad", "inductor") or (backend != "inductor" and not regional):
+        return [pytest.mark.slow]
+    return [pytest.mark.long]
+
+
 MATRIX = [
-    pytest.param(kind, backend, regional, marks=[] if (kind, backend) in {
-        ("no_grad", "aot_eager"), ("inference_mode", "eager"), ("enable_grad", "eager"),
-    } else [pytest.mark.slow])
+    pytest.param(kind, backend, regional, marks=_tier(kind, backend, regional))
     for kind in Distilled.KINDS for backend in ("eager", "aot_eager", "inductor") for regional in (False, True)
 ]  # fmt: skip
 

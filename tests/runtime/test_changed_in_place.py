@@ -96,9 +96,10 @@ def step(model, x):
     return out.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("backend, broken", [
+    pytest.param("eager", True, marks=pytest.mark.slow), pytest.param("eager", False, marks=pytest.mark.long),
+    pytest.param("aot_eager", False, marks=pytest.mark.slow), pytest.param("aot_eager", True, marks=pytest.mark.long),
+])  # fmt: skip
 @pytest.mark.parametrize("name", METHODS)
 def test_whatever_adapts_the_layer(name, broken, backend):
     """As the same model that divides into new memory, in fp64."""

@@ -141,17 +141,19 @@ def test_values_are_written_to_masked_places():
     assert "only data say" in str(model.adaptc.explain())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("act", ACTS, ids=lambda act: act.__name__)
-@pytest.mark.parametrize(
-    ("backend", "options"), [("eager", {}), ("aot_eager", {}), ("aot_eager", {"fullgraph": True})]
-)  # fmt: skip
+@pytest.mark.parametrize("backend, options", [
+    pytest.param("eager", {}, marks=pytest.mark.long), pytest.param("aot_eager", {}, marks=pytest.mark.slow),
+    pytest.param("aot_eager", {"fullgraph": True}, marks=pytest.mark.long),
+])  # fmt: skip
 def test_sizes_that_only_data_say(act, backend, options):
     check(act, backend, **options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("act", [written, added_where_it_was_read, experts_in_a_loop], ids=lambda act: act.__name__)
+@pytest.mark.parametrize("act", [
+    pytest.param(written, marks=pytest.mark.slow),
+    *(pytest.param(act, marks=pytest.mark.long) for act in (added_where_it_was_read, experts_in_a_loop)),
+], ids=lambda act: act.__name__)  # fmt: skip
 def test_under_inductor(act):
     check(act, "inductor")
 
