@@ -27,7 +27,7 @@ from adaptc.ir.dialect import Cost
 from adaptc.ir.edit import copy_graph_module, nested
 from adaptc.ir.effects import may_write
 from adaptc.ir.names import op_name
-from adaptc.ir.sites import is_inserted
+from adaptc.ir.sites import is_anchor, is_inserted
 from adaptc.torch_internals import HigherOrderOperator, OpOverload, is_backward, node_value, size_hint, tree_leaves
 
 log = logging.getLogger(__name__)
@@ -93,11 +93,6 @@ def node_cost(node: fx.Node) -> Cost:
         return Cost()
     flops = _aten_flops if isinstance(node.target, OpOverload) else _torch_flops
     return _moved((args, kwargs), value, flops(node.target, args, kwargs, value))
-
-
-def is_anchor(node: fx.Node) -> bool:
-    """Whether a node is the call that brings an adapter into a captured graph."""
-    return str(getattr(node.target, "__module__", "")).startswith("adaptc.methods")
 
 
 def is_adapter(node: fx.Node) -> bool:

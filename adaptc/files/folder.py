@@ -18,7 +18,7 @@ from adaptc.methods.base import Adapter, Method
 from adaptc.plan import Assignment, Plan
 from adaptc.plan.files import is_peft_config
 from adaptc.runtime import embeddings, processes
-from adaptc.runtime.adapters import with_all_biases
+from adaptc.runtime.adapters import fresh, with_all_biases
 from adaptc.runtime.names import check_adapter_name
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def add(handle: Handle, directory: Any, name: str) -> None:
     # Built once aside, to check the tensors before anything is attached.
     with torch.random.fork_rng(devices=[]):
         trial = {
-            site.path: site.build(dtype=handle.options.adapter_dtype, site_id=0)
+            site.path: fresh(site, handle.options.adapter_dtype)
             for site in with_all_biases(plan.resolve(handle.model), handle.model)
         }
         for kind in dict.fromkeys(type(adapter.method) for adapter in trial.values()):

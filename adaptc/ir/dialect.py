@@ -142,10 +142,7 @@ def get(name: str) -> DialectOp:
 
 
 def names() -> list[str]:
-    """Every dialect op: those of this version, of all methods, and those that others defined."""
-    from adaptc import methods
-
-    methods.load_all()
+    """Every dialect op of the table, and those that methods and others have defined so far."""
     return list(dict.fromkeys([*_TABLE, *_OPS]))
 
 
@@ -163,7 +160,7 @@ def fingerprint() -> str:
     this, an edited formula would run as the old, cached kernel.
     """
     digest = hashlib.sha256()
-    for name in names():
+    for name in sorted(names()):
         op = get(name)
         digest.update(f"{name}{op.schema}{op.recomputed}".encode())
         for part in (op.body, op.fake, op.save, op.gradient, op.cost, op.lowering, op.kernel, op.whole):

@@ -24,7 +24,7 @@ from torch import fx
 
 from adaptc.ir import dialect, names
 from adaptc.ir.edit import nested
-from adaptc.ir.sites import is_inserted
+from adaptc.ir.sites import is_anchor, is_inserted
 from adaptc.torch_internals import OpOverload, gradient_inputs, is_backward, node_value, size_text
 
 #: Column of the types; a fixed one keeps unchanged lines equal when others change.
@@ -250,7 +250,7 @@ def _results(gm: fx.GraphModule, unpacked: Mapping[fx.Node, dict[int, fx.Node]])
     found: dict[fx.Node, names.Tensor] = {}
     seen: collections.Counter[str] = collections.Counter()
     for node in gm.graph.nodes:
-        result = node if _is_anchor(node) else None
+        result = node if is_anchor(node) else None
         if (op := dialect.of_target(node.target)) is not None:
             # Of an op that returns a list the first is one site's bottleneck or gradient.
             is_tuple = len(op.overload._schema.returns) > 1 and not is_backward(node)
@@ -285,12 +285,8 @@ def _heading(section: str, node: fx.Node) -> str:
     return (section or _ROOT) + (" (backward)" if is_backward(node) else "")
 
 
-def _is_anchor(node: fx.Node) -> bool:
-    return str(getattr(node.target, "__module__", "")).startswith("adaptc.methods")
-
-
 def _is_adapter(node: fx.Node) -> bool:
-    return is_inserted(node) or _is_anchor(node)
+    return is_inserted(node) or is_anchor(node)
 
 
 def _short(node: fx.Node) -> str:

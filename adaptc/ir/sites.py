@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +33,16 @@ def site_of(node: fx.Node) -> str:
     """The module path that a node was inserted for."""
     custom: dict[str, Any] = node.meta.get("custom") or {}
     return str(custom.get("adaptc", "(unknown site)"))
+
+
+def mark_anchor(function: Callable[..., Any]) -> None:
+    """Say of a function that its calls bring an adapter into a captured graph."""
+    function._adaptc_anchor = True  # type: ignore[attr-defined]
+
+
+def is_anchor(node: fx.Node) -> bool:
+    """Whether a node is the call that brings an adapter into a captured graph."""
+    return getattr(node.target, "_adaptc_anchor", False) is True
 
 
 def is_inserted(node: fx.Node) -> bool:

@@ -14,7 +14,9 @@ from torch import fx, nn
 from adaptc.errors import PlanError
 from adaptc.ir.dialect import DialectOp
 from adaptc.ir.edit import Edit
+from adaptc.ir.sites import mark_anchor
 from adaptc.methods import quantised
+from adaptc.methods.quantised import Refusal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,8 +80,12 @@ class Method:
     def why_not(self, path: str, module: nn.Module) -> str | None:
         """Why this method cannot adapt ``module`` as it is stored, or None when it can: a quantised base, then
         :meth:`refusal`. This is what plans ask."""
-        by_base = quantised.refusal(self, module)
+        by_base = self.base_refusal(module)
         return self.refusal(path, module) if by_base is None else by_base.reason
+
+    def base_refusal(self, module: nn.Module) -> Refusal | None:
+        """Why this method cannot act on ``module`` because of how its base is quantised, or None."""
+        return quantised.refusal(module, self.reads_weight(), inside=not self.quantised)
 
     def reads_weight(self) -> str | None:
         """What of this method needs the values of the frozen weight, in words of a plan; None when nothing does and it
@@ -269,6 +275,9 @@ class Anchor:
 
     function: Callable[..., torch.Tensor]
     expand: Callable[..., fx.Node]
+
+    def __post_init__(self) -> None:
+        mark_anchor(self.function)
 
     def bind(self, node: fx.Node) -> dict[str, Any]:
         """The arguments of an anchor node by the names of the function's parameters."""

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from adaptc.methods.base import Adapter, Method
-from adaptc.runtime.attach import strip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +41,6 @@ class FullAdapter(Adapter):
     ) -> None:
         super().__init__(method, site_id)
         self.copy = copy.deepcopy(module)
-        strip(self.copy)
         self.copy.requires_grad_(True)
         if dtype is not None:
             self.copy.to(dtype)

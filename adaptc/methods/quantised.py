@@ -7,13 +7,10 @@ an adapter moves them. Modules are recognised by the names of classes: bitsandby
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-
-if TYPE_CHECKING:
-    from adaptc.methods.base import Method
 
 #: Class of bitsandbytes' parameters -> bits of a code.
 _BNB_BITS = {"Params4bit": 4, "Int8Params": 8}
@@ -72,13 +69,14 @@ def _library(value: object) -> str:
     return type(value).__module__.partition(".")[0]
 
 
-def refusal(method: Method, module: nn.Module) -> Refusal | None:
-    """Why ``method`` cannot act on ``module`` because of how its base is quantised, or None.
+def refusal(module: nn.Module, needs: str | None, inside: bool) -> Refusal | None:
+    """Why a method cannot act on ``module`` because of how it is quantised, or None.
 
-    A method that does not train on a quantised base refuses modules with one inside as well (``train: full``).
+    Args:
+        needs: what of the method needs the values of the weight, in words of a plan; None when nothing does.
+        inside: whether it needs those of the modules inside as well (``train: full``).
     """
-    needs = method.reads_weight()
-    for name, inner in [("", module)] if method.quantised else module.named_modules():
+    for name, inner in module.named_modules() if inside else [("", module)]:
         if (how := describe(inner)) is None:
             continue
         if needs is not None:

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import fx
 
+from adaptc import methods
 from adaptc.codegen import choices
 from adaptc.codegen.cost import level_cost
 from adaptc.errors import AdaptcWarning, PipelineError, VerifyError
@@ -168,6 +169,7 @@ class Pipeline:
 
     def uuid(self) -> str:
         """Identifies everything the rewritten code depends on besides the graph itself."""
+        methods.load_all()  # which defines their ops: the key does not depend on which are in use
         digest = hashlib.sha256(f"{self}|{torch.__version__}|{package_hash()}".encode())
         digest.update(dialect.fingerprint().encode())
         digest.update(bytes((*map(cpu_emulates, (torch.bfloat16, torch.float16)), has_avx512_bf16())))

@@ -9,7 +9,6 @@ from collections import Counter
 
 from adaptc import methods
 from adaptc.errors import PlanError, SiteError
-from adaptc.methods import quantised
 from adaptc.methods.base import Method
 from adaptc.methods.linear import is_linear
 from adaptc.plan import bypassed
@@ -155,7 +154,7 @@ class _Scope:
         refused = {path: reason for path in hits if (reason := self._refusal(path)) is not None}
         kept = [path for path in hits if path not in refused]
         modules = [path for path in refused if self.tree.owner(path)[1] is None]
-        by_base = next(filter(None, (quantised.refusal(self.method, self.tree.module(p)) for p in modules)), None)
+        by_base = next(filter(None, (self.method.base_refusal(self.tree.module(p)) for p in modules)), None)
         if refused and (not kept or not is_pattern(selector) or by_base):
             raise self._cannot_adapt(selector, refused, some_can=bool(kept), do=by_base and by_base.do)
         weighty = (p for p in modules if any(True for _ in self.tree.own_parameters(self.tree.module(p))))

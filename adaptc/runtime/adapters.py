@@ -129,9 +129,7 @@ class AdapterSet:
             level = stacked[assignment.path] = stacked.get(assignment.path, -1) + 1
             entry = attach.entry(name, level, assignment.parameter)
             self._check_free(path, assignment.module, entry)
-            # Parameters made in inference mode could never be trained.
-            with torch.inference_mode(False):
-                adapter = assignment.build(dtype=self.dtype, site_id=sites[path][0])
+            adapter = fresh(assignment, self.dtype, sites[path][0])
             own_forward = adapter.replaces_forward or adapter.acts_inside
             attach.check_attachable(path, assignment.module, own_forward=own_forward)
             built.append((assignment, entry, adapter))
@@ -356,6 +354,16 @@ class AdapterSet:
                 if name is None or attach.adapter_name(entry) == name:
                     for local, parameter in adapter.named_parameters():
                         yield f"{site.path}.adapters.{entry}.{local}".lstrip("."), parameter
+
+
+def fresh(assignment: Assignment, dtype: torch.dtype | None, site_id: int = 0) -> Adapter:
+    """A new adapter for a site. A copy of a module that it has is without the adapters inside the module."""
+    # Parameters made in inference mode could never be trained.
+    with torch.inference_mode(False):
+        adapter = assignment.build(dtype=dtype, site_id=site_id)
+    if adapter.replaces_forward:
+        attach.strip(adapter)
+    return adapter
 
 
 def _have_one_weight(one: nn.Module, other: nn.Module) -> bool:

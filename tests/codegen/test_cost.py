@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from adaptc.codegen import cost
 from adaptc.codegen.cost import crossing_bytes, graph_cost, is_adapter, is_backward, node_cost, saved_bytes, shares
 from adaptc.ir import dialect
 from adaptc.ir.dialect import Cost
+from adaptc.ir.show import graph_text
+from adaptc.ir.sites import is_anchor
+from adaptc.methods.base import Adapter, Anchor, Method
 from adaptc.torch_internals import storage_key, tree_leaves
 from tests.passes.models import adapted, trained_graph
 
@@ -248,6 +252,45 @@ def test_an_anchor_of_symbolic_size_costs_its_reference_and_adds_no_guard():
     flops = M * N * (2 * K + 1) + 2 * M * R * (K + N) + 2 * M * N
     assert graph_cost(graphs[True]).flops == graph_cost(graphs[False]).flops == flops
     assert len(guards) == before
+
+
+class Own(Method):
+    """A method that is defined outside the package: y * factor (N,)."""
+
+    kind = "own"
+
+    def refusal(self, path, module):
+        return None
+
+    def build(self, path, module, *, dtype, site_id):
+        return OwnAdapter(self, site_id)
+
+
+class OwnAdapter(Adapter):
+    def __init__(self, method, site_id):
+        super().__init__(method, site_id)
+        self.factor = nn.Parameter(torch.ones(N))
+
+    def apply_to(self, module, x, y):
+        return own_site(y, self.site_id, self.factor)
+
+
+@torch.compiler.allow_in_graph
+def own_site(y, site_id, factor):
+    return y * factor
+
+
+OWN = Anchor(own_site, lambda edit, y, site_id, factor: edit.call(operator.mul, y, factor))
+
+
+def test_the_anchor_of_a_method_outside_the_package_is_an_adapter():
+    model = adaptc.compile(nn.Sequential(nn.Linear(K, N)), Own(targets="0"), backend="eager")
+    model(t(M, K))
+    gm = model.adaptc.graphs[0].graph_module("captured")
+    (node,) = [n for n in gm.graph.nodes if n.target is own_site]
+    assert is_anchor(node) and is_adapter(node)
+    assert shares(gm)["forward"].adapters == moved([M * N, N], [M * N], M * N)
+    assert "+  " in "".join(line for line in graph_text(gm).splitlines() if "own_site" in line)
 
 
 def test_what_cannot_be_estimated_costs_nothing_and_is_told(caplog, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adaptc import methods
 from adaptc.ir import dialect
 from adaptc.ir.ops.dropout import keep_mask
 from adaptc.ir.sites import dialect_nodes
@@ -18,6 +19,7 @@ from tests.methods.test_dora import CANCELLED, nearly_cancelled
 
 pytestmark = pytest.mark.gpu
 
+methods.load_all()
 #: One computes nothing but a library call of CPUs.
 OPS = [name for name in dialect.names() if name != "onednn_linear"]
 

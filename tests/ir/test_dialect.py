@@ -12,6 +12,7 @@ import types
 import pytest
 import torch
 
+from adaptc import methods
 from adaptc.ir import code_hash as code_hash_module
 from adaptc.ir import dialect
 from adaptc.ir.code_hash import code_hash
@@ -19,6 +20,7 @@ from adaptc.ir.dialect import Cost, DialectOp
 
 
 def test_every_name_of_the_table_is_a_registered_op():
+    methods.load_all()
     assert set(dialect.names()) >= {
         "lora_linear", "lora_bottleneck_grad", "lora_factor_grad", "lora_input_grad",
     }  # fmt: skip
@@ -218,15 +220,15 @@ def test_torch_and_the_standard_library_count_by_name(monkeypatch):
 
 @pytest.fixture(scope="module")
 def uuids_of_other_processes():
-    """Fingerprint and pipeline id in two processes whose string hashes differ."""
+    """Pipeline id and fingerprint in two processes: their string hashes and the methods that they use first differ."""
     program = (
-        "from adaptc.ir import dialect; from adaptc.passes.manager import Pipeline;"
-        "print(dialect.fingerprint(), Pipeline.from_options().uuid())"
+        "from adaptc import methods; from adaptc.ir import dialect; from adaptc.passes.manager import Pipeline;"
+        "methods.get({kind!r}); print(Pipeline.from_options().uuid(), dialect.fingerprint())"
     )
     lines = set()
-    for seed in ("1", "2"):
+    for seed, kind in (("1", "vera"), ("2", "lora")):
         done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, check=True,
+            [sys.executable, "-c", program.format(kind=kind)], capture_output=True, text=True, check=True,
             env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
         )  # fmt: skip
         lines.add(done.stdout.strip())

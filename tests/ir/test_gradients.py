@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adaptc import methods
 from adaptc.ir import dialect
 
 #: Arguments that are never trained.
@@ -15,6 +16,7 @@ FROZEN = {"bias", "norm", "scale", "weight", "W"}
 NONE = {"dora_row_norm"}
 #: Options by which a gradient is another one than that of the function, and what they are without that.
 PLAIN = {"lora_embedding": {"padding": -1, "by_frequency": False}}
+methods.load_all()
 NAMES = [name for name in dialect.names() if dialect.get(name).gradient is not None and name not in NONE]
 
 

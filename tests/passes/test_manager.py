@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import adaptc
+from adaptc import methods
 from adaptc.codegen import choices, lowering
 from adaptc.errors import PipelineError, PlanError
 from adaptc.ir import dialect
@@ -277,6 +278,7 @@ def edited(function):
     return changed
 
 
+methods.load_all()
 PARTS = ("body", "fake", "save", "gradient", "cost", "lowering", "kernel", "whole")
 OP_PARTS = [
     (name, part) for name in dialect.names() for part in PARTS
