@@ -122,6 +122,10 @@ class Edit:
         self.new_nodes.append(node)
         return node
 
+    def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """``node`` in ``dtype``: itself where it has that dtype."""
+        return node if node_value(node).dtype == dtype else self.call("to", node, dtype)
+
     def item(self, node: fx.Node, index: int) -> fx.Node:
         """One output of a node that returns a tuple."""
         return self.call(operator.getitem, node, index)

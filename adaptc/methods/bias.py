@@ -69,10 +69,7 @@ def expand_site(
 ) -> fx.Node:
     """The anchor's body as plain torch: there is nothing for a later pass to match."""
     difference = edit.call(operator.sub, bias, frozen)
-    dtype = node_value(y).dtype
-    if node_value(difference).dtype != dtype:
-        difference = edit.call("to", difference, dtype)
-    return edit.call(operator.add, y, difference)
+    return edit.call(operator.add, y, edit.cast(difference, node_value(y).dtype))
 
 
 ANCHORS = (Anchor(bias_site, expand_site),)

@@ -26,7 +26,7 @@ from adaptc.ir.edit import Edit, Result, nested
 from adaptc.ir.effects import barrier
 from adaptc.ir.names import module_path
 from adaptc.ir.sites import adapter_below, cast_dtype, dropout_of, is_cast
-from adaptc.methods.lora.method import expand_site
+from adaptc.methods.lora.linear import expand_site
 from adaptc.passes.contract import Context, Contract
 from adaptc.torch_internals import node_value, source_name
 
@@ -154,7 +154,7 @@ def _write(edit: Edit, match: _Match) -> fx.Node:
     scale = edit.call(torch.full, (1,), match.scale, dtype=torch.float64, device=node_value(match.y).device)
     out = expand_site(edit, match.x, match.y, scale, match.A, match.B, scale, match.dropout, match.training, None)
     wanted = node_value(match.matched[-1]).dtype
-    return out if node_value(out).dtype == wanted else edit.call("to", out, wanted)
+    return edit.cast(out, wanted)
 
 
 def site_path(source: str) -> str:

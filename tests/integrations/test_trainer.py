@@ -14,7 +14,7 @@ from torch import nn
 import adaptc
 from adaptc.errors import AdapterNameError, ResumeError
 from adaptc.integrations import AdapterTrainerMixin
-from adaptc.methods.lora.method import LoRAAdapter
+from adaptc.methods.lora import LoRAAdapter
 from tests.integrations.training import PLAN, Rows, arguments, base, compiled, train, values
 from tests.models import hosts
 

@@ -18,7 +18,7 @@ from adaptc.ir.edit import copy_graph_module
 from adaptc.ir.ops.lora import draw_tensor
 from adaptc.ir.sites import dialect_nodes, lora_nodes, site_of
 from adaptc.methods.bias import bias_site
-from adaptc.methods.lora.method import lora_site
+from adaptc.methods.lora.linear import lora_site
 from adaptc.passes.contract import Context
 from adaptc.passes.insert import insert
 from adaptc.torch_internals import watch_calls

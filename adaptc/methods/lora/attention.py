@@ -9,7 +9,7 @@ no dropout: nothing here sees the input of the product.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,12 +19,10 @@ from adaptc.ir.ops.lora import draw_tensor
 from adaptc.methods import quantised
 from adaptc.methods.base import Adapter, anchor_of
 from adaptc.methods.codec import PEFT_VERSION
+from adaptc.methods.lora.options import LoRAOptions
 from adaptc.methods.lora.site import SiteAdapter, only_plain
 from adaptc.methods.scaled import draw_factors, storage_dtype
 from adaptc.torch_internals import reparametrize
-
-if TYPE_CHECKING:
-    from adaptc.methods.lora.method import LoRA
 
 
 class Factors(nn.Module):
@@ -73,7 +71,7 @@ class AttentionAdapter(WeightsAdapter):
     """
 
     def __init__(
-        self, method: LoRA, module: nn.MultiheadAttention, *, dtype: torch.dtype | None = None, site_id: int = 0
+        self, method: LoRAOptions, module: nn.MultiheadAttention, *, dtype: torch.dtype | None = None, site_id: int = 0
     ) -> None:
         weight = module.in_proj_weight
         super(SiteAdapter, self).__init__(method, site_id, weight.device)
@@ -84,7 +82,7 @@ class AttentionAdapter(WeightsAdapter):
         self.reset_parameters()
 
     @classmethod
-    def refusal(cls, method: LoRA, module: nn.Module) -> str | None:
+    def refusal(cls, method: LoRAOptions, module: nn.Module) -> str | None:
         assert isinstance(module, nn.MultiheadAttention)
         if not module._qkv_same_embed_dim:
             return "its keys or values have another width (kdim, vdim), so that it has three weights instead of one"

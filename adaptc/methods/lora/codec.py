@@ -26,7 +26,7 @@ from adaptc.methods.codec import (
     patterns,
 )
 from adaptc.methods.lora import initial
-from adaptc.methods.lora.method import LoRA
+from adaptc.methods.lora.options import LoRAOptions
 
 _BIASES = ("none", "all", "lora_only")
 
@@ -134,7 +134,7 @@ def stored(method: Method) -> Method:
 
     It is on the base as it was, so nobody who loads it has to find the initial factors again.
     """
-    if not (isinstance(method, LoRA) and initial.reads_weight(method.init)):
+    if not (isinstance(method, LoRAOptions) and initial.reads_weight(method.init)):
         return method
     factor = math.sqrt(2) if method.rslora else 2
     return dataclasses.replace(

@@ -8,7 +8,7 @@ A has the frozen layer's kernel, stride and padding, B is a 1x1 convolution in t
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,10 @@ from adaptc.ir.derive import derive
 from adaptc.ir.edit import Edit
 from adaptc.ir.ops.lora import draw_tensor
 from adaptc.methods.base import Anchor
-from adaptc.methods.lora.site import SiteAdapter, cast, compute_in, only_plain
+from adaptc.methods.lora.options import LoRAOptions
+from adaptc.methods.lora.site import SiteAdapter, compute_in, only_plain
 from adaptc.methods.scaled import draw_factors, storage_dtype
 from adaptc.torch_internals import node_value
-
-if TYPE_CHECKING:
-    from adaptc.methods.lora.method import LoRA
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
@@ -32,7 +30,7 @@ class ConvAdapter(SiteAdapter):
     """``lora_A`` (r, C, k...) and ``lora_B`` (N, r / groups, 1...) of an ``nn.Conv1d`` or ``nn.Conv2d``."""
 
     def __init__(
-        self, method: LoRA, module: nn.Module, *, dtype: torch.dtype | None = None, site_id: int = 0
+        self, method: LoRAOptions, module: nn.Module, *, dtype: torch.dtype | None = None, site_id: int = 0
     ) -> None:
         assert isinstance(module, CONVOLUTIONS)
         weight = module.weight
@@ -50,7 +48,7 @@ class ConvAdapter(SiteAdapter):
         draw_factors(self.method.init, self.method.r, self.lora_A, self.lora_B)
 
     @classmethod
-    def refusal(cls, method: LoRA, module: nn.Module) -> str | None:
+    def refusal(cls, method: LoRAOptions, module: nn.Module) -> str | None:
         assert isinstance(module, CONVOLUTIONS)
         kind = type(module).__name__
         if type(module).forward not in (nn.Conv1d.forward, nn.Conv2d.forward):
@@ -156,15 +154,15 @@ def conv_site(
 
 
 def expand_site(
-    edit: Edit, x: fx.Node, y: fx.Node, site_id: fx.Node, A: fx.Node, B: fx.Node, scale: fx.Node, stride: list[int],
-    padding: list[int], groups: int, dropout: float, training: bool, compute_dtype: str | None,
+    edit: Edit, x: fx.Node, y: fx.Node, site_id: fx.Node, dropout: float, training: bool, compute_dtype: str | None,
+    **operands: Any,
 ) -> fx.Node:  # fmt: skip
-    """The anchor's body in the dialect, with its casts written out."""
+    """The anchor's body in the dialect, with its casts written out; ``operands``: the op's others, in its order."""
     value = node_value(y)
     dtype = compute_in(value, compute_dtype)
-    dropped = edit.call(F.dropout, cast(edit, x, dtype), dropout, training)
-    operands = (dropped, cast(edit, y, dtype), A, B, scale, stride, padding, groups)
-    return cast(edit, edit.call(CONV.overload, *operands), value.dtype)
+    dropped = edit.call(F.dropout, edit.cast(x, dtype), dropout, training)
+    corrected = edit.call(CONV.overload, dropped, edit.cast(y, dtype), *operands.values())
+    return edit.cast(corrected, value.dtype)
 
 
 ANCHORS = (Anchor(conv_site, expand_site),)

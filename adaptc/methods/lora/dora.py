@@ -20,6 +20,7 @@ from torch import fx, nn
 from adaptc.ir.edit import Edit
 from adaptc.ir.ops.dora import DORA_LINEAR, DORA_ROW_NORM, linear_body, row_norm
 from adaptc.methods.base import Anchor
+from adaptc.methods.lora.site import compute_in
 from adaptc.torch_internals import node_value
 
 
@@ -39,7 +40,7 @@ def dora_site(
     compute_dtype: str | None, transposed: bool,
 ) -> torch.Tensor:  # fmt: skip
     """The anchor of a DoRA site, and its reference."""
-    dtype = y.dtype if compute_dtype is None else getattr(torch, compute_dtype)
+    dtype = compute_in(y, compute_dtype)
     with torch.autocast(x.device.type, enabled=False):
         dropped = F.dropout(x.to(dtype), dropout, training)
         base = None
@@ -56,23 +57,18 @@ def expand_site(
     magnitude: fx.Node, scale: fx.Node, dropout: float, training: bool, compute_dtype: str | None, transposed: bool,
 ) -> fx.Node:  # fmt: skip
     """The anchor's body in the dialect, with its casts written out."""
-    out_dtype = node_value(y).dtype
-    dtype = out_dtype if compute_dtype is None else getattr(torch, compute_dtype)
-
-    def cast(node: fx.Node, to: torch.dtype) -> fx.Node:
-        return node if node_value(node).dtype == to else edit.call("to", node, to)
-
+    value = node_value(y)
+    dtype = compute_in(value, compute_dtype)
     norm = edit.call(DORA_ROW_NORM.overload, weight, A, B, scale, transposed)
-    dropped = edit.call(F.dropout, cast(x, dtype), dropout, training)
-    is_dropped = training and dropout > 0
+    dropped = edit.call(F.dropout, edit.cast(x, dtype), dropout, training)
     base = None
-    if is_dropped:
-        W = cast(weight, out_dtype)
+    if training and dropout > 0:
+        W = edit.cast(weight, value.dtype)
         W = edit.call("t", W) if transposed else W
-        base = cast(edit.call(F.linear, cast(dropped, out_dtype), W), dtype)
-    operands = (dropped, cast(y, dtype), base, bias, A, B, magnitude, norm, scale)
+        base = edit.cast(edit.call(F.linear, edit.cast(dropped, value.dtype), W), dtype)
+    operands = (dropped, edit.cast(y, dtype), base, bias, A, B, magnitude, norm, scale)
     corrected = edit.item(edit.call(DORA_LINEAR.overload, *operands), 0)
-    return cast(corrected, out_dtype)
+    return edit.cast(corrected, value.dtype)
 
 
 ANCHORS = (Anchor(dora_site, expand_site),)

@@ -8,7 +8,7 @@ the embedding's weight keeps the frozen one.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -17,12 +17,10 @@ from adaptc.ir.derive import derive
 from adaptc.ir.edit import Edit
 from adaptc.ir.ops.lora import draw_tensor
 from adaptc.methods.base import Anchor
-from adaptc.methods.lora.site import SiteAdapter, cast, compute_in, only_plain
+from adaptc.methods.lora.options import LoRAOptions
+from adaptc.methods.lora.site import SiteAdapter, compute_in, only_plain
 from adaptc.methods.scaled import storage_dtype
 from adaptc.torch_internals import node_value
-
-if TYPE_CHECKING:
-    from adaptc.methods.lora.method import LoRA
 
 
 class EmbeddingAdapter(SiteAdapter):
@@ -33,7 +31,7 @@ class EmbeddingAdapter(SiteAdapter):
     """
 
     def __init__(
-        self, method: LoRA, module: nn.Embedding, *, dtype: torch.dtype | None = None, site_id: int = 0
+        self, method: LoRAOptions, module: nn.Embedding, *, dtype: torch.dtype | None = None, site_id: int = 0
     ) -> None:
         weight = module.weight
         super(SiteAdapter, self).__init__(method, site_id, weight.device)
@@ -52,7 +50,7 @@ class EmbeddingAdapter(SiteAdapter):
             self.lora_embedding_B.normal_()
 
     @classmethod
-    def refusal(cls, method: LoRA, module: nn.Module) -> str | None:
+    def refusal(cls, method: LoRAOptions, module: nn.Module) -> str | None:
         kind = type(module).__name__
         assert isinstance(module, nn.Embedding)
         if type(module).forward is not nn.Embedding.forward and not _is_scaled(module):
@@ -138,13 +136,12 @@ def embedding_site(
 
 
 def expand_site(
-    edit: Edit, ids: fx.Node, y: fx.Node, site_id: fx.Node, A: fx.Node, B: fx.Node, scale: fx.Node, padding: int,
-    by_frequency: bool, compute_dtype: str | None,
-) -> fx.Node:  # fmt: skip
-    """The anchor's body in the dialect, with its casts written out."""
+    edit: Edit, ids: fx.Node, y: fx.Node, site_id: fx.Node, compute_dtype: str | None, **operands: Any
+) -> fx.Node:
+    """The anchor's body in the dialect, with its casts written out; ``operands``: the op's others, in its order."""
     value = node_value(y)
-    wide = cast(edit, y, compute_in(value, compute_dtype))
-    return cast(edit, edit.call(EMBEDDING.overload, ids, wide, A, B, scale, padding, by_frequency), value.dtype)
+    wide = edit.cast(y, compute_in(value, compute_dtype))
+    return edit.cast(edit.call(EMBEDDING.overload, ids, wide, *operands.values()), value.dtype)
 
 
 ANCHORS = (Anchor(embedding_site, expand_site),)

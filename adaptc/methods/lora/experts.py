@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,11 +22,9 @@ from adaptc.ir.derive import derive
 from adaptc.ir.ops.grouped import grouped_mm
 from adaptc.ir.ops.lora import draw_tensor
 from adaptc.methods.base import Adapter, anchor_of
+from adaptc.methods.lora.options import LoRAOptions
 from adaptc.methods.lora.parameters import ParameterAdapter
 from adaptc.transformers_names import EXPERTS_MARKS, has_post_expert_norm
-
-if TYPE_CHECKING:
-    from adaptc.methods.lora.method import LoRA
 
 
 def products(module: nn.Module) -> tuple[str, str]:
@@ -46,14 +44,14 @@ class ExpertsAdapter(ParameterAdapter):
     """``lora_A`` (E, r, K) and ``lora_B`` (E, N, r) of one of the two stacks of an experts module."""
 
     def __init__(
-        self, method: LoRA, module: nn.Module, name: str, *, dtype: torch.dtype | None = None, site_id: int = 0
+        self, method: LoRAOptions, module: nn.Module, name: str, *, dtype: torch.dtype | None = None, site_id: int = 0
     ) -> None:
         super().__init__(method, module, name, dtype=dtype, site_id=site_id)
         # Read here, because Dynamo cannot: what the three arguments are called differs between classes.
         self.arguments = tuple(inspect.signature(type(module).forward).parameters)[1:]
 
     @classmethod
-    def parameter_refusal(cls, method: LoRA, module: nn.Module, name: str) -> str | None:
+    def parameter_refusal(cls, method: LoRAOptions, module: nn.Module, name: str) -> str | None:
         first, second = products(module)
         if name not in (first, second):
             return f"of a {type(module).__name__} LoRA adapts {first} and {second}"

@@ -13,17 +13,15 @@ of A_e, ``lora_B`` (N, r E) has column i E + e for column i of B_e.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from adaptc.methods.lora.attention import WeightsAdapter
+from adaptc.methods.lora.options import LoRAOptions
 from adaptc.methods.lora.site import SiteAdapter, only_plain
 from adaptc.methods.scaled import draw_factors, storage_dtype
-
-if TYPE_CHECKING:
-    from adaptc.methods.lora.method import LoRA
 
 
 class ParameterAdapter(WeightsAdapter):
@@ -32,7 +30,7 @@ class ParameterAdapter(WeightsAdapter):
     parameter: str
 
     def __init__(
-        self, method: LoRA, module: nn.Module, name: str, *, dtype: torch.dtype | None = None, site_id: int = 0
+        self, method: LoRAOptions, module: nn.Module, name: str, *, dtype: torch.dtype | None = None, site_id: int = 0
     ) -> None:
         weight = module.get_parameter(name)
         super(SiteAdapter, self).__init__(method, site_id, weight.device)
@@ -52,7 +50,7 @@ class ParameterAdapter(WeightsAdapter):
         self.set_peft_tensors({"lora_A.weight": A, "lora_B.weight": B})
 
     @classmethod
-    def parameter_refusal(cls, method: LoRA, module: nn.Module, name: str) -> str | None:
+    def parameter_refusal(cls, method: LoRAOptions, module: nn.Module, name: str) -> str | None:
         """Why LoRA with these options cannot adapt the module's parameter, or None when it can."""
         weight = module.get_parameter(name)
         if type(weight) is not nn.Parameter or weight.layout != torch.strided:

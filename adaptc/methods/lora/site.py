@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
-from torch import fx, nn
+from torch import nn
 
-from adaptc.ir.edit import Edit
+from adaptc.methods.lora.options import LoRAOptions
 from adaptc.methods.scaled import ScaledAdapter
-from adaptc.torch_internals import node_value
-
-if TYPE_CHECKING:
-    from adaptc.methods.lora.method import LoRA
 
 
 class SiteAdapter(ScaledAdapter):
     """LoRA at one kind of module; built as ``(method, module, dtype=..., site_id=...)``."""
 
-    method: LoRA
+    method: LoRAOptions
 
     def __init__(
-        self, method: LoRA, module: nn.Module, *, dtype: torch.dtype | None = None, site_id: int = 0
+        self, method: LoRAOptions, module: nn.Module, *, dtype: torch.dtype | None = None, site_id: int = 0
     ) -> None:
         raise NotImplementedError(f"{type(self).__name__}.__init__")
 
     @classmethod
-    def refusal(cls, method: LoRA, module: nn.Module) -> str | None:
+    def refusal(cls, method: LoRAOptions, module: nn.Module) -> str | None:
         """Why LoRA with these options cannot adapt ``module``, or None when it can."""
         raise NotImplementedError(f"{cls.__name__}.refusal")
 
@@ -46,7 +40,7 @@ class SiteAdapter(ScaledAdapter):
 INITS = ("default", "gaussian", "random")
 
 
-def only_plain(method: LoRA, module: nn.Module) -> str | None:
+def only_plain(method: LoRAOptions, module: nn.Module) -> str | None:
     """Why the options of ``method`` do not apply to what is not a linear layer, or None."""
     kind = type(module).__name__
     if method.dora:
@@ -58,11 +52,6 @@ def only_plain(method: LoRA, module: nn.Module) -> str | None:
     if method.bias == "lora_only" and getattr(module, "bias", None) is not None:
         return f'bias="lora_only" is for linear layers, and this is a {kind}'
     return None
-
-
-def cast(edit: Edit, node: fx.Node, dtype: Any) -> fx.Node:
-    """``node`` in ``dtype``."""
-    return node if node_value(node).dtype == dtype else edit.call("to", node, dtype)
 
 
 def compute_in(y: torch.Tensor, compute_dtype: str | None) -> torch.dtype:

@@ -31,7 +31,7 @@ def split_dora(gm: fx.GraphModule, context: Context, result: Result) -> None:
             result.refuse(site_of(node), "limit reached")
             continue
         edit = Edit(gm, site_of(node), [node, *outputs], outputs, at=node, record=context.record)
-        factors = (n if node_value(n).dtype == dtype else edit.call("to", n, dtype) for n in (A, B))
+        factors = (edit.cast(n, dtype) for n in (A, B))
         corrected = edit.item(edit.call(LORA_LINEAR(), x, y, *factors, scale, "n"), 0)
         new = edit.call(dialect.get("dora_rescale").overload, corrected, bias, magnitude, norm)
         result.applied.append(edit.finish(new))
