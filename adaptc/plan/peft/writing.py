@@ -233,7 +233,8 @@ def _values_of(
 ) -> dict[str, Any]:
     codec = sites.codec
     written = [rule.method for rule in plan.rules if rule.method is not None and rule.method.kind == codec.kind]
-    found = Sites(codec, sites.adapted, [codec.stored(method) for method in written], config, original)
+    stored = [codec.stored(method) for method in written]
+    found = Sites(codec.label, codec.options, sites.adapted, stored, config, original)
     return {**found.values(), **(codec.write(found) if codec.write is not None else {})}
 
 
