@@ -24,9 +24,10 @@ import torch
 from torch import nn
 
 from adaptc.errors import CheckpointError, UnsupportedError
-from adaptc.files import checkpoint, peft_format
+from adaptc.files import checkpoint, peft_keys
 from adaptc.files.base_files import missing_in_base
 from adaptc.files.folder import Saved
+from adaptc.plan.peft.writing import codec_of_sites, rules_to_config
 from adaptc.runtime import processes
 from adaptc.runtime.attach import adapters_of
 from adaptc.runtime.merging import folded_state
@@ -187,7 +188,7 @@ def _adapter_writer(handle: Handle, path: str, part: nn.Module) -> Write:
         if (local := _inside(where, path)) is not None
     ]
     sites = [Saved(local, module, adapter.method_now(), adapter.parameter) for local, module, adapter in rows]
-    codec = peft_format.codec_of_sites(sites)
+    codec = codec_of_sites(sites)
     # Of DoRA transformers leaves the magnitudes out (5.23; their key in PEFT's files is not the one it looks for).
     if codec is None or codec.peft_type not in _READ or any(getattr(s.method, "dora", False) for s in sites):
         kinds = ", ".join(sorted({"dora" if getattr(s.method, "dora", False) else s.method.kind for s in sites}))
@@ -196,10 +197,10 @@ def _adapter_writer(handle: Handle, path: str, part: nn.Module) -> Write:
             do="model.adaptc.save(directory), and adaptc.compile(model, directory) to read it",
         )
     _check_base(path, part)
-    config = peft_format.plan_to_config(
-        handle.records[name].plan, sites, base_model_name=cast(Any, part).name_or_path, model=part
+    config = rules_to_config(
+        handle.records[name].plan.rules, sites, base_model_name=cast(Any, part).name_or_path, model=part
     )
-    tensors = peft_format.encode({local: adapter for local, _, adapter in rows}, config)
+    tensors = peft_keys.encode({local: adapter for local, _, adapter in rows}, config)
 
     def write(directory: str | os.PathLike[str], **_: Any) -> None:
         checkpoint.write_adapter(directory, config=config, tensors=tensors, plan=None, fingerprint=None)

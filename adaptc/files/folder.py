@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adaptc.errors import AdaptcWarning, ConfigError
-from adaptc.files import checkpoint, peft_experts, peft_format
+from adaptc.files import checkpoint, peft_experts, peft_keys
 from adaptc.files.fingerprint import compare_fingerprint, fingerprint
 from adaptc.methods.base import Adapter, Method
 from adaptc.plan import Assignment, Plan
 from adaptc.plan.files import is_peft_config
+from adaptc.plan.peft.reading import config_to_rules, without_idle_keys
+from adaptc.plan.peft.writing import codec_of_sites, comparable, rules_to_config
 from adaptc.runtime import embeddings, processes
 from adaptc.runtime.adapters import fresh, with_all_biases
 from adaptc.runtime.names import check_adapter_name
@@ -60,9 +62,9 @@ def _read(directory: Any, model: torch.nn.Module | None) -> checkpoint.AdapterFi
 def _plan_in(files: checkpoint.AdapterFiles, model: torch.nn.Module | None) -> Plan:
     if files.plan is not None:
         plan = Plan.from_dict(files.plan)
-        return plan if model is None else peft_format.without_idle_keys(plan, model)
+        return plan if model is None else Plan(without_idle_keys(plan.rules, model), plan.passes)
     assert files.config is not None  # read_adapter: a folder without a config has a plan
-    return peft_format.config_to_plan(files.config, model=model, loading=True)
+    return Plan(config_to_rules(files.config, model=model, loading=True))
 
 
 def add(handle: Handle, directory: Any, name: str) -> None:
@@ -81,7 +83,7 @@ def add(handle: Handle, directory: Any, name: str) -> None:
     rows = _rows(files, decoded, handle)
     with torch.random.fork_rng(devices=[]):
         handle.install(name, plan, config=files.config)
-    peft_format.assign(decoded, _adapters(handle, name))
+    peft_keys.assign(decoded, _adapters(handle, name))
     handle.adapters.set_rows(name, rows)
     if files.plan is None:
         _warn_of_another_function(files.path, _adapters(handle, name))
@@ -102,7 +104,7 @@ def load(handle: Handle, directory: Any, name: str) -> None:
     with processes.gathered(handle.model, adapters.values(), write=True):
         decoded = _decode(files, adapters, handle)
         handle.adapters.set_rows(name, _rows(files, decoded, handle))
-        peft_format.assign(decoded, adapters)
+        peft_keys.assign(decoded, adapters)
     handle.records[name].config = files.config
     if files.plan is None:
         _warn_of_another_function(files.path, adapters)
@@ -123,9 +125,9 @@ def save(handle: Handle, directory: Any, name: str, save_embedding_layers: bool 
     parts = [(site, path, adapter) for site in handle.sites for path, adapter in site.parts(name)]
     sites = [Saved(path, s.module, a.method_now(), a.parameter) for s, path, a in parts]
     config = None
-    if peft_format.codec_of_sites(sites) is not None:
-        config = peft_format.plan_to_config(
-            record.plan,
+    if codec_of_sites(sites) is not None:
+        config = rules_to_config(
+            record.plan.rules,
             sites,
             base_model_name=None if record.config else getattr(handle.model, "name_or_path", None) or None,
             original=record.config,
@@ -133,7 +135,7 @@ def save(handle: Handle, directory: Any, name: str, save_embedding_layers: bool 
         )
     adapters = _adapters(handle, name)
     with processes.gathered(handle.model, adapters.values()):
-        tensors = peft_format.encode(adapters, config)
+        tensors = peft_keys.encode(adapters, config)
     with handle.adapters.base_alone():
         layers = embeddings.to_save(handle.model, record.rows, save_embedding_layers)
         # What a reader finds again is the base with the rows that the file brings.
@@ -143,7 +145,7 @@ def save(handle: Handle, directory: Any, name: str, save_embedding_layers: bool 
         checkpoint.write_adapter,
         directory,
         config=config,
-        tensors={**tensors, **peft_format.embedding_keys(layers, adapters)},
+        tensors={**tensors, **peft_keys.embedding_keys(layers, adapters)},
         plan=record.plan.to_dict(),
         fingerprint=base,
     )
@@ -156,13 +158,13 @@ def _decode(
     files: checkpoint.AdapterFiles, adapters: dict[str, Adapter], handle: Handle
 ) -> dict[str, dict[str, torch.Tensor]]:
     source = str(files.path)
-    return peft_format.decode(files.tensors, adapters, model=handle.model, source=source, config=files.config)
+    return peft_keys.decode(files.tensors, adapters, model=handle.model, source=source, config=files.config)
 
 
-def _rows(files: checkpoint.AdapterFiles, decoded: peft_format.Decoded, handle: Handle) -> list[embeddings.Rows]:
+def _rows(files: checkpoint.AdapterFiles, decoded: peft_keys.Decoded, handle: Handle) -> list[embeddings.Rows]:
     """The rows of the base's embeddings that the folder has others of; warns where the base is another one."""
     with handle.adapters.base_alone():
-        rows = embeddings.rows_of(handle.model, decoded.get(peft_format.EMBEDDINGS, {}), str(files.path))
+        rows = embeddings.rows_of(handle.model, decoded.get(peft_keys.EMBEDDINGS, {}), str(files.path))
         with embeddings.at_work(handle.model, rows):
             _warn_of_another_base(files, handle)
         return rows
@@ -173,8 +175,8 @@ def _adapters(handle: Handle, name: str) -> dict[str, Adapter]:
 
 
 def _check_same_sites(theirs: list[Assignment], handle: Handle, name: str) -> None:
-    ours = {path: peft_format.comparable(a.method) for site in handle.sites for path, a in site.parts(name)}
-    found = {site.path: peft_format.comparable(site.method) for site in theirs}
+    ours = {path: comparable(a.method) for site in handle.sites for path, a in site.parts(name)}
+    found = {site.path: comparable(site.method) for site in theirs}
     different = sorted(path for path in ours.keys() | found.keys() if ours.get(path) != found.get(path))
     if different:
         path = different[0]

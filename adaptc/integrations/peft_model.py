@@ -10,9 +10,11 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 
 from adaptc.errors import AdaptcError, AdapterNameError, UnsupportedError
-from adaptc.files import peft_format, peft_keys
+from adaptc.files import peft_keys
 from adaptc.handle import CompileOptions, Handle
+from adaptc.plan import Plan
 from adaptc.plan.files import read_peft_config
+from adaptc.plan.peft.reading import config_to_rules
 from adaptc.runtime.names import adapter_directory, check_adapter_name
 
 
@@ -45,7 +47,7 @@ def adopt(model: nn.Module, options: CompileOptions) -> nn.Module:
     configs = {name: read_peft_config(config) for name, config in peft_model.peft_config.items()}
     for name, config in configs.items():
         check_adapter_name(name)
-        peft_format.config_to_plan(config, loading=True)
+        Plan(config_to_rules(config, loading=True))
     base: nn.Module = peft_model.get_base_model()
     wrappers = list(_wrappers(base))
     live = _live(peft_model, wrappers)
@@ -135,7 +137,7 @@ def _take_requires_grad(handle: Handle, trained: dict[str, bool], live: tuple[st
     for name in handle.records:
         flags = {_plain_key(key, name): flag for key, flag in trained.items()}
         adapters = {path: adapter for site in handle.sites for path, adapter in site.parts(name)}
-        keys = {tensor.data_ptr(): key for key, tensor in peft_format.encode(adapters).items()}
+        keys = {tensor.data_ptr(): key for key, tensor in peft_keys.encode(adapters).items()}
         # Prompts are no part of the wrapped model: PEFT has them, or an encoder of them, beside it.
         beside = {id(p) for adapter in adapters.values() if adapter.method.on_model for p in adapter.parameters()}
         for parameter in handle.parameters(name):

@@ -23,7 +23,8 @@ from adaptc.errors import PlanError
 from adaptc.methods.bottleneck import Bottleneck
 from adaptc.methods.conv_adapter import ConvAdapter
 from adaptc.plan.match import Match
-from adaptc.plan.rules import Plan, Rule
+from adaptc.plan.plan import Plan
+from adaptc.plan.rules import Rule
 
 #: The options of each publication; ``r`` and everything else can be given.
 STYLES: dict[str, dict[str, Any]] = {

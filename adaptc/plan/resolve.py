@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from adaptc.errors import PlanError, SiteError
 from adaptc.methods.base import Adapter, Method
 from adaptc.methods.patterns import fits, idle_keys
 from adaptc.plan.lifts import lifted_modules
-from adaptc.plan.rules import Plan, Rule
+from adaptc.plan.rules import Rule
 from adaptc.plan.select import Selection, nearest_names, select
 from adaptc.plan.tree import ModuleTree, self_and_parents
 
@@ -80,8 +80,8 @@ class Resolution:
     lifted: tuple[str, ...] = ()
 
 
-def resolve(plan: Plan, model: nn.Module) -> Resolution:
-    """Assign every module that a rule selects to the first rule that does.
+def resolve(rules: tuple[Rule, ...], lifts: Sequence[str], model: nn.Module) -> Resolution:
+    """Assign every module that a rule selects to the first rule that does; ``lifts``: ``passes.lift_no_grad``.
 
     ``train: full`` takes the whole module: what lies inside is shadowed if its rule comes later, and an
     error if it comes earlier, since half a module cannot be trained as a whole.
@@ -92,14 +92,14 @@ def resolve(plan: Plan, model: nn.Module) -> Resolution:
         SiteError: a module that a rule names and that its method cannot adapt.
     """
     tree = ModuleTree(model)
-    lifted = lifted_modules(plan.passes.lift_no_grad if plan.passes else (), tree)
-    selections = [select(rule, number, tree) for number, rule in enumerate(plan.rules, start=1)]
-    _check_patterns(tree, plan.rules, selections)
-    winners, shadowed = _first_matches(plan.rules, selections)
-    _check_shared(tree, plan.rules, selections, winners)
-    winners, inside = _enclosed(plan.rules, winners)
+    lifted = lifted_modules(lifts, tree)
+    selections = [select(rule, number, tree) for number, rule in enumerate(rules, start=1)]
+    _check_patterns(tree, rules, selections)
+    winners, shadowed = _first_matches(rules, selections)
+    _check_shared(tree, rules, selections, winners)
+    winners, inside = _enclosed(rules, winners)
     order = tree.order
-    sites = list(_assignments(tree, plan.rules, winners))
+    sites = list(_assignments(tree, rules, winners))
     sites += _tied_sites(tree, sites)
     sites.sort(key=lambda site: (order[site.path], site.stacked, site.rule))
     left_out = {path: reason for s in reversed(selections) for path, reason in s.left_out.items()}
@@ -170,31 +170,29 @@ def _patterns(rule: Rule) -> Mapping[str, Mapping[str, Any]]:
     return {} if rule.method is None else rule.method.patterns()
 
 
-def drop_idle_keys(plan: Plan, model: nn.Module) -> tuple[Plan, dict[str, list[str]]]:
-    """The plan without the keys of patterns that change nothing on ``model``, and these keys by option.
+def drop_idle_keys(rules: Sequence[Rule], model: nn.Module) -> tuple[list[Rule], dict[str, list[str]]]:
+    """The rules without the keys of patterns that change nothing on ``model``, and these keys by option.
 
-    A plan that does not fit the model comes back as it is.
+    Rules that do not fit the model come back as they are.
     """
-    if not any(pattern for rule in plan.rules for pattern in _patterns(rule).values()):
-        return plan, {}
+    kept, dropped = list(rules), dict[str, list[str]]()
+    if not any(pattern for rule in rules for pattern in _patterns(rule).values()):
+        return kept, dropped
     tree = ModuleTree(model)
     try:
-        selections = [select(rule, number, tree) for number, rule in enumerate(plan.rules, start=1)]
+        selections = [select(rule, number, tree) for number, rule in enumerate(rules, start=1)]
     except (PlanError, SiteError):
-        return plan, {}
-    paths = _paths_of_methods(plan.rules, selections)
-    dropped: dict[str, list[str]] = {}
-    rules = []
-    for rule in plan.rules:
+        return kept, dropped
+    paths = _paths_of_methods(rules, selections)
+    for i, rule in enumerate(rules):
         changes: dict[str, Any] = {}
         for option, pattern in _patterns(rule).items():
             if idle := idle_keys(pattern, paths[rule.method]):
                 dropped.setdefault(option, []).extend(key for key in idle if key not in dropped[option])
                 changes[option] = {key: value for key, value in pattern.items() if key not in idle}
         if changes and rule.method is not None:
-            rule = dataclasses.replace(rule, method=dataclasses.replace(rule.method, **changes))
-        rules.append(rule)
-    return Plan(rules, plan.passes), dropped
+            kept[i] = dataclasses.replace(rule, method=dataclasses.replace(rule.method, **changes))
+    return kept, dropped
 
 
 def _idle_key(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from torch import nn
 
 from adaptc import Plan
-from adaptc.files import checkpoint, peft_format
+from adaptc.files import checkpoint, peft_keys
 from adaptc.files.fingerprint import fingerprint
 from adaptc.methods.base import Adapter
+from adaptc.plan.peft.reading import config_to_rules
+from adaptc.plan.peft.writing import rules_to_config
 from adaptc.runtime.adapters import with_all_biases
 from tests.models import hosts
 
@@ -25,6 +28,11 @@ def randomise(model: nn.Module, seed: int = 7) -> None:
         for _, parameter in sorted((n, p) for n, p in model.named_parameters() if p.requires_grad):
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_(0.1 * noise.to(parameter.dtype))
+
+
+def plan_of(config: Mapping[str, Any], **options: Any) -> Plan:
+    """The plan that a PEFT config means."""
+    return Plan(config_to_rules(config, **options))
 
 
 def peft_config(config: dict[str, Any]) -> peft.PeftConfig:
@@ -96,18 +104,18 @@ class Adapted:
         return self.base(**inputs)
 
     def load(self, tensors: dict[str, torch.Tensor], config: dict[str, Any] | None = None) -> None:
-        decoded = peft_format.decode(tensors, self.adapters, model=self.base, config=config)
-        peft_format.assign(decoded, self.adapters)
+        decoded = peft_keys.decode(tensors, self.adapters, model=self.base, config=config)
+        peft_keys.assign(decoded, self.adapters)
 
     def config(self, **options: Any) -> dict[str, Any]:
-        return peft_format.plan_to_config(self.plan, self.sites, model=self.base, **options)
+        return rules_to_config(self.plan.rules, self.sites, model=self.base, **options)
 
     def save(self, directory: Path, **options: Any) -> Path:
         config = self.config(**options)
         return checkpoint.write_adapter(
             directory,
             config=config,
-            tensors=peft_format.encode(self.adapters, config),
+            tensors=peft_keys.encode(self.adapters, config),
             plan=self.plan.to_dict(),
             fingerprint=fingerprint(self.base, self.adapters),
         )
@@ -117,7 +125,7 @@ def load(host: str, directory: Path, *, double: bool = True, **changes: Any) -> 
     """Read an adapter folder onto a fresh host."""
     files = checkpoint.read_adapter(directory)
     bare = hosts.build(host, **changes)
-    plan = peft_format.config_to_plan(files.config, model=bare, loading=True)
+    plan = plan_of(files.config, model=bare, loading=True)
     adapted = Adapted(host, plan, double=double, **changes)
     adapted.load(files.tensors, files.config)
     return adapted

@@ -13,10 +13,11 @@ import torch
 
 from adaptc import Bias, LoRA, Match, Plan, Rule
 from adaptc.errors import UnsupportedError
-from adaptc.files import checkpoint, peft_format
+from adaptc.files import checkpoint, peft_keys
 from adaptc.methods.patterns import value_at
+from adaptc.plan.peft.writing import rules_to_config
 from adaptc.runtime.names import adapter_directory
-from tests.files.peft_cases import Adapted, load, logits, peft_load, peft_model, peft_save
+from tests.files.peft_cases import Adapted, load, logits, peft_load, peft_model, peft_save, plan_of
 from tests.models import hosts
 
 #: name -> (host, LoraConfig options, options of the host)
@@ -241,7 +242,7 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Adapted,
     adapted = Adapted(host, Plan(rules))
     generator = torch.Generator().manual_seed(3)
     for adapter in adapted.adapters.values():
-        for tensor in peft_format.tensors_of(adapter).values():
+        for tensor in peft_keys.tensors_of(adapter).values():
             tensor.data.add_(0.1 * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype))
     return host, adapted, adapted.save(tmp_path / "ours"), expected
 
@@ -266,7 +267,7 @@ def test_adaptc_reads_what_adaptc_writes(saved: Any) -> None:
 
 def test_full_paths_are_written_without_the_host() -> None:
     adapted = Adapted("llama", Plan(LoRA(targets=["q_proj"])))
-    config = peft_format.plan_to_config(adapted.plan, adapted.sites)
+    config = rules_to_config(adapted.plan.rules, adapted.sites)
     assert config["target_modules"] == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
 
 
@@ -274,10 +275,10 @@ def test_a_path_that_ends_another_is_written_as_an_expression() -> None:
     inner = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), inner)
     plan = Plan(LoRA(targets=["re:0"]))
-    config = peft_format.plan_to_config(plan, plan.resolve(model).sites, model=model)
+    config = rules_to_config(plan.rules, plan.resolve(model).sites, model=model)
     assert config["target_modules"] == "0"
     plan = Plan([LoRA(r=2, targets=["re:0"]), LoRA(r=2, targets=["re:1.1"])])
-    config = peft_format.plan_to_config(plan, plan.resolve(model).sites, model=model)
+    config = rules_to_config(plan.rules, plan.resolve(model).sites, model=model)
     assert config["target_modules"] == r"0|1\.1"
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=config["target_modules"]))
     paths = [n for n, m in wrapped.base_model.model.named_modules() if hasattr(m, "lora_A")]
@@ -333,7 +334,7 @@ def test_a_changed_plan_keeps_what_does_not_matter_of_the_original(tmp_path: Pat
 
 def test_a_scale_that_was_changed_by_hand_is_written() -> None:
     original = {"peft_type": "LORA", "target_modules": ["q_proj"], "lora_alpha": 4}
-    adapted = Adapted("llama", peft_format.config_to_plan(original))
+    adapted = Adapted("llama", plan_of(original))
     assert adapted.config(original=original) == original
     first = adapted.sites[0]
     adapted.sites[0] = dataclasses.replace(first, method=dataclasses.replace(first.method, alpha=6.5))
@@ -348,9 +349,9 @@ def test_a_scale_that_was_changed_by_hand_is_written() -> None:
 def test_a_plan_that_was_read_without_the_host_means_its_config_too() -> None:
     """Without the host "score" cannot be known to be nowhere, so the rule differs, not what it does."""
     original = {"peft_type": "LORA", "target_modules": ["query"], "modules_to_save": ["classifier", "score"]}
-    bare = peft_format.config_to_plan(original, loading=True)
+    bare = plan_of(original, loading=True)
     adapted = Adapted("bert", bare)
-    assert bare != peft_format.config_to_plan(original, loading=True, model=adapted.base)
+    assert bare != plan_of(original, loading=True, model=adapted.base)
     assert adapted.config(original=original) == original
 
 
@@ -378,7 +379,7 @@ def test_what_peft_cannot_express_is_refused(host: str, rules: list[Any], text: 
     model = hosts.build(host)
     plan = Plan(rules)
     with pytest.raises(UnsupportedError, match=text):
-        peft_format.plan_to_config(plan, plan.resolve(model).sites, model=model)
+        rules_to_config(plan.rules, plan.resolve(model).sites, model=model)
 
 
 def test_a_name_that_ends_another_module_cannot_be_saved_as_a_whole() -> None:
@@ -387,5 +388,5 @@ def test_a_name_that_ends_another_module_cannot_be_saved_as_a_whole() -> None:
     )
     plan = Plan([Rule(Match("re:a"), train="full"), LoRA(targets=["q"])])
     with pytest.raises(UnsupportedError, match="cannot name the fully trained modules") as error:
-        peft_format.plan_to_config(plan, plan.resolve(model).sites, model=model)
+        rules_to_config(plan.rules, plan.resolve(model).sites, model=model)
     assert "ba too" in str(error.value)

@@ -12,7 +12,7 @@ import torch
 
 from adaptc import LoRA, Match, Plan, Rule
 from adaptc.errors import MissingKeyError, NonFiniteError, TensorShapeError, UnexpectedKeyError
-from adaptc.files import checkpoint, peft_format
+from adaptc.files import checkpoint, peft_keys
 from tests.files.peft_cases import Adapted, load, logits, peft_model, peft_save
 
 PLAN = Plan([Rule(Match("classifier"), train="full"), LoRA(r=2, bias="lora_only", targets=["query"])])
@@ -25,7 +25,7 @@ def fresh() -> Adapted:
 
 def other_values() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
-    tensors = peft_format.encode(fresh().adapters)
+    tensors = peft_keys.encode(fresh().adapters)
     return {key: torch.randn(tensor.shape, generator=generator) for key, tensor in tensors.items()}
 
 
@@ -42,11 +42,11 @@ def test_the_keys_are_those_of_peft() -> None:
 def refused(tensors: dict[str, torch.Tensor], kind: type[Exception], text: str) -> str:
     """Decode must raise, and the adapter must be what it was, bit for bit."""
     adapted = fresh()
-    before = {key: tensor.clone() for key, tensor in peft_format.encode(adapted.adapters).items()}
+    before = {key: tensor.clone() for key, tensor in peft_keys.encode(adapted.adapters).items()}
     with pytest.raises(kind) as error:
         adapted.load(tensors)
     assert type(error.value) is kind and text in str(error.value)
-    after = peft_format.encode(adapted.adapters)
+    after = peft_keys.encode(adapted.adapters)
     assert all(torch.equal(before[key], after[key]) for key in before)
     return str(error.value)
 
@@ -54,7 +54,7 @@ def refused(tensors: dict[str, torch.Tensor], kind: type[Exception], text: str) 
 def test_good_values_are_loaded() -> None:
     adapted, values = fresh(), other_values()
     adapted.load(values)
-    found = peft_format.encode(adapted.adapters)
+    found = peft_keys.encode(adapted.adapters)
     assert all(torch.equal(found[key], values[key]) for key in KEYS)
 
 
@@ -154,7 +154,7 @@ def test_other_spellings_of_the_keys_are_read(rename: Any) -> None:
     assert sorted(map(rename, KEYS)) != KEYS
     adapted, values = fresh(), other_values()
     adapted.load(spelt(rename))
-    found = peft_format.encode(adapted.adapters)
+    found = peft_keys.encode(adapted.adapters)
     assert all(torch.equal(found[key], values[key]) for key in KEYS)
 
 
@@ -195,12 +195,12 @@ def test_an_adapter_of_the_head_brings_its_frozen_weight(tmp_path: Path) -> None
     assert PREFIX + "lm_head.base_layer.weight" in tensors
     adapted = load("llama", folder)
     with pytest.raises(UnexpectedKeyError, match="no site of the model takes"):
-        peft_format.decode(tensors, adapted.adapters)
+        peft_keys.decode(tensors, adapted.adapters)
     other = Adapted("llama", adapted.plan)
     with torch.no_grad():
         other.base.lm_head.weight.add_(1)
-    decoded = peft_format.decode(tensors, other.adapters, model=other.base)
-    assert torch.equal(decoded[peft_format.EMBEDDINGS]["lm_head.weight"], tensors[PREFIX + "lm_head.base_layer.weight"])
+    decoded = peft_keys.decode(tensors, other.adapters, model=other.base)
+    assert torch.equal(decoded[peft_keys.EMBEDDINGS]["lm_head.weight"], tensors[PREFIX + "lm_head.base_layer.weight"])
 
 
 def test_what_peft_writes_for_all_biases_and_a_full_head(tmp_path: Path) -> None:
@@ -224,10 +224,10 @@ def test_buffers_of_a_full_copy_travel_too() -> None:
     adapters = {s.path: s.method.build(s.path, s.module, dtype=None, site_id=i) for i, s in enumerate(sites)}
     adapters["1"].copy.running_mean.add_(3)
     adapters["1"].copy.num_batches_tracked.add_(9)
-    tensors = {key: tensor.clone() for key, tensor in peft_format.encode(adapters).items()}
+    tensors = {key: tensor.clone() for key, tensor in peft_keys.encode(adapters).items()}
     theirs = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
     assert tensors.keys() == peft.get_peft_model_state_dict(theirs).keys()
-    decoded = peft_format.decode(tensors, adapters)
+    decoded = peft_keys.decode(tensors, adapters)
     assert decoded["1"]["num_batches_tracked"].item() == 9
     assert torch.equal(decoded["1"]["running_mean"], torch.full((4,), 3.0))
 
@@ -235,6 +235,6 @@ def test_buffers_of_a_full_copy_travel_too() -> None:
 def test_a_half_precision_file_is_read_into_float32() -> None:
     adapted = fresh()
     adapted.load({key: value.to(torch.bfloat16) for key, value in other_values().items()})
-    found = peft_format.encode(adapted.adapters)
+    found = peft_keys.encode(adapted.adapters)
     assert all(torch.equal(found[k], v.to(torch.bfloat16).float()) for k, v in other_values().items())
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}

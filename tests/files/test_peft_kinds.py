@@ -18,9 +18,11 @@ import torch
 
 import adaptc
 from adaptc import IA3, Bias, LoRA, Match, Plan, Rule, VeRA, errors
-from adaptc.files import checkpoint, peft_format
+from adaptc.files import checkpoint, peft_keys
 from adaptc.methods.codec import codec_of, codecs
+from adaptc.plan.peft.writing import rules_to_config
 from tests.files.peft_cases import Adapted, load, logits, peft_config, peft_load, peft_model, peft_save, randomise
+from tests.files.peft_cases import plan_of as read
 from tests.models import hosts
 
 PREFIX = "base_model.model."
@@ -34,10 +36,6 @@ def ia3(targets: Any, feedforward: Any = (), **options: Any) -> dict[str, Any]:
 
 def vera(targets: Any, **options: Any) -> dict[str, Any]:
     return {"peft_type": "VERA", "target_modules": targets, "r": 5, **options}
-
-
-def read(config: dict[str, Any], **options: Any) -> Plan:
-    return peft_format.config_to_plan(config, **options)
 
 
 # -- what PEFT writes -------------------------------------------------------------------------------------
@@ -173,7 +171,7 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Adapted,
     adapted = Adapted(host, Plan(rules))
     generator = torch.Generator().manual_seed(3)
     for adapter in adapted.adapters.values():
-        for tensor in peft_format.tensors_of(adapter).values():
+        for tensor in peft_keys.tensors_of(adapter).values():
             tensor.data.add_(0.1 * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype))
     return host, adapted, adapted.save(tmp_path / "ours"), expected
 
@@ -277,7 +275,7 @@ def test_two_kinds_in_one_adapter_are_refused() -> None:
     model = hosts.build("llama")
     plan = Plan([IA3(targets=["k_proj"]), LoRA(targets=["v_proj"])])
     with pytest.raises(errors.UnsupportedError, match="no place for two kinds in one adapter") as error:
-        peft_format.plan_to_config(plan, plan.resolve(model).sites, model=model)
+        rules_to_config(plan.rules, plan.resolve(model).sites, model=model)
     assert "ia3 at model.layers.0.self_attn.k_proj, lora at" in str(error.value)
 
 
@@ -292,7 +290,7 @@ def fresh() -> Adapted:
 
 def other_values() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
-    tensors = peft_format.encode(fresh().adapters)
+    tensors = peft_keys.encode(fresh().adapters)
     return {key: torch.randn(tensor.shape, generator=generator) for key, tensor in tensors.items()}
 
 
@@ -302,18 +300,18 @@ KEYS = sorted(other_values())
 def refused(tensors: dict[str, torch.Tensor], kind: type[Exception], text: str) -> None:
     """Decode must raise, and the adapter must be what it was, bit for bit."""
     adapted = fresh()
-    before = {key: tensor.clone() for key, tensor in peft_format.encode(adapted.adapters).items()}
+    before = {key: tensor.clone() for key, tensor in peft_keys.encode(adapted.adapters).items()}
     with pytest.raises(kind) as error:
         adapted.load(tensors)
     assert type(error.value) is kind and text in str(error.value)
-    after = peft_format.encode(adapted.adapters)
+    after = peft_keys.encode(adapted.adapters)
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_the_keys_and_shapes_are_those_of_peft() -> None:
     config = ia3(["key", "intermediate.dense"], ["intermediate.dense"], modules_to_save=["classifier"])
     theirs = peft.get_peft_model_state_dict(peft_model("bert", config, double=False))
-    ours = peft_format.encode(fresh().adapters)
+    ours = peft_keys.encode(fresh().adapters)
     assert {key: tensor.shape for key, tensor in theirs.items()} == {k: t.shape for k, t in ours.items()}
     assert len(KEYS) == 6
 
@@ -370,7 +368,7 @@ def test_a_tensor_that_does_not_fit(key: str, fault: str) -> None:
 def test_other_spellings_of_the_keys_are_read(rename: Any) -> None:
     adapted, values = fresh(), other_values()
     adapted.load({rename(key): value for key, value in values.items()})
-    found = peft_format.encode(adapted.adapters)
+    found = peft_keys.encode(adapted.adapters)
     assert all(torch.equal(found[key], values[key]) for key in KEYS)
 
 
@@ -604,7 +602,7 @@ def test_what_peft_has_no_place_for_is_named() -> None:
     ):
         plan = Plan(rules)
         with pytest.raises(errors.UnsupportedError, match=text):
-            peft_format.plan_to_config(plan, plan.resolve(model).sites, model=model)
+            rules_to_config(plan.rules, plan.resolve(model).sites, model=model)
 
 
 def test_a_crash_at_any_step_of_the_change_of_format_leaves_one_adapter(

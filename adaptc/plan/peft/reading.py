@@ -1,4 +1,4 @@
-"""PEFT's ``adapter_config.json``, as a plan."""
+"""PEFT's ``adapter_config.json``, as the rules of a plan."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from torch import nn
 from adaptc.errors import AdaptcWarning, ConfigTypeError
 from adaptc.methods.base import Method
 from adaptc.methods.codec import Part
+from adaptc.plan.all_linear import all_linear
 from adaptc.plan.match import ALL_LINEAR, MODEL, Match, matcher
 from adaptc.plan.peft import fit, matching, moe, tokens
 from adaptc.plan.peft.options import check_config
 from adaptc.plan.resolve import drop_idle_keys
-from adaptc.plan.rules import Plan, Rule
+from adaptc.plan.rules import Rule
+from adaptc.plan.tree import ModuleTree
 
 _NAME = re.compile(r"[\w.-]+")
 
 
-def config_to_plan(
+def config_to_rules(
     config: Mapping[str, Any], *, model: nn.Module | None = None, loading: bool = False
-) -> Plan:
-    """The plan that a PEFT config means.
+) -> list[Rule]:
+    """The rules of the plan that a PEFT config means.
 
     ``modules_to_save`` becomes a ``train: full`` rule, in front, so that no adapter is put into such a module.
 
@@ -56,17 +58,17 @@ def config_to_plan(
     else:
         adapted = _adapted(used, codec.rules(used), model, config.get("task_type"))
     rules = [Rule(Match(_saved_selectors(saved, model)), train="full")] if saved else []
-    plan = Plan([*rules, *tokens.rules_of(used, model), *adapted])
-    return plan if model is None else without_idle_keys(plan, model)
+    rules += [*tokens.rules_of(used, model), *adapted]
+    return rules if model is None else without_idle_keys(rules, model)
 
 
-def without_idle_keys(plan: Plan, model: nn.Module) -> Plan:
-    """The plan without the keys of its patterns that change nothing on ``model``, which a warning names: PEFT passes
+def without_idle_keys(rules: Sequence[Rule], model: nn.Module) -> list[Rule]:
+    """The rules without the keys of their patterns that change nothing on ``model``, which a warning names: PEFT passes
     over them, and adaptc's own files did once."""
-    plan, idle = drop_idle_keys(plan, model)
+    kept, idle = drop_idle_keys(rules, model)
     for option, keys in idle.items():
         fit.warn(f"{option} of the adapter's config has keys that change nothing at its sites: {', '.join(keys)}")
-    return plan
+    return kept
 
 
 def _adapted(
@@ -223,9 +225,6 @@ def _match_on(
 
 def _selected(match: Match, model: nn.Module, used: Mapping[str, Any]) -> set[str]:
     """What adaptc's selectors choose, less what ``modules_to_save`` protects."""
-    from adaptc.plan.all_linear import all_linear
-    from adaptc.plan.tree import ModuleTree
-
     everything = {**used, "target_modules": ".*", "exclude_modules": None, "layers_to_transform": None}
     open_paths = matching.target_paths(everything, matching.module_paths(model))
     linear = set(all_linear(ModuleTree(model))[0]) if ALL_LINEAR in match.targets else set()
@@ -242,10 +241,10 @@ def exactly(paths: Iterable[str]) -> str:
     return "|".join(re.escape(path) for path in paths)
 
 
-def means(config: Mapping[str, Any], plan: Plan, model: nn.Module | None) -> bool:
-    """Whether the config, read with or without the host, gives the plan's rules."""
+def means(config: Mapping[str, Any], rules: Sequence[Rule], model: nn.Module | None) -> bool:
+    """Whether the config, read with or without the host, gives the rules."""
     names = [name for key in ("target_modules", "exclude_modules") for name in _selectors(config.get(key))]
     readings = [model] if model is None or _odd_name(names) is not None else [model, None]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AdaptcWarning)  # they were given when the adapter was loaded
-        return any(config_to_plan(config, model=m, loading=True).rules == plan.rules for m in readings)
+        return any(config_to_rules(config, model=m, loading=True) == list(rules) for m in readings)

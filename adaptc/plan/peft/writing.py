@@ -1,4 +1,4 @@
-"""A plan and its sites, as PEFT's ``adapter_config.json``."""
+"""The rules of a plan and their sites, as PEFT's ``adapter_config.json``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from adaptc.plan.peft import matching, moe
 from adaptc.plan.peft import tokens as peft_tokens
 from adaptc.plan.peft.options import check_config
 from adaptc.plan.peft.reading import exactly, means
-from adaptc.plan.rules import Plan
+from adaptc.plan.rules import Rule
 
 
 def comparable(method: Method) -> Method:
@@ -69,8 +69,8 @@ class _Sites:
         return [path for path in self.adapted if path not in self.parameters]
 
 
-def plan_to_config(
-    plan: Plan,
+def rules_to_config(
+    rules: Sequence[Rule],
     assignments: Iterable[Assignment],
     *,
     base_model_name: str | None = None,
@@ -81,13 +81,13 @@ def plan_to_config(
     """The config with which PEFT builds exactly the sites of ``assignments``.
 
     Args:
-        plan: what the user wrote; its own names are kept where they mean the same to PEFT.
+        rules: of the plan that the user wrote; its own names are kept where they mean the same to PEFT.
         assignments: objects with ``path``, ``module``, ``method`` (kind "full" or None for a module that is
             trained as a whole) and ``parameter`` (its name where the path is that of a parameter of the module).
         base_model_name: ``base_model_name_or_path``; None takes it from ``original``.
         task_type: PEFT's task. PEFT trains the classifier of a classification task always, so the task is
             left out (with ``auto_mapping`` in its place) when the plan does not train it.
-        original: the config the adapter was loaded with. While it still means ``plan`` and the sites, it is
+        original: the config the adapter was loaded with. While it still means ``rules`` and the sites, it is
             returned as it is; else the keys without influence are taken over.
         model: the host. With it short names are used where they select the right modules and no others;
             without it every site is written with its full path.
@@ -96,7 +96,7 @@ def plan_to_config(
         UnsupportedError: names what PEFT cannot express.
     """
     sites = _named_for_peft(_sort_sites(assignments), model)
-    if original is not None and _is_right_for(original, plan, sites, model):
+    if original is not None and _is_right_for(original, rules, sites, model):
         return dict(original)
     keys = sites.codec.keys()
     carried = {key: original[key] for key, o in keys.items() if original and o.carried and key in original}
@@ -105,14 +105,14 @@ def plan_to_config(
     config["inference_mode"] = True
     config["modules_to_save"] = _names_to_save(sites, model)
     if not sites.codec.on_model:
-        config.update(_targets_of(sites, plan, config, model))
+        config.update(_targets_of(sites, rules, config, model))
         # PEFT refuses it beside parameters, and corrects it where it is missing.
         transposed = [is_conv1d(sites.modules[path]) for path in sites.wanted]
         config["fan_in_fan_out"] = bool(transposed) and all(transposed) and not sites.parameters
     if sites.parameters:
         paths = [] if model is None else matching.parameter_paths(model)
         config["target_parameters"] = matching.shortest_names(sites.parameters, paths)
-    config.update(_values_of(sites, plan, config, original))
+    config.update(_values_of(sites, rules, config, original))
     if sites.tokens:
         config[peft_tokens.KEY] = peft_tokens.written(sites.tokens, model)
     if base_model_name is not None:
@@ -133,9 +133,9 @@ def plan_to_config(
     return config
 
 
-def _is_right_for(config: Mapping[str, Any], plan: Plan, sites: _Sites, model: nn.Module | None) -> bool:
+def _is_right_for(config: Mapping[str, Any], rules: Sequence[Rule], sites: _Sites, model: nn.Module | None) -> bool:
     """Whether a config that was read still gives the sites, here and in PEFT."""
-    if not means(config, plan, model) or not _same_values(config, sites):
+    if not means(config, rules, model) or not _same_values(config, sites):
         return False
     if model is None or sites.codec.on_model or sites.literal or not moe.table_of(model):
         return True
@@ -229,10 +229,10 @@ def _named_for_peft(sites: _Sites, model: nn.Module | None) -> _Sites:
 
 
 def _values_of(
-    sites: _Sites, plan: Plan, config: Mapping[str, Any], original: Mapping[str, Any] | None
+    sites: _Sites, rules: Sequence[Rule], config: Mapping[str, Any], original: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     codec = sites.codec
-    written = [rule.method for rule in plan.rules if rule.method is not None and rule.method.kind == codec.kind]
+    written = [rule.method for rule in rules if rule.method is not None and rule.method.kind == codec.kind]
     stored = [codec.stored(method) for method in written]
     found = Sites(codec.label, codec.options, sites.adapted, stored, config, original)
     return {**found.values(), **(codec.write(found) if codec.write is not None else {})}
@@ -298,7 +298,7 @@ def _names_to_save(sites: _Sites, model: nn.Module | None) -> list[str] | None:
 
 
 def _targets_of(
-    sites: _Sites, plan: Plan, config: Mapping[str, Any], model: nn.Module | None
+    sites: _Sites, rules: Sequence[Rule], config: Mapping[str, Any], model: nn.Module | None
 ) -> dict[str, Any]:
     """The shortest selection that means exactly the adapted sites, by PEFT's rules."""
     wanted = set(sites.wanted)
@@ -307,7 +307,7 @@ def _targets_of(
     known = [path for path in sites.modules if path not in sites.parameters]
     paths = known if model is None else list(matching.module_paths(model))
     for candidate in _candidates(
-        sorted(wanted), plan, sites.codec.kind, named=model is not None, partly=bool(sites.parameters)
+        sorted(wanted), rules, sites.codec.kind, named=model is not None, partly=bool(sites.parameters)
     ):
         # A kind of PEFT's that cannot exclude modules, or choose layers, has no such key.
         if any(value and key not in config for key, value in candidate.items()):
@@ -324,14 +324,14 @@ def _targets_of(
 
 
 def _candidates(
-    wanted: list[str], plan: Plan, kind: str, *, named: bool, partly: bool
+    wanted: list[str], rules: Sequence[Rule], kind: str, *, named: bool, partly: bool
 ) -> Iterator[dict[str, Any]]:
     """Selections to try, the most readable first; the last one is exact whatever the names are.
 
-    ``partly``: the plan has rules, or entries of one, that mean parameters.
+    ``partly``: there are rules, or entries of one, that mean parameters.
     """
     if named:
-        matches = [rule.match for rule in plan.rules if rule.method and rule.method.kind == kind]
+        matches = [rule.match for rule in rules if rule.method and rule.method.kind == kind]
         if partly:
             matches = [fitting for match in matches if (fitting := _fitting(match, wanted)) is not None]
         if len(matches) == 1:

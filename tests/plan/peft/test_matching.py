@@ -13,10 +13,10 @@ from peft.tuners.tuners_utils import check_target_module_exists
 
 from adaptc import LoRA, Match, Plan, Rule
 from adaptc.errors import AdaptcWarning, PlanError
-from adaptc.files import peft_format
 from adaptc.methods.patterns import value_at
 from adaptc.plan.files import read_peft_config
 from adaptc.plan.peft import matching as peft_matching
+from tests.files.peft_cases import plan_of
 from tests.models import hosts
 
 CLASSIFIER = Rule(Match("classifier"), train="full")
@@ -86,7 +86,7 @@ def test_names_without_a_module_are_left_out_with_a_warning() -> None:
         "modules_to_save": ["lm_head", "score", "head2"],
     }
     with pytest.warns(AdaptcWarning) as caught:
-        plan = peft_format.config_to_plan(config, model=model)
+        plan = plan_of(config, model=model)
     told = [str(w.message) for w in caught]
     assert [t.rpartition(": ")[2] for t in told] == ["query", "z", "head2"], "score is PEFT's own addition"
     assert plan == Plan(
@@ -103,12 +103,12 @@ def test_the_plan_of_a_config_object_reads_well() -> None:
     )
     expected = Plan(LoRA(r=4, alpha=8, dropout=0.1, targets=["q_proj", "v_proj"], layers="0-1"))
     assert Plan.from_peft(config) == expected
-    assert peft_format.config_to_plan(read_peft_config(config), model=hosts.build("llama")) == expected
+    assert plan_of(read_peft_config(config), model=hosts.build("llama")) == expected
 
 
 def test_the_head_that_peft_adds_for_a_task_is_in_the_plan() -> None:
     config = peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS")
-    plan = peft_format.config_to_plan(read_peft_config(config), model=hosts.build("roberta"))
+    plan = plan_of(read_peft_config(config), model=hosts.build("roberta"))
     assert plan == Plan([CLASSIFIER, LoRA(targets=["query"])])
     assert [s.path for s in Plan.from_peft(config).resolve(hosts.build("roberta")).sites if s.train] == [
         "classifier"
@@ -124,7 +124,7 @@ def test_a_layer_number_at_the_root_is_written_as_paths() -> None:
         torch.nn.ModuleDict({"q": torch.nn.Linear(2, 2)}) for _ in range(2)
     )
     config = {"peft_type": "LORA", "target_modules": ["q"], "layers_to_transform": [1]}
-    plan = peft_format.config_to_plan(config, model=model)
+    plan = plan_of(config, model=model)
     assert [site.path for site in plan.resolve(model).sites] == ["deep.layers.1.q"]
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q"], layers_to_transform=[1]))
     assert [n for n, m in wrapped.named_modules() if hasattr(m, "lora_A")] == [

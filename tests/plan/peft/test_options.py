@@ -12,8 +12,8 @@ from peft.utils.peft_types import PeftType
 
 from adaptc import LoRA, Plan
 from adaptc.errors import ConfigError, ConfigTypeError, UnknownConfigKeyError, UnsupportedKindError
-from adaptc.files.peft_format import config_to_plan
 from adaptc.methods.codec import codecs
+from tests.files.peft_cases import plan_of
 
 OPTIONS = codecs()["LORA"].keys()
 
@@ -22,7 +22,7 @@ PLAN = Plan(LoRA(targets=["q_proj"]))
 
 
 def test_the_least_config_has_the_defaults_of_peft() -> None:
-    assert config_to_plan(LEAST) == PLAN
+    assert plan_of(LEAST) == PLAN
     assert (PLAN.rules[0].method.r, PLAN.rules[0].method.alpha) == (8, 8)
 
 
@@ -43,12 +43,12 @@ def test_every_key_of_peft_is_known_with_its_default() -> None:
 @pytest.mark.parametrize("name", [*sorted(k.value for k in PeftType if k not in codecs()), "SOMETHING_NEW"])
 def test_other_kinds_are_refused_by_name(name: str) -> None:
     with pytest.raises(UnsupportedKindError, match=f"PEFT's kind {name} are not in this version"):
-        config_to_plan({"peft_type": name, "target_modules": ["q_proj"]})
+        plan_of({"peft_type": name, "target_modules": ["q_proj"]})
 
 
 def test_a_config_without_a_kind() -> None:
     with pytest.raises(ConfigError, match="does not name its kind"):
-        config_to_plan({"target_modules": ["q_proj"]})
+        plan_of({"target_modules": ["q_proj"]})
 
 
 REFUSED = {
@@ -74,9 +74,9 @@ def test_every_option_that_changes_the_mathematics_is_tried() -> None:
 @pytest.mark.parametrize("loading", [False, True])
 def test_options_that_change_the_mathematics_are_refused_by_name(key: str, loading: bool) -> None:
     with pytest.raises(UnsupportedKindError, match=f"option {key} is not in this version"):
-        config_to_plan({**LEAST, key: REFUSED[key]}, loading=loading)
+        plan_of({**LEAST, key: REFUSED[key]}, loading=loading)
     for off in (None, False, [], {}):
-        assert config_to_plan({**LEAST, key: off}, loading=loading) == PLAN
+        assert plan_of({**LEAST, key: off}, loading=loading) == PLAN
 
 
 @pytest.mark.parametrize(
@@ -92,37 +92,37 @@ def test_options_that_change_the_mathematics_are_refused_by_name(key: str, loadi
 @pytest.mark.parametrize("loading", [False, True])
 def test_initialisations_that_cannot_be_honoured(init: str, text: str, loading: bool) -> None:
     with pytest.raises(UnsupportedKindError, match=f"init_lora_weights = '{init}' is refused: {text}"):
-        config_to_plan({**LEAST, "init_lora_weights": init}, loading=loading)
+        plan_of({**LEAST, "init_lora_weights": init}, loading=loading)
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda"])
 def test_initialisations_from_the_weight_are_for_new_adapters(init: str) -> None:
     """A file of them holds the factors, not the base that they were taken off."""
     config = {**LEAST, "init_lora_weights": init}
-    assert config_to_plan(config) == Plan(LoRA(targets=["q_proj"], init=init))
+    assert plan_of(config) == Plan(LoRA(targets=["q_proj"], init=init))
     with pytest.raises(UnsupportedKindError, match=f"init_lora_weights = '{init}' is refused: it changes the base"):
-        config_to_plan(config, loading=True)
+        plan_of(config, loading=True)
 
 
 def test_the_method_of_corda() -> None:
     corda = dataclasses.asdict(peft.tuners.lora.config.CordaConfig())
     config = {**LEAST, "init_lora_weights": "corda", "corda_config": corda}
-    assert config_to_plan(config) == Plan(LoRA(targets=["q_proj"], init="corda"))
+    assert plan_of(config) == Plan(LoRA(targets=["q_proj"], init="corda"))
     config["corda_config"]["corda_method"] = "kpm"
     expected = Plan(LoRA(targets=["q_proj"], init="corda", corda_method="kpm"))
-    assert config_to_plan(config) == expected
+    assert plan_of(config) == expected
     for change in ({"corda_config": {"covariance_file": "x.pt"}}, {"init_lora_weights": True}):
         with pytest.raises(UnsupportedKindError, match="option corda_config is not in this version"):
-            config_to_plan({**config, **change})
+            plan_of({**config, **change})
 
 
 @pytest.mark.parametrize("key", ["use_dora", "lora_bias"])
 def test_options_with_a_parameter_of_their_own(key: str) -> None:
     field = {"use_dora": "dora", "lora_bias": "lora_bias"}[key]
-    assert config_to_plan({**LEAST, key: True}) == Plan(LoRA(targets=["q_proj"], **{field: True}))
-    assert config_to_plan({**LEAST, key: None}) == PLAN
+    assert plan_of({**LEAST, key: True}) == Plan(LoRA(targets=["q_proj"], **{field: True}))
+    assert plan_of({**LEAST, key: None}) == PLAN
     with pytest.raises(ConfigTypeError, match=f"{key} in the adapter's config has a value that is not legal"):
-        config_to_plan({**LEAST, key: "yes"})
+        plan_of({**LEAST, key: "yes"})
 
 
 @pytest.mark.parametrize(
@@ -136,16 +136,16 @@ def test_options_with_a_parameter_of_their_own(key: str) -> None:
 )
 def test_options_that_exclude_each_other(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigTypeError, match=r"the adapter's config: LoRA: .* is not legal"):
-        config_to_plan({**LEAST, **changes})
+        plan_of({**LEAST, **changes})
 
 
 def test_initialisations_that_only_matter_to_a_new_adapter() -> None:
     config = {**LEAST, "init_lora_weights": "eva", "eva_config": {"rho": 2.0}}
-    assert config_to_plan(config, loading=True) == PLAN
+    assert plan_of(config, loading=True) == PLAN
     with pytest.raises(UnsupportedKindError, match="not in this version"):
-        config_to_plan({**LEAST, "init_lora_weights": "eva"})
+        plan_of({**LEAST, "init_lora_weights": "eva"})
     with pytest.raises(UnsupportedKindError, match="option eva_config is not in this version"):
-        config_to_plan({**LEAST, "eva_config": {"rho": 2.0}})
+        plan_of({**LEAST, "eva_config": {"rho": 2.0}})
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_initialisations_that_only_matter_to_a_new_adapter() -> None:
      ("orthogonal", "orthogonal")],
 )  # fmt: skip
 def test_initialisations_that_are_honoured(init: Any, expected: str) -> None:
-    plan = config_to_plan({**LEAST, "init_lora_weights": init})
+    plan = plan_of({**LEAST, "init_lora_weights": init})
     assert plan == Plan(LoRA(targets=["q_proj"], init=expected))
     if init is None:
         return
@@ -170,17 +170,17 @@ def test_initialisations_that_are_honoured(init: Any, expected: str) -> None:
 @pytest.mark.parametrize("value", [True, 1, 0, "x", {"a": 1}, [1], False])
 def test_unknown_keys_are_refused(value: Any) -> None:
     with pytest.raises(UnknownConfigKeyError, match="unknown key 'use_magic'") as error:
-        config_to_plan({**LEAST, "use_magic": value})
+        plan_of({**LEAST, "use_magic": value})
     assert f"use_magic = {value!r}" in str(error.value)
 
 
 def test_an_unknown_key_that_is_null_configures_nothing() -> None:
-    assert config_to_plan({**LEAST, "future_config": None}) == PLAN
+    assert plan_of({**LEAST, "future_config": None}) == PLAN
 
 
 def test_a_misspelt_key_names_the_nearest() -> None:
     with pytest.raises(UnknownConfigKeyError) as error:
-        config_to_plan({**LEAST, "lora_alhpa": 16})
+        plan_of({**LEAST, "lora_alhpa": 16})
     assert "did you mean lora_alpha?" in str(error.value)
 
 
@@ -207,7 +207,7 @@ def test_values_of_a_wrong_type_or_range(key: str, value: Any) -> None:
     with pytest.raises(
         ConfigTypeError, match=f"{key} in the adapter's config has a value that is not legal"
     ) as error:
-        config_to_plan({**LEAST, key: value})
+        plan_of({**LEAST, key: value})
     assert repr(value) in str(error.value)
 
 
@@ -224,7 +224,7 @@ def test_values_of_a_wrong_type_or_range(key: str, value: Any) -> None:
 )
 def test_combinations_that_mean_nothing(changes: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigTypeError) as error:
-        config_to_plan({**LEAST, **changes})
+        plan_of({**LEAST, **changes})
     assert text in str(error.value)
 
 
@@ -245,4 +245,4 @@ def test_what_has_no_influence_is_accepted() -> None:
         "runtime_config": {"ephemeral_gpu_offload": False},
         "rank_pattern": None,
     }
-    assert config_to_plan(config) == PLAN
+    assert plan_of(config) == PLAN
