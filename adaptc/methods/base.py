@@ -15,7 +15,7 @@ from adaptc.errors import PlanError
 from adaptc.ir.dialect import DialectOp
 from adaptc.ir.edit import Edit
 from adaptc.ir.sites import mark_anchor
-from adaptc.methods import quantised
+from adaptc.methods import affine, quantised
 from adaptc.methods.quantised import Refusal
 
 
@@ -172,6 +172,8 @@ class Adapter(nn.Module):
     acts_inside: ClassVar[bool] = False
     #: True when the adapter changes the arguments of its tap, and does not read them.
     changes_tapped: ClassVar[bool] = False
+    #: Why no adapter of another kind can be merged beside this one; None for affine maps of a linear layer's input.
+    merges_alone: ClassVar[str | None] = None
     #: The probability of dropout, as text (see ``set_dropout``).
     _dropout: str
     #: The module's own parameter that the adapter is for; None: the module.
@@ -229,6 +231,32 @@ class Adapter(nn.Module):
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Called after each optimizer step where the user asked for it (``model.adaptc.on_step``)."""
+
+    def merge_refusal(self, module: nn.Module, beside: Sequence[Adapter] = ()) -> Refusal | None:
+        """Why the module's own tensors cannot take up what this adapter and then ``beside`` do, or None when they can.
+
+        As it is here, where the method is ``mergeable``: all of them are affine in the input of a linear layer.
+        """
+        if not self.method.mergeable:
+            return Refusal(f"{self.method.kind} cannot be folded into a weight")
+        return affine.refusal(module, (self, *beside))
+
+    def merged(self, module: nn.Module, beside: Sequence[Adapter] = ()) -> Mapping[str, torch.Tensor]:
+        """Path of a tensor below ``module`` -> what replaces it so that the module alone computes in eval mode what it
+        does with this adapter and then ``beside``: computed in fp64 and rounded once to the tensor's dtype.
+
+        Nothing is changed. Only where ``merge_refusal`` is None.
+        """
+        return affine.merged(module, (self, *beside))
+
+    def weight_update(self) -> torch.Tensor | None:
+        """What the adapter adds to the (N, K) weight of a linear layer, in fp64, where that is its correction of
+        the weight whatever else acts; None: :meth:`merged` reads the weight off the map."""
+        return None
+
+    def merge_key(self) -> object:
+        """Of adapters of modules that share a weight: with equal keys they give it the same values."""
+        return id(self)
 
     def products(self) -> Sequence[tuple[str, ...]]:
         """Names of parameters that multiply each other: where all but one of a group are zero, its gradient is zero.

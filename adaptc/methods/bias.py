@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, TypeGuard
 
 import torch
 from torch import fx, nn
 
 from adaptc.ir.edit import Edit
 from adaptc.methods import linear
+from adaptc.methods.affine import rounded
 from adaptc.methods.base import Adapter, Anchor, Method
+from adaptc.methods.quantised import Refusal
 from adaptc.torch_internals import node_value
 
 
@@ -52,8 +55,23 @@ class BiasAdapter(Adapter):
     def apply_to(self, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return bias_site(x, y, self.site_id, self.bias, module.bias)  # type: ignore[no-any-return]
 
+    def merge_refusal(self, module: nn.Module, beside: Sequence[Adapter] = ()) -> Refusal | None:
+        return None if _are_biases(beside) else super().merge_refusal(module, beside)
+
+    def merged(self, module: nn.Module, beside: Sequence[Adapter] = ()) -> Mapping[str, torch.Tensor]:
+        if not _are_biases(beside):
+            return super().merged(module, beside)
+        value, frozen = self.bias.detach(), module.get_parameter("bias").double()
+        for other in beside:
+            value = value.double() + (other.bias.double() - frozen)
+        return {"bias": rounded(value, module.bias)}
+
     def peft_tensors(self) -> dict[str, nn.Parameter]:
         return {"bias": self.bias}
+
+
+def _are_biases(adapters: Sequence[Adapter]) -> TypeGuard[Sequence[BiasAdapter]]:
+    return all(isinstance(adapter, BiasAdapter) for adapter in adapters)
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +36,7 @@ class FullAdapter(Adapter):
     """A trainable copy of the module, called in its place."""
 
     replaces_forward: ClassVar[bool] = True
+    merges_alone: ClassVar[str | None] = "other adapters act around a fully trained module"
 
     def __init__(
         self, method: Full, module: nn.Module, *, dtype: torch.dtype | None = None, site_id: int = 0
@@ -48,6 +50,12 @@ class FullAdapter(Adapter):
     def replace(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output, computed by the copy (the original's own hooks run around it)."""
         return self.copy.forward(*args, **kwargs)
+
+    def merge_refusal(self, module: nn.Module, beside: Sequence[Adapter] = ()) -> None:
+        """A copy can always be written over its original."""
+
+    def merged(self, module: nn.Module, beside: Sequence[Adapter] = ()) -> dict[str, torch.Tensor]:
+        return dict(self.copy.state_dict())
 
     def peft_tensors(self) -> dict[str, nn.Parameter]:
         return dict(self.copy.named_parameters())

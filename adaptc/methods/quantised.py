@@ -19,10 +19,12 @@ _INSTEAD = ("weight_packed", "qweight", "W_q")
 
 
 class Refusal(NamedTuple):
-    """Why a method cannot act on a base, and what to do instead."""
+    """Why a method cannot act on a base, or be merged into it; what to do instead; and what was found, where the reason
+    does not say it."""
 
     reason: str
-    do: str
+    do: str | None = None
+    found: str | None = None
 
 
 def describe(module: nn.Module) -> str | None:

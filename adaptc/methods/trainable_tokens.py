@@ -79,6 +79,7 @@ class TokensAdapter(Adapter):
     """``trainable_tokens_delta`` (k, D), the values of one embedding's rows; fp32 on a 16-bit base by default."""
 
     acts_inside = True
+    merges_alone = "other adapters act beside trained rows of its weight"
     method: TrainableTokens
     index: torch.Tensor
 
@@ -115,9 +116,18 @@ class TokensAdapter(Adapter):
                 )
             seen.update(adapter.method.indices)
 
-    def merged(self, weight: torch.Tensor) -> torch.Tensor:
-        """A copy of the weight (V, D) with the values in its rows."""
-        return body(weight.detach(), self.index, self.values.detach())
+    def merge_refusal(self, module: nn.Module, beside: Sequence[Adapter] = ()) -> None:
+        """Rows can always be written over others."""
+
+    def merged(self, module: nn.Module, beside: Sequence[Adapter] = ()) -> dict[str, torch.Tensor]:
+        weight = module.get_parameter("weight").detach()
+        for adapter in (self, *beside):
+            assert isinstance(adapter, TokensAdapter)
+            weight = body(weight, adapter.index, adapter.values.detach())
+        return {"weight": weight}
+
+    def merge_key(self) -> object:
+        return id(self.values)
 
     def run_inside(self, module: nn.Module, adapters: Sequence[Adapter], *args: Any, **kwargs: Any) -> Any:
         weight: torch.Tensor = module.get_parameter("weight")

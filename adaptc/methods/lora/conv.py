@@ -8,6 +8,7 @@ A has the frozen layer's kernel, stride and padding, B is a 1x1 convolution in t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from torch import fx, nn
 from adaptc.ir.derive import derive
 from adaptc.ir.edit import Edit
 from adaptc.ir.ops.lora import draw_tensor
-from adaptc.methods.base import Anchor
+from adaptc.methods.base import Adapter, Anchor
 from adaptc.methods.lora.options import LoRAOptions
 from adaptc.methods.lora.site import SiteAdapter, compute_in, only_plain
+from adaptc.methods.quantised import Refusal
 from adaptc.methods.scaled import draw_factors, storage_dtype
 from adaptc.torch_internals import node_value
 
@@ -86,10 +88,12 @@ class ConvAdapter(SiteAdapter):
     def deltas(self) -> dict[str, torch.Tensor]:
         return {"weight": self.delta()}
 
-    def merge_refusal(self) -> str | None:
+    def merge_refusal(self, module: nn.Module, beside: Sequence[Adapter] = ()) -> Refusal | None:
         if self.lora_B.shape[1] == self.lora_A.shape[0]:
-            return None
-        return "its first factor reads all channels, and the grouped convolution's weight only those of its group"
+            return super().merge_refusal(module, beside)
+        return Refusal(
+            "its first factor reads all channels, and the grouped convolution's weight only those of its group"
+        )
 
     def products(self) -> tuple[tuple[str, ...], ...]:
         return (("lora_A", "lora_B"),)

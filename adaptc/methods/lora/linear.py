@@ -166,6 +166,9 @@ class LoRAAdapter(ScaledAdapter):
         norm: torch.Tensor = torch.linalg.vector_norm(W + update, dim=1)
         return (self.lora_magnitude.double() / norm)[:, None] * (W + update) - W
 
+    def weight_update(self) -> torch.Tensor | None:
+        return self.delta() if self.lora_magnitude is None else None
+
     def delta_bias(self) -> torch.Tensor | None:
         """s times the bias of the second factor, the update of the layer's bias, in fp64; None without one."""
         return None if self.lora_B_bias is None else self.scaling * self.lora_B_bias.double()

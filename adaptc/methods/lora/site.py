@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
+from adaptc.methods.affine import rounded
+from adaptc.methods.base import Adapter
 from adaptc.methods.lora.options import LoRAOptions
+from adaptc.methods.quantised import Refusal
 from adaptc.methods.scaled import ScaledAdapter
 
 
 class SiteAdapter(ScaledAdapter):
     """LoRA at one kind of module; built as ``(method, module, dtype=..., site_id=...)``."""
 
+    merges_alone = "other adapters act beside the update of its weights"
     method: LoRAOptions
 
     def __init__(
@@ -28,9 +34,16 @@ class SiteAdapter(ScaledAdapter):
         """Path of a weight below the module -> its update, in fp64; only where ``merge_refusal`` is None."""
         raise NotImplementedError(f"{type(self).__name__}.deltas")
 
-    def merge_refusal(self) -> str | None:
-        """Why the correction is not an update of the frozen weights, or None when it is."""
-        return None
+    def merge_refusal(self, module: nn.Module, beside: Sequence[Adapter] = ()) -> Refusal | None:
+        return beside[0].merge_refusal(module, beside[1:]) if beside else None
+
+    def merged(self, module: nn.Module, beside: Sequence[Adapter] = ()) -> dict[str, torch.Tensor]:
+        total: dict[str, torch.Tensor] = {}
+        for adapter in (self, *beside):
+            assert isinstance(adapter, SiteAdapter)
+            for name, update in adapter.deltas().items():
+                total[name] = total.get(name, module.get_parameter(name).detach().double()) + update
+        return {name: rounded(value, module.get_parameter(name)) for name, value in total.items()}
 
     def signature(self) -> tuple[object, ...]:
         return (*super().signature(), type(self).__name__, self.method.compute_dtype)
