@@ -30,13 +30,6 @@ TABLE = {
     "bias": "adaptc.methods.bias:Bias",
     "full": "adaptc.methods.full:Full",
 }
-#: Modules of methods at other kinds of sites; they define ops and anchors.
-SITES = (
-    "adaptc.methods.lora.conv",
-    "adaptc.methods.lora.embedding",
-    "adaptc.methods.lora.experts",
-    "adaptc.methods.lora.attention",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +72,7 @@ def get(kind: str) -> type[Method]:
 
 def load_all() -> list[types.ModuleType]:
     """The modules of all methods; importing one defines its ops."""
-    return [importlib.import_module(entry.partition(":")[0]) for entry in (*TABLE.values(), *SITES)]
+    return [importlib.import_module(entry.partition(":")[0]) for entry in TABLE.values()]
 
 
 def anchors() -> dict[Callable[..., Any], Anchor]:

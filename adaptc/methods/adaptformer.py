@@ -177,6 +177,5 @@ ADAPTFORMER = derive(
     body,
     sample=sample,
 )
-_ANCHOR = anchor_of(ADAPTFORMER)
-adaptformer_site = _ANCHOR.function
-ANCHORS = (_ANCHOR,)
+ANCHORS = (anchor_of(ADAPTFORMER),)
+adaptformer_site = ANCHORS[0].function

@@ -24,6 +24,7 @@ from adaptc.ir.derive import derive
 from adaptc.ir.ops.lora import draw_tensor
 from adaptc.methods import linear
 from adaptc.methods.base import Adapter, Method, anchor_of
+from adaptc.methods.scaled import storage_dtype
 
 PLACEMENTS = ("series_in", "series_out", "parallel")
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "identity")
@@ -105,19 +106,15 @@ class Branch(Adapter):
         self, method: Any, module: nn.Module, widths: tuple[int, int], *, dtype: torch.dtype | None, site_id: int
     ) -> None:
         super().__init__(method, site_id)
-        model = next(module.parameters(), None)
-        device = torch.device("cpu") if model is None else model.device
-        if dtype is None:
-            wide = model is not None and model.is_floating_point() and model.dtype.itemsize >= 4
-            dtype = model.dtype if model is not None and wide else torch.float32
+        model: torch.Tensor = next(module.parameters(), torch.empty(0, dtype=torch.float32, device="cpu"))
+        options: dict[str, Any] = {"dtype": storage_dtype(model, dtype), "device": model.device}
         inputs, outputs = widths
-        self.down = nn.Parameter(torch.empty(method.r, inputs, dtype=dtype, device=device))
-        self.up = nn.Parameter(torch.empty(outputs, method.r, dtype=dtype, device=device))
+        self.down = nn.Parameter(torch.empty(method.r, inputs, **options))
+        self.up = nn.Parameter(torch.empty(outputs, method.r, **options))
         for name, size in (("down_bias", method.r), ("up_bias", outputs)):
-            bias = nn.Parameter(torch.zeros(size, dtype=dtype, device=device)) if method.bias else None
-            self.register_parameter(name, bias)
+            self.register_parameter(name, nn.Parameter(torch.zeros(size, **options)) if method.bias else None)
         if method.learn_scale:
-            self.scale = nn.Parameter(torch.full((1,), method.scale, dtype=dtype, device=device))
+            self.scale = nn.Parameter(torch.full((1,), method.scale, **options))
         else:
             self.register_buffer("scale", self._scale_tensor(method.scale), persistent=False)
         self.reset_parameters()
@@ -279,6 +276,5 @@ BOTTLENECK = derive(
     body,
     sample=sample,
 )
-_ANCHOR = anchor_of(BOTTLENECK)
-bottleneck_site = _ANCHOR.function
-ANCHORS = (_ANCHOR,)
+ANCHORS = (anchor_of(BOTTLENECK),)
+bottleneck_site = ANCHORS[0].function

@@ -29,6 +29,7 @@ from adaptc.ir.derive import derive
 from adaptc.ir.ops.lora import draw_tensor
 from adaptc.methods import linear
 from adaptc.methods.base import Adapter, Method, anchor_of
+from adaptc.methods.scaled import storage_dtype
 
 STYLES = ("conformer", "convpass")
 PLACEMENTS = ("parallel", "series")
@@ -111,8 +112,7 @@ class ConvAdapterAdapter(Adapter):
         width = method.width(module)
         assert width is not None  # asked by refusal
         model = next(module.parameters(), torch.empty(0))
-        if dtype is None:
-            dtype = model.dtype if model.is_floating_point() and model.dtype.itemsize >= 4 else torch.float32
+        dtype = storage_dtype(model, dtype)
         conformer, r = method.style == "conformer", method.r
         kernel = method.kernel or _KERNEL[method.style]
         shapes: dict[str, tuple[int, ...]] = {

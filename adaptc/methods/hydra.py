@@ -204,6 +204,5 @@ HEADS = derive(
     body,
     sample=sample,
 )
-_ANCHOR = anchor_of(HEADS)
-hydra_site = _ANCHOR.function
-ANCHORS = (_ANCHOR,)
+ANCHORS = (anchor_of(HEADS),)
+hydra_site = ANCHORS[0].function

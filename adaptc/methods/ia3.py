@@ -105,9 +105,8 @@ def sample(draw: Any) -> tuple[Any, ...]:
 
 
 SCALE = derive("ia3_scale", "(Tensor t, Tensor scale) -> Tensor", body, sample=sample)
-_ANCHOR = anchor_of(SCALE)
-ia3_site = _ANCHOR.function
-ANCHORS = (_ANCHOR,)
+ANCHORS = (anchor_of(SCALE),)
+ia3_site = ANCHORS[0].function
 
 
 def _is_all(targets: object) -> bool:

@@ -300,9 +300,8 @@ def sample(draw: Any) -> tuple[Any, ...]:
 
 
 PREFIX = derive("prefix_states", "(Tensor table, Tensor like, int layers, int heads) -> Tensor", body, sample=sample)
-_ANCHOR = anchor_of(PREFIX)
-prefix_site = _ANCHOR.function
-ANCHORS = (_ANCHOR,)
+ANCHORS = (anchor_of(PREFIX),)
+prefix_site = ANCHORS[0].function
 
 CODEC = Codec(
     peft_type="PREFIX_TUNING", kind="prefix", label="prefix tuning", on_model=True, stored=without_projection,

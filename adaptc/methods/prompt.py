@@ -246,9 +246,8 @@ def sample(draw: Any) -> tuple[Any, ...]:
 
 
 PROMPT = derive("prompt_rows", "(Tensor embeds, Tensor prompt) -> Tensor", body, sample=sample)
-_ANCHOR = anchor_of(PROMPT)
-prompt_site = _ANCHOR.function
-ANCHORS = (_ANCHOR,)
+ANCHORS = (anchor_of(PROMPT),)
+prompt_site = ANCHORS[0].function
 
 CODEC = Codec(
     peft_type="PROMPT_TUNING", kind="prompt", label="prompt tuning", on_model=True, stored=tokens.without_dimensions,

@@ -18,6 +18,7 @@ from adaptc.ir.derive import derive
 from adaptc.ir.ops.lora import draw_tensor
 from adaptc.methods import linear
 from adaptc.methods.base import Adapter, Method, anchor_of
+from adaptc.methods.scaled import storage_dtype
 
 _BY_CHANNEL = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -92,8 +93,7 @@ class SSFAdapter(Adapter):
         assert known is not None  # asked by refusal
         size, self.channels_first = known
         model: torch.Tensor = next(module.parameters(), torch.empty(0))
-        if dtype is None:
-            dtype = model.dtype if model.dtype.itemsize >= 4 and model.is_floating_point() else torch.float32
+        dtype = storage_dtype(model, dtype)
         self.ssf_scale = nn.Parameter(torch.ones(size, dtype=dtype, device=model.device))
         self.ssf_shift = nn.Parameter(torch.zeros(size, dtype=dtype, device=model.device))
         if method.init == "default":
@@ -131,6 +131,5 @@ def sample(draw: Any) -> tuple[Any, ...]:
 SSF_AFFINE = derive(
     "ssf_affine", "(Tensor y, Tensor scale, Tensor shift, bool channels_first) -> Tensor", body, sample=sample
 )
-_ANCHOR = anchor_of(SSF_AFFINE)
-ssf_site = _ANCHOR.function
-ANCHORS = (_ANCHOR,)
+ANCHORS = (anchor_of(SSF_AFFINE),)
+ssf_site = ANCHORS[0].function

@@ -160,6 +160,5 @@ def sample(draw: Any) -> tuple[Any, ...]:
 
 
 ROWS = derive("trained_rows", "(Tensor weight, Tensor index, Tensor values) -> Tensor", body, sample=sample)
-_ANCHOR = anchor_of(ROWS)
-rows_site = _ANCHOR.function
-ANCHORS = (_ANCHOR,)
+ANCHORS = (anchor_of(ROWS),)
+rows_site = ANCHORS[0].function

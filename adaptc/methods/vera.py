@@ -172,9 +172,8 @@ def sample(draw: Any) -> tuple[Any, ...]:
 VERA = derive(
     "vera_linear", "(Tensor x, Tensor y, Tensor A, Tensor B, Tensor d, Tensor b) -> Tensor", body, sample=sample
 )
-_ANCHOR = anchor_of(VERA)
-vera_site = _ANCHOR.function
-ANCHORS = (_ANCHOR,)
+ANCHORS = (anchor_of(VERA),)
+vera_site = ANCHORS[0].function
 
 
 def _projections(adapters: Mapping[str, Adapter]) -> dict[str, torch.Tensor]:

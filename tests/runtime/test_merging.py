@@ -15,6 +15,8 @@ from adaptc.runtime import attach
 from adaptc.runtime.merging import folded_state
 from tests.files.peft_cases import randomise
 
+pytestmark = pytest.mark.filterwarnings("ignore::adaptc.errors.NewSignatureWarning")
+
 LINEAR = {
     "lora": LoRA(r=2, init="random"),
     "rslora with biases": LoRA(r=2, init="random", rslora=True, lora_bias=True, bias="lora_only"),
@@ -141,8 +143,8 @@ def test_what_cannot_be_merged_is_refused_before_anything_changes(module, method
     plans = [Rule(Match("0"), train="full") if m == "full" else Rule(Match("0"), m) for m in methods]
     model = adaptc.compile(module, adaptc.Plan([plans[0]]), backend="eager")
     for number, plan in enumerate(plans[1:]):
-        model.adaptc.add(str(number), adaptc.Plan([plan]))
-    model.adaptc.switch(["default", *(str(number) for number in range(len(plans) - 1))])
+        model.adaptc.add(f"other{number}", adaptc.Plan([plan]))
+    model.adaptc.switch(["default", *(f"other{number}" for number in range(len(plans) - 1))])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(UnsupportedError, match=r"^0: the adapter cannot be merged") as error:
         model.adaptc.merge_and_unload()

@@ -136,6 +136,5 @@ def sample(draw: Any) -> tuple[Any, ...]:
 
 
 WEIGHT = derive("lora_weight", "(Tensor weight, Tensor A, Tensor B, Tensor scale) -> Tensor", body, sample=sample)
-_ANCHOR = anchor_of(WEIGHT)
-weight_site = _ANCHOR.function
-ANCHORS = (_ANCHOR,)
+ANCHORS = (anchor_of(WEIGHT),)
+weight_site = ANCHORS[0].function

@@ -13,17 +13,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 
 from adaptc.ir.derive import derive
-from adaptc.ir.edit import Edit
 from adaptc.ir.ops.lora import draw_tensor
-from adaptc.methods.base import Adapter, Anchor
+from adaptc.methods.base import Adapter
 from adaptc.methods.lora.options import LoRAOptions
-from adaptc.methods.lora.site import SiteAdapter, compute_in, only_plain
+from adaptc.methods.lora.site import SiteAdapter, anchor_of, only_plain
 from adaptc.methods.quantised import Refusal
 from adaptc.methods.scaled import draw_factors, storage_dtype
-from adaptc.torch_internals import node_value
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
@@ -68,8 +66,8 @@ class ConvAdapter(SiteAdapter):
     def apply_to(self, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         assert isinstance(module, CONVOLUTIONS)
         corrected: torch.Tensor = conv_site(
-            x, y, self.site_id, self.lora_A, self.lora_B, self.scale, list(module.stride), self._padding(module),
-            module.groups, float(self._dropout), self.training, self.method.compute_dtype,
+            x, y, self.site_id, float(self._dropout), self.training, self.method.compute_dtype,
+            self.lora_A, self.lora_B, self.scale, list(module.stride), self._padding(module), module.groups,
         )  # fmt: skip
         return corrected
 
@@ -145,28 +143,5 @@ CONV = derive(
 )
 
 
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def conv_site(
-    x: torch.Tensor, y: torch.Tensor, site_id: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor,
-    stride: list[int], padding: list[int], groups: int, dropout: float, training: bool, compute_dtype: str | None,
-) -> torch.Tensor:  # fmt: skip
-    """The anchor of a convolution, and its reference."""
-    dtype = compute_in(y, compute_dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        dropped = F.dropout(x.to(dtype), dropout, training)
-        return body(dropped, y.to(dtype), A, B, scale, stride, padding, groups).to(y.dtype)
-
-
-def expand_site(
-    edit: Edit, x: fx.Node, y: fx.Node, site_id: fx.Node, dropout: float, training: bool, compute_dtype: str | None,
-    **operands: Any,
-) -> fx.Node:  # fmt: skip
-    """The anchor's body in the dialect, with its casts written out; ``operands``: the op's others, in its order."""
-    value = node_value(y)
-    dtype = compute_in(value, compute_dtype)
-    dropped = edit.call(F.dropout, edit.cast(x, dtype), dropout, training)
-    corrected = edit.call(CONV.overload, dropped, edit.cast(y, dtype), *operands.values())
-    return edit.cast(corrected, value.dtype)
-
-
-ANCHORS = (Anchor(conv_site, expand_site),)
+ANCHORS = (anchor_of(CONV),)
+conv_site = ANCHORS[0].function

@@ -11,16 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from adaptc.ir.derive import derive
-from adaptc.ir.edit import Edit
 from adaptc.ir.ops.lora import draw_tensor
-from adaptc.methods.base import Anchor
 from adaptc.methods.lora.options import LoRAOptions
-from adaptc.methods.lora.site import SiteAdapter, compute_in, only_plain
+from adaptc.methods.lora.site import SiteAdapter, anchor_of, only_plain
 from adaptc.methods.scaled import storage_dtype
-from adaptc.torch_internals import node_value
 
 
 class EmbeddingAdapter(SiteAdapter):
@@ -68,8 +65,8 @@ class EmbeddingAdapter(SiteAdapter):
         # What multiplies the rows multiplies the correction too.
         scale = self.scale if factor is None else self.scale * factor
         corrected: torch.Tensor = embedding_site(
-            x, y, self.site_id, self.lora_embedding_A, self.lora_embedding_B, scale, padding,
-            module.scale_grad_by_freq, self.method.compute_dtype,
+            x, y, self.site_id, 0.0, False, self.method.compute_dtype,
+            self.lora_embedding_A, self.lora_embedding_B, scale, padding, module.scale_grad_by_freq,
         )  # fmt: skip
         return corrected
 
@@ -124,24 +121,5 @@ EMBEDDING = derive(
 )
 
 
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def embedding_site(
-    ids: torch.Tensor, y: torch.Tensor, site_id: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor,
-    padding: int, by_frequency: bool, compute_dtype: str | None,
-) -> torch.Tensor:  # fmt: skip
-    """The anchor of an embedding, and its reference."""
-    with torch.autocast(y.device.type, enabled=False):
-        wide = y.to(compute_in(y, compute_dtype))
-        return body(ids, wide, A, B, scale, padding, by_frequency).to(y.dtype)
-
-
-def expand_site(
-    edit: Edit, ids: fx.Node, y: fx.Node, site_id: fx.Node, compute_dtype: str | None, **operands: Any
-) -> fx.Node:
-    """The anchor's body in the dialect, with its casts written out; ``operands``: the op's others, in its order."""
-    value = node_value(y)
-    wide = edit.cast(y, compute_in(value, compute_dtype))
-    return edit.cast(edit.call(EMBEDDING.overload, ids, wide, *operands.values()), value.dtype)
-
-
-ANCHORS = (Anchor(embedding_site, expand_site),)
+ANCHORS = (anchor_of(EMBEDDING),)
+embedding_site = ANCHORS[0].function

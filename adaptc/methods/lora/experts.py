@@ -125,6 +125,5 @@ EXPERTS = derive(
     sample=sample,
 )
 
-_ANCHOR = anchor_of(EXPERTS)
-experts_site = _ANCHOR.function
-ANCHORS = (_ANCHOR,)
+ANCHORS = (anchor_of(EXPERTS),)
+experts_site = ANCHORS[0].function

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import fx, nn
 
+from adaptc.ir.dialect import DialectOp
+from adaptc.ir.edit import Edit
 from adaptc.methods.affine import rounded
-from adaptc.methods.base import Adapter
+from adaptc.methods.base import Adapter, Anchor
 from adaptc.methods.lora.options import LoRAOptions
 from adaptc.methods.quantised import Refusal
 from adaptc.methods.scaled import ScaledAdapter
+from adaptc.torch_internals import node_value
 
 
 class SiteAdapter(ScaledAdapter):
@@ -70,3 +75,35 @@ def only_plain(method: LoRAOptions, module: nn.Module) -> str | None:
 def compute_in(y: torch.Tensor, compute_dtype: str | None) -> torch.dtype:
     """The dtype in which the correction of ``y`` is computed."""
     return y.dtype if compute_dtype is None else getattr(torch, compute_dtype)
+
+
+def anchor_of(op: DialectOp) -> Anchor:
+    """The anchor of an op ``(x, y, *operands)`` that corrects y, in ``compute_dtype``; x is dropped unless it is ids.
+
+    In a graph the call becomes the op, with its casts written out.
+    """
+
+    @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+    def site(
+        x: torch.Tensor, y: torch.Tensor, site_id: torch.Tensor, dropout: float, training: bool,
+        compute_dtype: str | None, *operands: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        dtype = compute_in(y, compute_dtype)
+        with torch.autocast(y.device.type, enabled=False):
+            if x.is_floating_point():
+                x = F.dropout(x.to(dtype), dropout, training)
+            return op.body(x, y.to(dtype), *operands).to(y.dtype)  # type: ignore[no-any-return]
+
+    site.__name__ = site.__qualname__ = f"{op.name}_site"
+
+    def expand(
+        edit: Edit, x: fx.Node, y: fx.Node, site_id: fx.Node, dropout: float, training: bool,
+        compute_dtype: str | None, operands: tuple[Any, ...],
+    ) -> fx.Node:  # fmt: skip
+        value = node_value(y)
+        dtype = compute_in(value, compute_dtype)
+        if node_value(x).is_floating_point():
+            x = edit.call(F.dropout, edit.cast(x, dtype), dropout, training)
+        return edit.cast(edit.call(op.overload, x, edit.cast(y, dtype), *operands), value.dtype)
+
+    return Anchor(site, expand)
