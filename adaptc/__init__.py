@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from adaptc import earlier
+
 __version__ = "0.1.0"
+
+earlier.refuse()
 
 if TYPE_CHECKING:
     from adaptc import methods as methods

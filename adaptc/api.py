@@ -15,10 +15,11 @@ from adaptc import torch_internals
 from adaptc.capture.backend import BackendOptions
 from adaptc.codegen import toolchain
 from adaptc.errors import AdaptcWarning, AdapterNameError, UnsupportedError
-from adaptc.handle import CompileOptions, Handle
+from adaptc.handle import Handle
 from adaptc.integrations import peft_model, releases, trl
 from adaptc.plan.match import strings
 from adaptc.runtime import processes
+from adaptc.runtime.options import CompileOptions
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,18 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from adaptc.capture.adapter_inputs import AdapterTensors
-from adaptc.capture.backend import BackendOptions
 from adaptc.capture.graphs import CapturedGraph
 from adaptc.errors import AdapterNameError, NewSignatureWarning, UnsupportedError
 from adaptc.files import folder, save_pretrained
 from adaptc.methods import quantised
-from adaptc.passes.manager import Pipeline
-from adaptc.plan import Plan
 from adaptc.runtime import processes
 from adaptc.runtime.adapters import AdapterRecord, AdapterSet, Site
-from adaptc.runtime.calls import captures, lifts
-from adaptc.runtime.calls.lint import Lint
+from adaptc.runtime.calls import prologue
+from adaptc.runtime.calls.captures import Captures
+from adaptc.runtime.options import CompileOptions, pipeline_of
 
 if TYPE_CHECKING:
     from adaptc.report.explain import Explanation
@@ -44,46 +39,27 @@ _LATER = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class CompileOptions:
-    """The arguments of ``adaptc.compile`` that say how, not what."""
-
-    backend: BackendOptions
-    fullgraph: bool = False
-    dynamic: bool | None = None
-    adapter_dtype: torch.dtype | None = None
-    example_inputs: Any = None
-    regional: bool | str = "auto"
-    lift_no_grad: tuple[str, ...] = ()
-
-
-def pipeline_of(plan: Plan | None) -> Pipeline:
-    """The passes that a plan asks for.
-
-    Raises:
-        PipelineError: they cannot run in this order, or one of them is not known.
-    """
-    passes = None if plan is None else plan.passes
-    if passes is None:
-        return Pipeline.from_options()
-    return Pipeline.from_options(skip=passes.skip, order=passes.order, limit=passes.limit)
-
-
 class Handle:
     """What a compiled model can be asked and told; holds no tensors of its own."""
 
     def __init__(self, model: nn.Module, options: CompileOptions) -> None:
         self.model = model
-        self.options = options
-        self.adapters = AdapterSet(model, options.adapter_dtype)
-        self.captures = captures.Captures(self)
+        self.captures = Captures(AdapterSet(model, options.adapter_dtype), options)
         #: Entry points that bypass the model's forward and are captured beside it.
         self.entries: list[str] = []
         self._was_trainable: dict[str, bool] = {}
         #: Of the hook before the model's ``load_state_dict``.
         self.guard_handle: Any = None
-        self.check_data_parallel = processes.DataParallelCheck()
-        self.lint = Lint(self)
+
+    @property
+    def options(self) -> CompileOptions:
+        """The arguments of ``adaptc.compile`` that say how, not what."""
+        return self.captures.options
+
+    @property
+    def adapters(self) -> AdapterSet:
+        """The adapters with what changes them; captured graphs do not hear of it."""
+        return self.captures.adapters
 
     # -- reading ---------------------------------------------------------------------------------------
 
@@ -105,64 +81,39 @@ class Handle:
     @property
     def graphs(self) -> list[CapturedGraph]:
         """The graphs captured since the set of sites last changed."""
-        return [] if self.captures.backend is None else list(self.captures.backend.graphs)
+        return list(self.captures.graphs)
 
     def explain(self) -> Explanation:
         """The report: sites, passes, graphs, trained parameters and costs; print it."""
         from adaptc.report.explain import explain
 
-        return explain(self)
+        return explain(self.captures, self.entries)
 
     def preview(self) -> list[CapturedGraph]:
         """The graphs of the example inputs, captured without compiling kernels; none when there are no inputs.
 
         Runs the model once, forward and backward, and leaves no trace.
         """
-        inputs = self.options.example_inputs
-        if inputs is None:
-            return []
-        return captures.preview(self, inputs)
+        return self.captures.preview()
 
     def metrics(self) -> dict[str, int]:
         """Counters. ``graphs`` and ``recompiles`` are those of this epoch (since the set of sites changed):
         a recompile is a graph of a frame that had been compiled before, for sites that it had been compiled for."""
-        graphs = self.graphs
         return {
             **self.captures.counts,
-            "graphs": len(graphs),
-            "recompiles": sum(g.is_recompile for g in graphs),
+            "graphs": len(self.graphs),
+            "recompiles": sum(g.is_recompile for g in self.graphs),
             "sites": len(self.sites),
             "eager_sites": len(self.eager_sites()),
         }
 
-    def site_paths(self) -> dict[int, str]:
-        """``id`` of every adapter's site-id tensor -> module path."""
-        return {id(a.site_id): site.path for site in self.sites for a in site.adapters.values()}
-
-    def adapter_tensors(self) -> AdapterTensors:
-        """The tensors by which a captured graph's inputs are told to be an adapter's."""
-        adapters = [(a, site.path) for site in self.sites for a in site.adapters.values()]
-        return AdapterTensors(
-            [(a.site_id, path) for a, path in adapters],
-            [(p, path) for a, path in adapters for p in a.parameters() if p.requires_grad],
-            lifts.tensors(self.model, self.captures.lifts),
-            frozenset(self.captures.lifts.own),
-        )
-
     def eager_sites(self) -> list[str]:
         """Sites whose adapter ran outside a captured graph: right values, but not rewritten."""
-        paths = self.site_paths()
-        return sorted({paths[i] for i in self.captures.eager if i in paths})
+        return self.captures.eager_sites()
 
     def idle_sites(self) -> list[str]:
         """Sites of live adapters that no call has reached yet."""
-        backend = self.captures.backend
-        ran = self.captures.eager | self.captures.once | (backend.ran if backend else set())
-        # A module that is trained in full has no anchor: nothing tells whether its copy ran.
-        live = [
-            (site.path, [a for n in self.live for a in site.of(n) if not a.replaces_forward]) for site in self.sites
-        ]
-        return [path for path, adapters in live if adapters and not any(id(a.site_id) in ran for a in adapters)]
+        return self.captures.idle_sites()
 
     # -- training --------------------------------------------------------------------------------------
 
@@ -217,10 +168,10 @@ class Handle:
             PlanError, SiteError, CheckpointError: nothing has changed then.
         """
         if folder.is_adapter_directory(plan):
-            folder.add(self, plan, name)
+            self._add_folder(name, plan)
         else:
             self.install(name, folder.plan_of(plan, self.model), calibration=calibration)
-        self.lint.check_values(name)
+        self.captures.lint.check_values(name)
 
     def install(
         self, name: str, plan: Any, *, config: dict[str, Any] | None = None, calibration: Iterable[Any] | None = None
@@ -230,8 +181,19 @@ class Handle:
         pipeline_of(plan)  # refuses passes that cannot run, before anything changes
         processes.check_unwrapped(self.model)
         grew = self.adapters.install(name, plan, config=config, calibration=calibration)
-        processes.note_constant_buffers(self)
-        if grew:
+        self._sites_changed(grew)
+
+    def _add_folder(self, name: str, directory: Any) -> None:
+        """Attach a folder's adapter under ``name``; nothing changes when it does not fit."""
+        read = folder.read_new(self.adapters, directory)
+        with torch.random.fork_rng(devices=[]):
+            self.install(name, read.plan, config=read.files.config)
+        folder.put(self.adapters, name, read)
+
+    def _sites_changed(self, outdated: bool) -> None:
+        """``outdated``: what was captured does not fit the adapters that there are now."""
+        processes.note_constant_buffers(self.adapters)
+        if outdated:
             self.captures.new_epoch()
 
     def remove(self, name: str) -> None:
@@ -240,10 +202,7 @@ class Handle:
         Raises:
             AdapterNameError: there is no such adapter.
         """
-        shrank = self.adapters.remove(name)
-        processes.note_constant_buffers(self)
-        if shrank:
-            self.captures.new_epoch()
+        self._sites_changed(self.adapters.remove(name))
 
     def switch(self, names: str | Sequence[str] | None) -> None:
         """Make one adapter live, several together, or none. Recompiles nothing among adapters of one signature
@@ -326,7 +285,7 @@ class Handle:
         """
         from adaptc.runtime.merging import fold_in
 
-        fold_in(self)
+        fold_in(self.adapters)
         self.adapters.keep_rows()
         return self.detach()
 
@@ -346,7 +305,7 @@ class Handle:
         """
         if name is None and len(self.live) != 1:
             raise AdapterNameError("save: say which adapter", found=f"live: {', '.join(self.live) or 'none'}")
-        folder.save(self, directory, self.live[0] if name is None else name, save_embedding_layers)
+        folder.save(self.adapters, directory, self.live[0] if name is None else name, save_embedding_layers)
 
     def load(self, directory: Any, name: str | None = None) -> None:
         """Read an adapter folder into the adapter ``name`` (default: the live one): replaces its values, or adds
@@ -358,8 +317,11 @@ class Handle:
         if name is None and len(self.live) > 1:
             raise AdapterNameError("load: say into which adapter", found=f"live: {', '.join(self.live)}")
         chosen = name or (self.live[0] if self.live else "default")
-        folder.load(self, directory, chosen)
-        self.lint.check_values(chosen)
+        if chosen in self.records:
+            folder.load(self.adapters, directory, chosen)
+        else:
+            self._add_folder(chosen, directory)
+        self.captures.lint.check_values(chosen)
 
     # -- capture ---------------------------------------------------------------------------------------
 
@@ -371,22 +333,19 @@ class Handle:
         for _, parameter in named:
             parameter.requires_grad_(False)
         self.model.adaptc = self  # type: ignore[assignment]
-        self.entries = captures.arm(self)
-        save_pretrained.arm(self)
-
-    def pipeline(self) -> Pipeline:
-        """The passes that the live adapters' plans ask for (the first plan that says anything)."""
-        plans = [self.records[name].plan for name in (*self.live, *self.records)]
-        return pipeline_of(next((plan for plan in plans if plan.passes and plan.passes.says_which), None))
+        self.entries = prologue.arm(self.captures)
+        self.guard_handle = save_pretrained.arm(self.adapters, self)
 
     def detach(self) -> nn.Module:
         """Give the untouched model back: no adapters, hooks or attributes, and trainable flags as they were."""
         model = self.model
         for name in list(self.records):
             self.adapters.remove(name)
-        processes.note_constant_buffers(self)
-        captures.disarm(model)
-        save_pretrained.disarm(self)
+        processes.note_constant_buffers(self.adapters)
+        prologue.disarm(model)
+        save_pretrained.disarm(model)
+        if self.guard_handle is not None:
+            self.guard_handle.remove()
         for name, parameter in model.named_parameters():
             if name in self._was_trainable:
                 parameter.requires_grad_(self._was_trainable[name])
@@ -398,29 +357,6 @@ class Handle:
         if name in _LATER:
             raise UnsupportedError(f"model.adaptc.{name} is not in this version", missing=_LATER[name])
         raise AttributeError(f"'Handle' object has no attribute {name!r}")
-
-    # -- copies ----------------------------------------------------------------------------------------
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
-        if id(self) in memo:
-            return memo[id(self)]  # type: ignore[no-any-return]
-        if id(self.model) not in memo:
-            return copy.deepcopy(self.model, memo).adaptc  # type: ignore[return-value]
-        new = object.__new__(Handle)
-        memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return new
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Captured code belongs to this object and process; a copy captures anew.
-        own = ("captures", "check_data_parallel", "lint")
-        return {name: value for name, value in self.__dict__.items() if name not in own}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.captures = captures.Captures(self)
-        self.check_data_parallel = processes.DataParallelCheck()
-        self.lint = Lint(self)
 
     def __repr__(self) -> str:
         return f"<adaptc handle of {type(self.model).__name__}: {len(self.sites)} sites, live {self.live}>"

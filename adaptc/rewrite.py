@@ -27,7 +27,7 @@ from adaptc.passes.contract import Context
 from adaptc.passes.manager import Pipeline
 from adaptc.plan import Assignment, Plan
 from adaptc.runtime.adapters import with_all_biases
-from adaptc.runtime.attach import SiteAdapters
+from adaptc.runtime.site_adapters import SiteAdapters
 from adaptc.torch_internals import node_value
 
 aten = torch.ops.aten

@@ -15,6 +15,7 @@ from torch import fx
 
 from adaptc import methods, torch_internals
 from adaptc.capture.adapter_inputs import AdapterTensors, positions
+from adaptc.capture.call import note_mode
 from adaptc.capture.graphs import CapturedGraph
 from adaptc.capture.recompute import mark
 from adaptc.codegen import choices
@@ -28,7 +29,6 @@ from adaptc.passes.checks import validate
 from adaptc.passes.contract import Context
 from adaptc.passes.lift_no_grad import lifted
 from adaptc.passes.manager import Pipeline
-from adaptc.runtime.attach import note_mode
 
 #: Backends whose joint forward+backward graph the passes can reach.
 JOINT_BACKENDS = ("inductor", "aot_eager")
@@ -208,13 +208,16 @@ def _note_sites(
     if not positions:
         return compiled
     recorded = [i for i in positions if i not in stopped]
+    last: list[int] = []
 
     def call(*args: Any) -> Any:
         if torch_internals.is_fake(args[positions[0]]):
             return compiled(*args)  # a part of a cut graph, asked for its outputs while the next part is compiled
         ids = [id(args[i]) for i in positions]
-        for ran in collected:
-            ran.update(ids)
+        if ids != last:
+            last[:] = ids
+            for ran in collected:
+                ran.update(ids)
         if stopped:
             note_mode([id(args[i]) for i in recorded])
             note_mode([id(args[i]) for i in stopped], recorded=False)

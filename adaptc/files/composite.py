@@ -18,22 +18,20 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from adaptc import distributed
 from adaptc.errors import CheckpointError, UnsupportedError
 from adaptc.files import checkpoint, peft_keys
 from adaptc.files.base_files import missing_in_base
 from adaptc.files.folder import Saved
 from adaptc.plan.peft.writing import codec_of_sites, rules_to_config
-from adaptc.runtime import processes
-from adaptc.runtime.attach import adapters_of
+from adaptc.runtime.adapters import AdapterSet
 from adaptc.runtime.merging import folded_state
-
-if TYPE_CHECKING:
-    from adaptc.handle import Handle
+from adaptc.runtime.site_adapters import adapters_of
 
 _LIBRARY = "sentence_transformers."
 _CONFIG = "adapter_config.json"
@@ -51,7 +49,7 @@ def is_composite(model: nn.Module) -> bool:
     return ours and callable(getattr(type(model), "save", None))
 
 
-def save(handle: Handle, path: Any, *args: Any, merge: bool = False, **options: Any) -> None:
+def save(adapters: AdapterSet, path: Any, *args: Any, merge: bool = False, **options: Any) -> None:
     """The class's own ``save``, in which modules with adapters write what reads back as they compute now.
 
     Args:
@@ -60,30 +58,30 @@ def save(handle: Handle, path: Any, *args: Any, merge: bool = False, **options: 
     Raises:
         UnsupportedError: an adapter that can be written in no way; nothing was written.
     """
-    model = handle.model
-    if processes.is_sharded(model):
+    model = adapters.model
+    if distributed.is_sharded(model):
         raise UnsupportedError(
             "the modules of a sharded model cannot be written one by one",
             do="model.adaptc.save(directory) in all processes, then load it into a whole model and save that",
         )
-    with _writers(handle, merge):
+    with _writers(adapters, merge):
         type(model).save(model, path, *args, **options)  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
-def _writers(handle: Handle, merge: bool) -> Iterator[None]:
+def _writers(adapters: AdapterSet, merge: bool) -> Iterator[None]:
     """Modules with adapters inside write what reads back without them."""
     before: list[tuple[nn.Module, str, Any]] = []
     replaced: list[tuple[nn.Module, str, Any]] = []
     whole: list[str] = []
-    for path, module in handle.model.named_modules():
+    for path, module in adapters.model.named_modules():
         if any(_inside(path, outer) is not None for outer in whole) or not _has_adapters(module):
             continue
         if _is_pretrained(module):
             whole.append(path)
-            replaced.append((module, "save_pretrained", _pretrained_writer(handle, path, module, merge)))
+            replaced.append((module, "save_pretrained", _pretrained_writer(adapters, path, module, merge)))
         elif _writes_its_state(module):
-            replaced.append((module, "state_dict", _State(module, _state_of(handle, path))))
+            replaced.append((module, "state_dict", _State(module, _state_of(adapters, path))))
     try:
         for module, name, value in replaced:
             before.append((module, name, module.__dict__.get(name)))
@@ -122,26 +120,26 @@ class _State:
         return dict(self.values)
 
 
-def _state_of(handle: Handle, path: str) -> dict[str, torch.Tensor]:
+def _state_of(adapters: AdapterSet, path: str) -> dict[str, torch.Tensor]:
     """The tensors of the module ``path``, by their names in it, with the live adapters folded in."""
-    state = folded_state(handle, within=path)
+    state = folded_state(adapters, within=path)
     return {name[len(path) :].lstrip("."): tensor for name, tensor in state.items()}
 
 
-def _pretrained_writer(handle: Handle, path: str, part: nn.Module, merge: bool) -> Write:
+def _pretrained_writer(adapters: AdapterSet, path: str, part: nn.Module, merge: bool) -> Write:
     """How a model of transformers is written: as an adapter, or whole.
 
     Raises:
         UnsupportedError: neither is possible.
     """
     reason = None
-    if not merge and _is_live_inside(handle, path):
+    if not merge and _is_live_inside(adapters, path):
         try:
-            return _adapter_writer(handle, path, part)
+            return _adapter_writer(adapters, path, part)
         except UnsupportedError as error:
             reason = error
     try:
-        state = _state_of(handle, path)
+        state = _state_of(adapters, path)
     except UnsupportedError as error:
         raise error if reason is None else reason from error
     return _WholeWriter(part, state)
@@ -164,26 +162,27 @@ class _WholeWriter:
         type(part).save_pretrained(part, directory, state_dict=self.state, **options)
 
 
-def _is_live_inside(handle: Handle, path: str) -> bool:
+def _is_live_inside(adapters: AdapterSet, path: str) -> bool:
     return any(
-        _inside(site.path, path) is not None and any(site.of(name) for name in handle.live) for site in handle.sites
+        _inside(site.path, path) is not None and any(site.of(name) for name in adapters.live) for site in adapters.sites
     )
 
 
-def _adapter_writer(handle: Handle, path: str, part: nn.Module) -> Write:
+def _adapter_writer(adapters: AdapterSet, path: str, part: nn.Module) -> Write:
     """What writes the live adapter's sites inside a model of transformers as that model's own adapter.
 
     Raises:
         UnsupportedError: the adapter, or the rest of the model, would not be read back from it as it is.
     """
-    if len(handle.live) != 1:
-        raise UnsupportedError(f"{path}: an adapter's files hold one adapter", found=f"live: {', '.join(handle.live)}")
-    name = handle.live[0]
-    if handle.records[name].rows:
+    live = adapters.live
+    if len(live) != 1:
+        raise UnsupportedError(f"{path}: an adapter's files hold one adapter", found=f"live: {', '.join(live)}")
+    name = live[0]
+    if adapters.records[name].rows:
         raise UnsupportedError(f"{path}: an adapter's files do not hold the embeddings that came with {name!r}")
     rows = [
         (local, site.module, adapter)
-        for site in handle.sites
+        for site in adapters.sites
         for where, adapter in site.parts(name)
         if (local := _inside(where, path)) is not None
     ]
@@ -198,7 +197,7 @@ def _adapter_writer(handle: Handle, path: str, part: nn.Module) -> Write:
         )
     _check_base(path, part)
     config = rules_to_config(
-        handle.records[name].plan.rules, sites, base_model_name=cast(Any, part).name_or_path, model=part
+        adapters.records[name].plan.rules, sites, base_model_name=cast(Any, part).name_or_path, model=part
     )
     tensors = peft_keys.encode({local: adapter for local, _, adapter in rows}, config)
 
@@ -232,6 +231,3 @@ def _check_base(path: str, part: nn.Module) -> None:
             f"{path}: an adapter alone is not enough to read this {type(part).__name__} back", found=reason,
             do="model.adaptc.save(directory), and adaptc.compile(model, directory) to read it",
         )  # fmt: skip
-
-
-__all__ = ["is_composite", "save"]

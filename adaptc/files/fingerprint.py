@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from adaptc.distributed import own_class, whole
 from adaptc.methods import quantised
-from adaptc.runtime.processes import own_class, whole
 
 #: Values per site. Training steps, other checkpoints and other seeds change nearly every weight, so a
 #: handful that agree exactly says "same weights"; an edit made to deceive is not what this is against.

@@ -7,7 +7,7 @@ import functools
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,11 +20,8 @@ from adaptc.plan.files import is_peft_config
 from adaptc.plan.peft.reading import config_to_rules, without_idle_keys
 from adaptc.plan.peft.writing import codec_of_sites, comparable, rules_to_config
 from adaptc.runtime import embeddings, processes
-from adaptc.runtime.adapters import fresh, with_all_biases
+from adaptc.runtime.adapters import AdapterSet, fresh, with_all_biases
 from adaptc.runtime.names import check_adapter_name
-
-if TYPE_CHECKING:
-    from adaptc.handle import Handle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,50 +64,59 @@ def _plan_in(files: checkpoint.AdapterFiles, model: torch.nn.Module | None) -> P
     return Plan(config_to_rules(files.config, model=model, loading=True))
 
 
-def add(handle: Handle, directory: Any, name: str) -> None:
-    """Attach a folder as the new adapter ``name``, not live; nothing changes when it does not fit."""
-    files = _read(directory, handle.model)
-    plan = _plan_in(files, handle.model).lifting(handle.options.lift_no_grad)
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """An adapter folder, read and checked against a model."""
+
+    files: checkpoint.AdapterFiles
+    plan: Plan
+    decoded: peft_keys.Decoded
+    rows: list[embeddings.Rows]
+
+
+def read_new(adapters: AdapterSet, directory: Any) -> Read:
+    """A folder that is to become an adapter of its own; raises when it does not fit."""
+    model = adapters.model
+    files = _read(directory, model)
+    plan = _plan_in(files, model)
     # Built once aside, to check the tensors before anything is attached.
     with torch.random.fork_rng(devices=[]):
         trial = {
-            site.path: fresh(site, handle.options.adapter_dtype)
-            for site in with_all_biases(plan.resolve(handle.model), handle.model)
+            site.path: fresh(site, adapters.dtype)
+            for site in with_all_biases(plan.resolve(model), model)
         }
         for kind in dict.fromkeys(type(adapter.method) for adapter in trial.values()):
             kind.link([adapter for adapter in trial.values() if type(adapter.method) is kind])
-    decoded = _decode(files, trial, handle)
-    rows = _rows(files, decoded, handle)
-    with torch.random.fork_rng(devices=[]):
-        handle.install(name, plan, config=files.config)
-    peft_keys.assign(decoded, _adapters(handle, name))
-    handle.adapters.set_rows(name, rows)
-    if files.plan is None:
-        _warn_of_another_function(files.path, _adapters(handle, name))
+    decoded = _decode(files, trial, model)
+    return Read(files, plan, decoded, _rows(files, decoded, adapters))
 
 
-def load(handle: Handle, directory: Any, name: str) -> None:
-    """Replace the values of the adapter ``name`` by those of a folder, or add it.
+def put(adapters: AdapterSet, name: str, read: Read) -> None:
+    """Give the adapter ``name``, which was attached by the folder's plan, the folder's values."""
+    peft_keys.assign(read.decoded, _parts(adapters, name))
+    adapters.set_rows(name, read.rows)
+    if read.files.plan is None:
+        _warn_of_another_function(read.files.path, _parts(adapters, name), stacklevel=5)
+
+
+def load(adapters: AdapterSet, directory: Any, name: str) -> None:
+    """Replace the values of the adapter ``name`` by those of a folder.
 
     Where parameters are sharded all processes must call, and each keeps its part.
     """
-    if name not in handle.records:
-        add(handle, directory, name)
-        return
-    files = _read(directory, handle.model)
-    theirs = with_all_biases(_plan_in(files, handle.model).resolve(handle.model), handle.model)
-    _check_same_sites(theirs, handle, name)
-    adapters = _adapters(handle, name)
-    with processes.gathered(handle.model, adapters.values(), write=True):
-        decoded = _decode(files, adapters, handle)
-        handle.adapters.set_rows(name, _rows(files, decoded, handle))
-        peft_keys.assign(decoded, adapters)
-    handle.records[name].config = files.config
+    model, parts = adapters.model, _parts(adapters, name)
+    files = _read(directory, model)
+    _check_same_sites(with_all_biases(_plan_in(files, model).resolve(model), model), adapters, name)
+    with processes.gathered(model, parts.values(), write=True):
+        decoded = _decode(files, parts, model)
+        adapters.set_rows(name, _rows(files, decoded, adapters))
+        peft_keys.assign(decoded, parts)
+    adapters.records[name].config = files.config
     if files.plan is None:
-        _warn_of_another_function(files.path, adapters)
+        _warn_of_another_function(files.path, parts)
 
 
-def save(handle: Handle, directory: Any, name: str, save_embedding_layers: bool | str = "auto") -> None:
+def save(adapters: AdapterSet, directory: Any, name: str, save_embedding_layers: bool | str = "auto") -> None:
     """Write an adapter: in PEFT's format, or in adaptc's own where PEFT has no such method.
 
     ``save_embedding_layers``: see ``Handle.save``.
@@ -120,62 +126,62 @@ def save(handle: Handle, directory: Any, name: str, save_embedding_layers: bool 
     Raises:
         UnsupportedError: PEFT has the method, and its format no place for these sites or options.
     """
-    record = handle.adapters.record(name)
-    check_adapter_name(name, [p for p, _ in handle.model.named_modules() if ".adapters" not in f".{p}"])
-    parts = [(site, path, adapter) for site in handle.sites for path, adapter in site.parts(name)]
+    model, record = adapters.model, adapters.record(name)
+    check_adapter_name(name, [p for p, _ in model.named_modules() if ".adapters" not in f".{p}"])
+    parts = [(site, path, adapter) for site in adapters.sites for path, adapter in site.parts(name)]
     sites = [Saved(path, s.module, a.method_now(), a.parameter) for s, path, a in parts]
     config = None
     if codec_of_sites(sites) is not None:
         config = rules_to_config(
             record.plan.rules,
             sites,
-            base_model_name=None if record.config else getattr(handle.model, "name_or_path", None) or None,
+            base_model_name=None if record.config else getattr(model, "name_or_path", None) or None,
             original=record.config,
-            model=handle.model,
+            model=model,
         )
-    adapters = _adapters(handle, name)
-    with processes.gathered(handle.model, adapters.values()):
-        tensors = peft_keys.encode(adapters, config)
-    with handle.adapters.base_alone():
-        layers = embeddings.to_save(handle.model, record.rows, save_embedding_layers)
+    written = _parts(adapters, name)
+    with processes.gathered(model, written.values()):
+        tensors = peft_keys.encode(written, config)
+    with adapters.base_alone():
+        layers = embeddings.to_save(model, record.rows, save_embedding_layers)
         # What a reader finds again is the base with the rows that the file brings.
-        with embeddings.at_work(handle.model, record.rows if layers else []):
-            base = fingerprint(handle.model, [site.path for site, _, _ in parts])
+        with embeddings.at_work(model, record.rows if layers else []):
+            base = fingerprint(model, [site.path for site, _, _ in parts])
     write = functools.partial(
         checkpoint.write_adapter,
         directory,
         config=config,
-        tensors={**tensors, **peft_keys.embedding_keys(layers, adapters)},
+        tensors={**tensors, **peft_keys.embedding_keys(layers, written)},
         plan=record.plan.to_dict(),
         fingerprint=base,
     )
-    processes.write_once(handle.model, write)
+    processes.write_once(model, write)
     if config is not None:
-        _warn_of_another_function(directory, adapters)
+        _warn_of_another_function(directory, written)
 
 
 def _decode(
-    files: checkpoint.AdapterFiles, adapters: dict[str, Adapter], handle: Handle
-) -> dict[str, dict[str, torch.Tensor]]:
+    files: checkpoint.AdapterFiles, adapters: dict[str, Adapter], model: torch.nn.Module
+) -> peft_keys.Decoded:
     source = str(files.path)
-    return peft_keys.decode(files.tensors, adapters, model=handle.model, source=source, config=files.config)
+    return peft_keys.decode(files.tensors, adapters, model=model, source=source, config=files.config)
 
 
-def _rows(files: checkpoint.AdapterFiles, decoded: peft_keys.Decoded, handle: Handle) -> list[embeddings.Rows]:
+def _rows(files: checkpoint.AdapterFiles, decoded: peft_keys.Decoded, adapters: AdapterSet) -> list[embeddings.Rows]:
     """The rows of the base's embeddings that the folder has others of; warns where the base is another one."""
-    with handle.adapters.base_alone():
-        rows = embeddings.rows_of(handle.model, decoded.get(peft_keys.EMBEDDINGS, {}), str(files.path))
-        with embeddings.at_work(handle.model, rows):
-            _warn_of_another_base(files, handle)
+    with adapters.base_alone():
+        rows = embeddings.rows_of(adapters.model, decoded.get(peft_keys.EMBEDDINGS, {}), str(files.path))
+        with embeddings.at_work(adapters.model, rows):
+            _warn_of_another_base(files, adapters.model)
         return rows
 
 
-def _adapters(handle: Handle, name: str) -> dict[str, Adapter]:
-    return {path: adapter for site in handle.sites for path, adapter in site.parts(name)}
+def _parts(adapters: AdapterSet, name: str) -> dict[str, Adapter]:
+    return {path: adapter for site in adapters.sites for path, adapter in site.parts(name)}
 
 
-def _check_same_sites(theirs: list[Assignment], handle: Handle, name: str) -> None:
-    ours = {path: comparable(a.method) for site in handle.sites for path, a in site.parts(name)}
+def _check_same_sites(theirs: list[Assignment], adapters: AdapterSet, name: str) -> None:
+    ours = {path: comparable(a.method) for site in adapters.sites for path, a in site.parts(name)}
     found = {site.path: comparable(site.method) for site in theirs}
     different = sorted(path for path in ours.keys() | found.keys() if ours.get(path) != found.get(path))
     if different:
@@ -188,7 +194,7 @@ def _check_same_sites(theirs: list[Assignment], handle: Handle, name: str) -> No
         )
 
 
-def _warn_of_another_function(directory: Any, adapters: dict[str, Adapter]) -> None:
+def _warn_of_another_function(directory: Any, adapters: dict[str, Adapter], stacklevel: int = 4) -> None:
     """Say where PEFT computes something else from the same file."""
     sites: dict[str, list[str]] = {}
     for path, adapter in adapters.items():
@@ -199,11 +205,11 @@ def _warn_of_another_function(directory: Any, adapters: dict[str, Adapter]) -> N
         warnings.warn(
             f"{directory}: the adapter of {paths[0]}{more} is another function in PEFT: {difference}",
             AdaptcWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 
-def _warn_of_another_base(files: checkpoint.AdapterFiles, handle: Handle) -> None:
+def _warn_of_another_base(files: checkpoint.AdapterFiles, model: torch.nn.Module) -> None:
     if files.fingerprint is not None:
-        for difference in compare_fingerprint(files.fingerprint, handle.model):
+        for difference in compare_fingerprint(files.fingerprint, model):
             warnings.warn(f"{files.path}: {difference}", AdaptcWarning, stacklevel=4)

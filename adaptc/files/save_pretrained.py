@@ -13,21 +13,18 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from adaptc import distributed
 from adaptc.errors import AdapterNameError, CheckpointError, ResumeError, UnsupportedError
 from adaptc.files import composite, folder
 from adaptc.files.checkpoint import WEIGHTS
-from adaptc.runtime import processes
-from adaptc.runtime.adapters import ACTIVE
-from adaptc.runtime.attach import adapters_of
+from adaptc.runtime.adapters import ACTIVE, AdapterSet
 from adaptc.runtime.names import adapter_directory
-
-if TYPE_CHECKING:
-    from adaptc.handle import Handle
+from adaptc.runtime.site_adapters import adapters_of
 
 _METHOD = "save_pretrained"
 #: How transformers knows that a quantised model has adapters to train.
@@ -54,18 +51,15 @@ LIST = "adaptc_adapters.json"
 
 
 class OnModel:
-    """Something of the handle under the name that it has on a PEFT model; copied and pickled with the model, and gone
-    when the handle is detached."""
-
-    def __init__(self, handle: Handle) -> None:
-        self.handle = handle
+    """Something under the name that it has on a PEFT model; copied and pickled with the model, and gone when the
+    model is detached."""
 
 
-class AdapterSaver:
-    """Installed as ``save_pretrained`` of the compiled model; copied and pickled with it."""
+class AdapterSaver(OnModel):
+    """Installed as ``save_pretrained`` of the compiled model."""
 
-    def __init__(self, handle: Handle) -> None:
-        self.handle = handle
+    def __init__(self, adapters: AdapterSet) -> None:
+        self.adapters = adapters
 
     def __call__(
         self,
@@ -93,25 +87,25 @@ class AdapterSaver:
                 an adapter that cannot be written in PEFT's format, or not be merged.
             CheckpointError: a merged model into a directory that holds an adapter.
         """
-        model = self.handle.model
+        model = self.adapters.model
         plain = functools.partial(_own_save, model)
         shared = {"is_main_process": is_main_process, **options}
-        if not self.handle.records:
+        if not self.adapters.records:
             plain(save_directory, state_dict=state_dict, **shared)
         elif merge:
-            save_merged(self.handle, save_directory, plain, **shared)
+            save_merged(self.adapters, save_directory, plain, **shared)
         else:
             _check_options(options)
-            sharded = processes.is_sharded(model)
+            sharded = distributed.is_sharded(model)
             if sharded and state_dict is not None:
                 # Who gives one has gathered it, and may be the only process that calls.
                 raise UnsupportedError(
                     "save_pretrained: a sharded model gathers its adapters itself, in all processes together",
                     found="a state_dict", do="model.adaptc.save(directory), or this without state_dict, in all of them",
                 )  # fmt: skip
-            _check_state(state_dict, self.handle)
+            _check_state(state_dict, self.adapters)
             if is_main_process or sharded:
-                save_adapters(self.handle, save_directory)
+                save_adapters(self.adapters, save_directory)
 
 
 def _own_save(model: nn.Module, *args: Any, **options: Any) -> None:
@@ -127,6 +121,9 @@ def _own_save(model: nn.Module, *args: Any, **options: Any) -> None:
 class CompositeSaver(OnModel):
     """Installed as ``save`` and ``save_pretrained`` of a model whose modules write their own files."""
 
+    def __init__(self, adapters: AdapterSet) -> None:
+        self.adapters = adapters
+
     def __call__(self, path: Any, *args: Any, merge: bool = False, **options: Any) -> None:
         """As the class's own method: everything is written that its class needs to read the model back, with the live
         adapters' effect; see :mod:`adaptc.files.composite`. In a trainer's checkpoint, and where there are adapters
@@ -135,13 +132,13 @@ class CompositeSaver(OnModel):
         Raises:
             UnsupportedError: an adapter that can be written in no way, before anything was written.
         """
-        handle = self.handle
-        if path is None or not handle.records:
-            type(handle.model).save(handle.model, path, *args, **options)  # type: ignore[attr-defined]
+        adapters = self.adapters
+        if path is None or not adapters.records:
+            type(adapters.model).save(adapters.model, path, *args, **options)  # type: ignore[attr-defined]
             return
-        composite.save(handle, path, *args, merge=merge, **options)
-        if _is_checkpoint(Path(path)) or len(own_names(handle)) > 1:
-            save_adapters(handle, Path(path) / ADAPTERS)
+        composite.save(adapters, path, *args, merge=merge, **options)
+        if _is_checkpoint(Path(path)) or len(own_names(adapters)) > 1:
+            save_adapters(adapters, Path(path) / ADAPTERS)
 
 
 class PartSaver:
@@ -164,9 +161,8 @@ class PartSaver:
 class Alias(OnModel):
     """A method of the handle."""
 
-    def __init__(self, handle: Handle, name: str) -> None:
-        super().__init__(handle)
-        self.name = name
+    def __init__(self, handle: object, name: str) -> None:
+        self.handle, self.name = handle, name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.handle, self.name)(*args, **kwargs)
@@ -177,16 +173,16 @@ def has_saver(model: nn.Module) -> bool:
     return isinstance(model.__dict__.get(_METHOD), AdapterSaver | CompositeSaver)
 
 
-def arm(handle: Handle) -> None:
+def arm(adapters: AdapterSet, handle: object) -> Any:
     """Install the savers, the methods of a PEFT model where their names are free, and the check that a trainer's
-    checkpoint is read by one who can."""
-    model = handle.model
+    checkpoint is read by one who can; returns what removes the check."""
+    model = adapters.model
     if composite.is_composite(model):
         for name in ("save", _METHOD):
             if callable(getattr(type(model), name, None)):
-                model.__dict__[name] = CompositeSaver(handle)
+                model.__dict__[name] = CompositeSaver(adapters)
     elif callable(getattr(type(model), _METHOD, None)):
-        model.__dict__[_METHOD] = AdapterSaver(handle)
+        model.__dict__[_METHOD] = AdapterSaver(adapters)
     for module in model.modules():
         if module is not model and callable(getattr(type(module), _METHOD, None)):
             module.__dict__[_METHOD] = PartSaver(module)
@@ -195,50 +191,46 @@ def arm(handle: Handle) -> None:
     for name in ALIASES:
         if not hasattr(model, name):
             model.__dict__[name] = Alias(handle, name)
-    hook = model.register_load_state_dict_pre_hook(refuse_guard)  # type: ignore[no-untyped-call]
-    handle.guard_handle = hook
+    return model.register_load_state_dict_pre_hook(refuse_guard)  # type: ignore[no-untyped-call]
 
 
-def disarm(handle: Handle) -> None:
-    """Undo :func:`arm`."""
-    for module in handle.model.modules():
+def disarm(model: nn.Module) -> None:
+    """Undo :func:`arm`, but for the check."""
+    for module in model.modules():
         if isinstance(module.__dict__.get(_METHOD), AdapterSaver | PartSaver):
             del module.__dict__[_METHOD]
-    handle.model.__dict__.pop(_ADAPTED, None)
-    handle.model.__dict__.pop(ACTIVE, None)
-    for name, value in list(handle.model.__dict__.items()):
+    model.__dict__.pop(_ADAPTED, None)
+    model.__dict__.pop(ACTIVE, None)
+    for name, value in list(model.__dict__.items()):
         if isinstance(value, OnModel):
-            del handle.model.__dict__[name]
-    guard = getattr(handle, "guard_handle", None)
-    if guard is not None:
-        guard.remove()
+            del model.__dict__[name]
 
 
 # ------------------------------------------------------------------------------------------ adapters
 
 
-def places(handle: Handle, directory: str | os.PathLike[str]) -> dict[str, Path]:
+def places(adapters: AdapterSet, directory: str | os.PathLike[str]) -> dict[str, Path]:
     """Adapter name -> its directory below ``directory``: the live one there, the others in their own.
 
     What is only a reference to train against is in a trainer's checkpoint, which must not lose it, and nowhere else.
     """
     root = Path(directory)
-    names = [*own_names(handle), *(references(handle) if _is_checkpoint(root) else [])]
-    alone = handle.live[0] if len(handle.live) == 1 else None
+    names = [*own_names(adapters), *(references(adapters) if _is_checkpoint(root) else [])]
+    alone = adapters.live[0] if len(adapters.live) == 1 else None
     found = {name: root if name == alone else root / name for name in names}
     for name in names:
         adapter_directory(root, name)  # raises when a link leads out of it
     return found
 
 
-def own_names(handle: Handle) -> list[str]:
+def own_names(adapters: AdapterSet) -> list[str]:
     """The adapters that files of the model hold."""
-    return [name for name, record in handle.records.items() if not record.reference]
+    return [name for name, record in adapters.records.items() if not record.reference]
 
 
-def references(handle: Handle) -> list[str]:
+def references(adapters: AdapterSet) -> list[str]:
     """The frozen copies that a trainer compares with."""
-    return [name for name, record in handle.records.items() if record.reference]
+    return [name for name, record in adapters.records.items() if record.reference]
 
 
 def _is_checkpoint(directory: Path) -> bool:
@@ -247,23 +239,23 @@ def _is_checkpoint(directory: Path) -> bool:
     return re.fullmatch(r"checkpoint-\d+", directory.name) is not None
 
 
-def save_adapters(handle: Handle, directory: str | os.PathLike[str]) -> None:
+def save_adapters(adapters: AdapterSet, directory: str | os.PathLike[str]) -> None:
     """Write every adapter of the model, each to its place, and in a trainer's checkpoint the guard."""
     root = Path(directory)
-    for name, place in places(handle, root).items():
-        folder.save(handle, place, name)
-    if not processes.writes(handle.model):
+    for name, place in places(adapters, root).items():
+        folder.save(adapters, place, name)
+    if not distributed.writes(adapters.model):
         return
     in_checkpoint = _is_checkpoint(root)
-    if in_checkpoint or len(own_names(handle)) > 1:
-        (root / LIST).write_text(json.dumps({"adapters": own_names(handle), "live": handle.live}))
+    if in_checkpoint or len(own_names(adapters)) > 1:
+        (root / LIST).write_text(json.dumps({"adapters": own_names(adapters), "live": adapters.live}))
     if in_checkpoint and root.name != ADAPTERS and not (root / _GUARD_FILE).exists():
         import safetensors.torch
 
-        safetensors.torch.save_file(guard(handle.model), root / _GUARD_FILE, metadata={"format": "pt"})
+        safetensors.torch.save_file(guard(adapters.model), root / _GUARD_FILE, metadata={"format": "pt"})
 
 
-def load_adapters(handle: Handle, directory: str | os.PathLike[str]) -> None:
+def load_adapters(adapters: AdapterSet, directory: str | os.PathLike[str]) -> None:
     """Read back what :func:`save_adapters` wrote, into the adapters of the same names.
 
     Raises:
@@ -273,7 +265,7 @@ def load_adapters(handle: Handle, directory: str | os.PathLike[str]) -> None:
     directory = Path(directory)
     if (directory / ADAPTERS).is_dir():
         directory = directory / ADAPTERS
-    now = {"adapters": own_names(handle), "live": list(handle.live)}
+    now = {"adapters": own_names(adapters), "live": list(adapters.live)}
     file = directory / LIST
     then = json.loads(file.read_text()) if file.is_file() else None
     if then != now if then is not None else len(now["adapters"]) != 1:
@@ -282,9 +274,9 @@ def load_adapters(handle: Handle, directory: str | os.PathLike[str]) -> None:
             expected=now, found=then or f"no {LIST}: one adapter",
             do="add the same adapters in the same order and make the same ones live before training is taken up",
         )  # fmt: skip
-    for name, place in places(handle, directory).items():
-        if place.is_dir() or not handle.records[name].reference:
-            folder.load(handle, place, name)
+    for name, place in places(adapters, directory).items():
+        if place.is_dir() or not adapters.records[name].reference:
+            folder.load(adapters, place, name)
 
 
 def guard(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -330,11 +322,11 @@ def _check_options(options: Mapping[str, Any]) -> None:
             raise TypeError(f"save_pretrained() got an unexpected keyword argument {name!r}")
 
 
-def _check_state(state: Mapping[str, torch.Tensor] | None, handle: Handle) -> None:
+def _check_state(state: Mapping[str, torch.Tensor] | None, adapters: AdapterSet) -> None:
     """Raise unless a given state has the adapters' tensors as the model has them."""
     if state is None:
         return
-    for name, own in handle.model.state_dict().items():
+    for name, own in adapters.model.state_dict().items():
         if ".adapters." in f".{name}" and not (name in state and torch.equal(state[name].to(own), own)):
             raise UnsupportedError(
                 f"save_pretrained: state_dict has other values than the model: {name}",
@@ -346,11 +338,11 @@ def _check_state(state: Mapping[str, torch.Tensor] | None, handle: Handle) -> No
 # -------------------------------------------------------------------------------------------- merged
 
 
-def save_merged(handle: Handle, directory: str | os.PathLike[str], write: Any, **options: Any) -> None:
+def save_merged(adapters: AdapterSet, directory: str | os.PathLike[str], write: Any, **options: Any) -> None:
     """Write the whole model with its live adapters folded in, by ``write``, the class's own method."""
     from adaptc.runtime.merging import folded_state
 
-    if not handle.live:
+    if not adapters.live:
         raise AdapterNameError("save_pretrained(merge=True): no adapter is live", do="model.adaptc.switch(name)")
     path = Path(directory)
     if (path / WEIGHTS).exists():
@@ -358,4 +350,4 @@ def save_merged(handle: Handle, directory: str | os.PathLike[str], write: Any, *
             f"{path} holds an adapter: the merged model read from there would get it a second time",
             do="give a directory of its own",
         )
-    write(directory, state_dict=folded_state(handle), **options)
+    write(directory, state_dict=folded_state(adapters), **options)

@@ -11,11 +11,12 @@ from torch import nn
 
 from adaptc.errors import AdaptcError, AdapterNameError, UnsupportedError
 from adaptc.files import peft_keys
-from adaptc.handle import CompileOptions, Handle
+from adaptc.handle import Handle
 from adaptc.plan import Plan
 from adaptc.plan.files import read_peft_config
 from adaptc.plan.peft.reading import config_to_rules
 from adaptc.runtime.names import adapter_directory, check_adapter_name
+from adaptc.runtime.options import CompileOptions
 
 
 class Wrapper(NamedTuple):

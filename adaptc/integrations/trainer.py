@@ -58,21 +58,21 @@ class AdapterTrainerMixin:
         directory = self.args.output_dir if output_dir is None else output_dir
         super()._save(directory, save_pretrained.guard(handle.model))  # type: ignore[misc]
         if self.args.should_save:
-            save_pretrained.save_adapters(handle, directory)
+            save_pretrained.save_adapters(handle.adapters, directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str | Path, model: Any = None) -> None:
         handle = self._handle()
         if handle is None or not handle.records:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         else:
-            save_pretrained.load_adapters(handle, resume_from_checkpoint)
+            save_pretrained.load_adapters(handle.adapters, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         handle = self._handle()
         if handle is None or not handle.records:
             super()._load_best_model()  # type: ignore[misc]
         else:
-            save_pretrained.load_adapters(handle, self.state.best_model_checkpoint)
+            save_pretrained.load_adapters(handle.adapters, self.state.best_model_checkpoint)
 
     def _handle(self) -> Handle | None:
         from adaptc.handle import Handle

@@ -24,7 +24,7 @@ from adaptc.errors import AdaptcWarning, NewSignatureWarning, UnsupportedError
 from adaptc.files.save_pretrained import OnModel
 from adaptc.handle import Handle
 from adaptc.runtime.adapters import ACTIVE
-from adaptc.runtime.attach import adapters_of
+from adaptc.runtime.site_adapters import adapters_of
 
 _ASKED = "is_peft_model"
 #: The modules of TRL that treat a compiled model rightly when they take it for a PEFT model.
@@ -102,7 +102,12 @@ class AdapterConfig:
         return dict(self.plan.to_dict())
 
 
-class Configs(OnModel, Mapping[str, AdapterConfig]):
+class OnHandle(OnModel):
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+
+
+class Configs(OnHandle, Mapping[str, AdapterConfig]):
     """``model.peft_config``: adapter name -> its config. "default" is there always: the live adapter."""
 
     def __getitem__(self, name: str) -> AdapterConfig:
@@ -118,7 +123,7 @@ class Configs(OnModel, Mapping[str, AdapterConfig]):
         return len(self.handle.records)
 
 
-class SetAdapter(OnModel):
+class SetAdapter(OnHandle):
     """``model.set_adapter``: make one adapter live, or several; what is trained stays as it is."""
 
     def __call__(self, adapter_name: str | list[str]) -> None:
@@ -127,7 +132,7 @@ class SetAdapter(OnModel):
             self.handle.switch(adapter_name)
 
 
-class AddAdapter(OnModel):
+class AddAdapter(OnHandle):
     """``model.add_adapter(name, model.peft_config[other])``: a frozen copy of the live adapter, to compare with."""
 
     def __call__(self, adapter_name: Any, config: Any = None, *args: Any, **options: Any) -> None:
@@ -196,7 +201,7 @@ def _head(model: Any) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-class Head(OnModel):
+class Head(OnHandle):
     """``model.get_output_embeddings()``, whose weight TRL reads: the copy that acts, where the plan trains the head."""
 
     def __init__(self, handle: Handle) -> None:
@@ -211,7 +216,7 @@ class Head(OnModel):
         return cast(nn.Module, found.standin.copy)
 
 
-class BaseModel(OnModel):
+class BaseModel(OnHandle):
     """``model.get_base_model()``, which TRL calls to give the base a forward of its own: the model itself, in which the
     adapters are."""
 
@@ -223,7 +228,7 @@ class BaseModel(OnModel):
         return self.handle.model
 
 
-class Merge(OnModel):
+class Merge(OnHandle):
     """``model.merge_adapter()``, by which TRL hands the weights to vLLM."""
 
     def __call__(self, *_: Any, **__: Any) -> None:
@@ -233,7 +238,7 @@ class Merge(OnModel):
         )
 
 
-_ATTRIBUTES: dict[str, type[OnModel]] = {
+_ATTRIBUTES: dict[str, type[OnHandle]] = {
     "peft_config": Configs,
     "set_adapter": SetAdapter,
     "add_adapter": AddAdapter,

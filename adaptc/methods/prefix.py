@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from adaptc import distributed
 from adaptc.errors import AdaptcWarning, UnsupportedError
 from adaptc.ir.derive import derive
 from adaptc.ir.ops.lora import draw_tensor
@@ -33,7 +34,6 @@ from adaptc.methods.base import Adapter, Method, anchor_of
 from adaptc.methods.codec import Codec, Option, is_bool, is_rank, optional
 from adaptc.methods.scaled import storage_dtype
 from adaptc.methods.tokens import TokenAdapter, TokenMethod
-from adaptc.runtime import processes
 from adaptc.transformers_names import attention_cache_argument, cache_in_output, given_cache
 
 INITS = ("default", "zero")
@@ -251,7 +251,7 @@ class PrefixAdapter(TokenAdapter):
 
     def set_peft_tensors(self, values: Mapping[str, torch.Tensor]) -> None:
         table = values["prompt_embeddings"]
-        if self.projects and processes.is_distributed(self.embedding):
+        if self.projects and distributed.is_distributed(self.embedding):
             raise UnsupportedError(
                 "loading a table into a projected prefix of a sharded model",
                 found="the projection's parameters are sharded, and the table would take their place",

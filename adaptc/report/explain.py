@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from adaptc.capture.backend import JOINT_BACKENDS
 from adaptc.capture.graphs import CapturedGraph
 from adaptc.codegen import cost
@@ -17,8 +19,9 @@ from adaptc.ir.fold import fold, ranges
 from adaptc.methods import quantised
 
 if TYPE_CHECKING:
-    from adaptc.handle import Handle
     from adaptc.passes.manager import PassReport
+    from adaptc.runtime.adapters import AdapterSet
+    from adaptc.runtime.calls.captures import Captures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,20 +48,21 @@ class Explanation:
         return {title: list(lines) for title, lines in self.sections}
 
 
-def explain(handle: Handle) -> Explanation:
-    """The report as of now. Before the first call it has graphs only when example inputs were given."""
-    graphs, previewed = handle.graphs, False
-    called = handle.captures.counts["calls"] > 0
+def explain(captures: Captures, entries: Sequence[str]) -> Explanation:
+    """The report as of now; ``entries``: what is captured beside the model's forward. Before the first call it has
+    graphs only when example inputs were given."""
+    adapters, graphs, previewed = captures.adapters, captures.graphs, False
+    called = captures.counts["calls"] > 0
     if not (graphs or called):
-        graphs = handle.preview()
+        graphs = captures.preview()
         previewed = bool(graphs)
     for graph in graphs:
         graph.complete()  # which may add notes
     sections: list[tuple[str, Iterable[str]]] = [
-        (f"{type(handle.model).__name__}: {_count(len(handle.sites), 'adapted module')}", _sites(handle)),
-        ("base", _base(handle)),
-        ("trained parameters", _parameters(handle)),
-        (f"backend {handle.options.backend.name}", _backend(handle)),
+        (f"{type(adapters.model).__name__}: {_count(len(adapters.sites), 'adapted module')}", _sites(adapters)),
+        ("base", _base(adapters.model)),
+        ("trained parameters", _parameters(adapters)),
+        (f"backend {captures.options.backend.name}", _backend(captures, entries)),
         ("graphs of example inputs (no call yet)" if previewed else "graphs", _graphs(graphs, called)),
     ]
     for members, passes, costs in _alike(graphs):
@@ -66,7 +70,7 @@ def explain(handle: Handle) -> Explanation:
         sections.append((f"{which}: passes", passes))
         sections.append((f"{which}: cost over the frozen base (estimated)", costs))
     sections.append(("chosen for this host", _choices(graphs)))
-    sections.append(("attention", _attention(handle)))
+    sections.append(("attention", _attention(captures)))
     complete = ((title, tuple(lines)) for title, lines in sections)
     return Explanation(tuple((title, lines) for title, lines in complete if lines))
 
@@ -85,11 +89,11 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _sites(handle: Handle) -> Iterator[str]:
-    for name, record in handle.records.items():
-        yield f"adapter {name!r} ({'live' if name in handle.live else 'not live'})"
-        resolution = record.plan.resolve(handle.model)
-        modules = {path for path, _ in handle.model.named_modules()}
+def _sites(adapters: AdapterSet) -> Iterator[str]:
+    for name, record in adapters.records.items():
+        yield f"adapter {name!r} ({'live' if name in adapters.live else 'not live'})"
+        resolution = record.plan.resolve(adapters.model)
+        modules = {path for path, _ in adapters.model.named_modules()}
         shared = [site for site in resolution.sites if site.train is None and not site.method.follows_ties]
         tied = {site.path: site.tied_to for site in shared if site.tied_to}
         for number, rule in enumerate(record.plan.rules):
@@ -119,10 +123,10 @@ def _by_reason(pairs: Iterable[tuple[str, str]]) -> Iterator[str]:
         yield from (f"{path}: {reason}" for path in fold(paths))
 
 
-def _base(handle: Handle) -> Iterator[str]:
+def _base(model: nn.Module) -> Iterator[str]:
     """How the base's modules are quantised; nothing where none is."""
     kinds: dict[str, list[str]] = {}
-    for path, module in handle.model.named_modules():
+    for path, module in model.named_modules():
         if ".adapters." not in f".{path}." and (how := quantised.describe(module)) is not None:
             kinds.setdefault(how, []).append(path)
     for how, paths in kinds.items():
@@ -130,24 +134,25 @@ def _base(handle: Handle) -> Iterator[str]:
         yield from (f"  {path}" for path in fold(paths))
 
 
-def _parameters(handle: Handle) -> Iterator[str]:
-    ours = list(handle.parameters())
+def _parameters(adapters: AdapterSet) -> Iterator[str]:
+    ours = [parameter for _, parameter in adapters.named_parameters()]
     trained = sum(p.numel() for p in ours)
-    base = sum(quantised.numel(p) for p in handle.model.parameters()) - trained
+    base = sum(quantised.numel(p) for p in adapters.model.parameters()) - trained
     dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in ours}))
     yield f"{trained:,} beside {base:,} frozen ({trained / max(base, 1):.3%}), {dtypes}"
 
 
-def _backend(handle: Handle) -> Iterator[str]:
-    yield f"passes {handle.pipeline()}"
-    if handle.options.backend.instead:
-        yield handle.options.backend.instead
-    if handle.options.backend.name not in JOINT_BACKENDS:
+def _backend(captures: Captures, entries: Sequence[str]) -> Iterator[str]:
+    backend = captures.options.backend
+    yield f"passes {captures.adapters.pipeline()}"
+    if backend.instead:
+        yield backend.instead
+    if backend.name not in JOINT_BACKENDS:
         yield "passes on the joint graph do not run: this backend does not show it"
-    if handle.entries:
-        yield f"captured beside the model's forward: {', '.join(handle.entries)}"
+    if entries:
+        yield f"captured beside the model's forward: {', '.join(entries)}"
     regions: dict[str, list[str]] = {}
-    for path, name in handle.captures.regions.items():
+    for path, name in captures.epoch.regions.items():
         regions.setdefault(name, []).append(path)
     for name, paths in regions.items():
         yield f"captured by themselves, and together ({name.split()[-2]}): {', '.join(fold(paths))}"
@@ -255,13 +260,14 @@ def _over(base: int, extra: int, unit: str) -> str:
     return f"{number_text(base, unit)} + {number_text(extra, unit)}{percent}"
 
 
-def _attention(handle: Handle) -> Iterator[str]:
-    if handle.graphs or handle.captures.eager:
-        yield from (f"did not run in any forward: {path}" for path in fold(handle.idle_sites()))
-    yield from (f"ran outside a captured graph: {path}" for path in fold(handle.eager_sites()))
-    if handle.captures.backend is not None:
-        for frame, op in handle.captures.backend.uncompiled.items():
+def _attention(captures: Captures) -> Iterator[str]:
+    backend = captures.epoch.backend
+    if captures.graphs or captures.epoch.eager:
+        yield from (f"did not run in any forward: {path}" for path in fold(captures.idle_sites()))
+    yield from (f"ran outside a captured graph: {path}" for path in fold(captures.eager_sites()))
+    if backend is not None:
+        for frame, op in backend.uncompiled.items():
             yield f"not compiled itself, for it needs a size that only data say ({op}): {frame}"
-    yield from handle.lint.rows()
-    if hit := handle.captures.counts["recompile_limits_hit"]:
+    yield from captures.lint.rows(captures)
+    if hit := captures.counts["recompile_limits_hit"]:
         yield f"recompile limit hit {hit} times: those frames run eagerly"

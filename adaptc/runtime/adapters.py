@@ -15,10 +15,13 @@ from torch import nn
 from adaptc.errors import AdaptcWarning, AdapterNameError, PlanError, SiteError, UnsupportedError
 from adaptc.methods.base import Adapter, Method
 from adaptc.methods.bias import Bias
+from adaptc.passes.manager import Pipeline
 from adaptc.plan import Assignment, Plan, Resolution, bypassed
 from adaptc.runtime import attach, embeddings
 from adaptc.runtime.calibrate import covariances
 from adaptc.runtime.names import check_adapter_name
+from adaptc.runtime.options import pipeline_of
+from adaptc.runtime.site_adapters import adapter_name, adapters_of, entry_of
 
 #: Where a model says which adapter is live, by PEFT's name for it, if it says so at all.
 ACTIVE = "active_adapter"
@@ -39,12 +42,12 @@ class Site:
     @property
     def adapters(self) -> dict[str, Adapter]:
         """Entry -> adapter. The entry is the adapter's name; what a stacked rule put there has ``name~1`` ...."""
-        found = attach.adapters_of(self.module)
+        found = adapters_of(self.module)
         return {} if found is None else dict(found.items())  # type: ignore[arg-type]
 
     def of(self, name: str) -> list[Adapter]:
         """Everything that the adapter called ``name`` has at this site, in order."""
-        return [a for entry, a in self.adapters.items() if attach.adapter_name(entry) == name]
+        return [a for entry, a in self.adapters.items() if adapter_name(entry) == name]
 
     def parts(self, name: str) -> list[tuple[str, Adapter]]:
         """As :meth:`of`, each with its path: the module's, or that of the module's parameter."""
@@ -83,7 +86,7 @@ class AdapterSet:
     @property
     def sites(self) -> list[Site]:
         modules = dict(self.model.named_modules(remove_duplicate=False))
-        gone = [p for p in self._sites if p not in modules or attach.adapters_of(modules[p]) is None]
+        gone = [p for p in self._sites if p not in modules or adapters_of(modules[p]) is None]
         for path in gone:
             del self._sites[path]
             message = f"{path} was replaced or removed, and its adapters with it: it is no site any more"
@@ -127,7 +130,7 @@ class AdapterSet:
             if path not in sites:
                 sites[path], next_id = (next_id, assignment.module_paths), next_id + 1
             level = stacked[assignment.path] = stacked.get(assignment.path, -1) + 1
-            entry = attach.entry(name, level, assignment.parameter)
+            entry = entry_of(name, level, assignment.parameter)
             self._check_free(path, assignment.module, entry)
             adapter = fresh(assignment, self.dtype, sites[path][0])
             own_forward = adapter.replaces_forward or adapter.acts_inside
@@ -178,7 +181,7 @@ class AdapterSet:
         check_adapter_name(new)
         own = {id(t): t for t in (*self.model.parameters(), *self.model.modules())}
         copied = [(site, key, a) for site in self.sites for key, a in site.adapters.items()]
-        copied = [row for row in copied if attach.adapter_name(row[1]) == name]
+        copied = [row for row in copied if adapter_name(row[1]) == name]
         for _, _, adapter in copied:  # what is theirs is copied, what they only refer to is not
             for part in (*adapter.parameters(), *adapter.modules()):
                 own.pop(id(part), None)
@@ -204,7 +207,7 @@ class AdapterSet:
                 )
 
     def _check_free(self, path: str, module: nn.Module, entry: str) -> None:
-        found = attach.adapters_of(module)
+        found = adapters_of(module)
         if found is not None and entry in found:
             raise SiteError(
                 f"{path} has an adapter {entry!r} that is not this model's",
@@ -239,7 +242,7 @@ class AdapterSet:
         sites = self.sites
         for site in sites:
             for entry in list(site.adapters):
-                if attach.adapter_name(entry) == name:
+                if adapter_name(entry) == name:
                     attach.remove(site.module, entry)
         del self.records[name]
         left = {site.path for site in sites if site.adapters}
@@ -286,7 +289,7 @@ class AdapterSet:
         with self.base_alone():
             embeddings.check_together(self.model, {name: self.records[name].rows for name in names})
         for site in self.sites:
-            found = attach.adapters_of(site.module)
+            found = adapters_of(site.module)
             assert found is not None  # a site without adapters is none
             found.make_live([adapter for name in names for adapter in site.of(name)])
         for rows in reversed(self._live_rows()):
@@ -336,6 +339,11 @@ class AdapterSet:
                     do="make one of them live",
                 )
 
+    def pipeline(self) -> Pipeline:
+        """The passes that the live adapters' plans ask for (the first plan that says anything)."""
+        plans = [self.records[name].plan for name in (*self.live, *self.records)]
+        return pipeline_of(next((plan for plan in plans if plan.passes and plan.passes.says_which), None))
+
     @property
     def has_taps(self) -> bool:
         """Whether some adapter reads the input of another module than its own."""
@@ -351,7 +359,7 @@ class AdapterSet:
             self.record(name)
         for site in self.sites:
             for entry, adapter in site.adapters.items():
-                if name is None or attach.adapter_name(entry) == name:
+                if name is None or adapter_name(entry) == name:
                     for local, parameter in adapter.named_parameters():
                         yield f"{site.path}.adapters.{entry}.{local}".lstrip("."), parameter
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from adaptc.capture.call import CALL
 from adaptc.errors import SiteError
-from adaptc.runtime.attach import CALL
 
 
 class Covariances:

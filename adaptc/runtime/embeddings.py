@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from adaptc import distributed
 from adaptc.errors import SiteError, UnexpectedKeyError, UnsupportedError
-from adaptc.runtime import processes
 
 
 @dataclasses.dataclass
@@ -95,7 +95,7 @@ def rows_of(model: nn.Module, found: Mapping[str, torch.Tensor], source: str) ->
     Raises:
         UnexpectedKeyError: two values of one tied parameter; UnsupportedError: the parameters are sharded.
     """
-    if found and processes.is_sharded(model):
+    if found and distributed.is_sharded(model):
         raise UnsupportedError(
             f"{source} holds embeddings, which cannot be loaded into a sharded model",
             do="load the adapter before the model is sharded",
@@ -149,7 +149,7 @@ def to_save(model: nn.Module, rows: Iterable[Rows], wanted: bool | str) -> dict[
     group = list(rows)
     if wanted is False or (wanted == "auto" and not group and not vocabulary_changed(model)):
         return {}
-    found = {path: processes.whole(own.detach()).clone() for path, own in parameters(model).items()}
+    found = {path: distributed.whole(own.detach()).clone() for path, own in parameters(model).items()}
     owners = {path: id(own) for path, own in parameters(model).items()}
     for part in group:
         for path, tensor in found.items():

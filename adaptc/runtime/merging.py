@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from adaptc import distributed
 from adaptc.errors import UnsupportedError
 from adaptc.methods.base import Adapter
 from adaptc.methods.quantised import Refusal
-from adaptc.runtime import processes
-from adaptc.runtime.attach import adapters_of
+from adaptc.runtime.site_adapters import adapters_of
 
 if TYPE_CHECKING:
-    from adaptc.handle import Handle
-    from adaptc.runtime.adapters import Site
+    from adaptc.runtime.adapters import AdapterSet, Site
 
 
-def folded_state(handle: Handle, within: str = "") -> dict[str, torch.Tensor]:
+def folded_state(adapters: AdapterSet, within: str = "") -> dict[str, torch.Tensor]:
     """The base model's ``state_dict`` with the live adapters in its weights; new tensors only at their sites.
 
     ``within``: of the module of this path alone, under its names in the whole model.
@@ -29,16 +28,16 @@ def folded_state(handle: Handle, within: str = "") -> dict[str, torch.Tensor]:
         UnsupportedError: names the site whose adapter cannot be folded, before any work is done.
     """
     below = f"{within}." if within else ""
-    model = handle.model
-    sites = [site for site in handle.sites if _live(site.module) and f"{site.path}.".startswith(below)]
-    if processes.is_sharded(model):
+    model = adapters.model
+    sites = [site for site in adapters.sites if _live(site.module) and f"{site.path}.".startswith(below)]
+    if distributed.is_sharded(model):
         raise UnsupportedError(
             "a sharded model's weights cannot be merged",
             do="model.adaptc.save(directory) in all processes, then load it into a whole model and merge there",
         )
     for site in sites:
         _check(site, model)
-    ours = tuple(f"{path}.adapters.".lstrip(".") for site in handle.sites for path in site.paths)
+    ours = tuple(f"{path}.adapters.".lstrip(".") for site in adapters.sites for path in site.paths)
     named = model.state_dict().items()
     state = {name: tensor for name, tensor in named if name.startswith(below) and not name.startswith(ours)}
     for site in sites:
@@ -48,14 +47,14 @@ def folded_state(handle: Handle, within: str = "") -> dict[str, torch.Tensor]:
     return state
 
 
-def fold_in(handle: Handle) -> None:
+def fold_in(adapters: AdapterSet) -> None:
     """Write the folded weights into the model's own; all are computed before the first is written.
 
     Raises:
         UnsupportedError: as :func:`folded_state`; nothing has changed then.
     """
-    state = folded_state(handle)
-    named = handle.model.state_dict()
+    state = folded_state(adapters)
+    named = adapters.model.state_dict()
     for name, value in state.items():
         if value.data_ptr() != named[name].data_ptr():
             named[name].copy_(value)

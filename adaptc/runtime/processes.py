@@ -8,20 +8,18 @@ each process on its own, without an error: so adapters come first, and one that 
 from __future__ import annotations
 
 import contextlib
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from adaptc import torch_internals
+from adaptc.distributed import is_distributed, is_sharded, whole, wrapper_of, writes
 from adaptc.errors import CheckpointError, UnsupportedError
-
-if TYPE_CHECKING:
-    from adaptc.handle import Handle
-    from adaptc.methods.base import Adapter
+from adaptc.methods.base import Adapter
+from adaptc.runtime.adapters import AdapterSet
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 #: Buffers of adapters that never differ between processes. DDP writes the first process's buffers into the others'
@@ -40,7 +38,7 @@ def check_unwrapped(model: nn.Module) -> None:
         UnsupportedError: names the wrapper and what to do.
     """
     for path, module in model.named_modules():
-        wrapper = _wrapper(module)
+        wrapper = wrapper_of(module)
         if wrapper is not None:
             where = path or "the model"
             raise UnsupportedError(
@@ -57,30 +55,18 @@ def check_unwrapped(model: nn.Module) -> None:
             )  # fmt: skip
 
 
-def _wrapper(module: nn.Module) -> str | None:
-    """The name of the class that wraps or shards ``module``, or None."""
-    if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        return type(module).__name__
-    # Nobody can have made one of these without importing its module.
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return None
-    if isinstance(module, fsdp.FSDPModule):
-        return "fully_shard"
-    return "FullyShardedDataParallel" if isinstance(module, fsdp.FullyShardedDataParallel) else None
-
-
 class DataParallelCheck:
     """Whether ``DistributedDataParallel`` averages every adapter that is trained; asked before each call."""
 
-    def __init__(self) -> None:
+    def __init__(self, adapters: AdapterSet) -> None:
+        self.adapters = adapters
         #: The wrapper that was seen last, and the trained parameters that it was made with.
         self._wrapper: weakref.ref[nn.Module] | None = None
         self._averaged: frozenset[int] = frozenset()
         #: The trained parameters, by ``id``, that were found to be averaged.
         self._passed: object = None
 
-    def __call__(self, handle: Handle) -> None:
+    def __call__(self) -> None:
         """Raise UnsupportedError for a live adapter parameter that is trained and not averaged."""
         ddp = torch_internals.active_data_parallel()
         if ddp is None or not torch.is_grad_enabled():
@@ -90,8 +76,8 @@ class DataParallelCheck:
             self._averaged = frozenset(id(p) for p in ddp.parameters() if p.requires_grad)
         trained = {
             id(parameter): path
-            for name in handle.live
-            for path, parameter in handle.named_parameters(name)
+            for name in self.adapters.live
+            for path, parameter in self.adapters.named_parameters(name)
             if parameter.requires_grad
         }
         if trained.keys() == self._passed:
@@ -108,13 +94,13 @@ class DataParallelCheck:
         self._passed = trained.keys()
 
 
-def note_constant_buffers(handle: Handle) -> None:
+def note_constant_buffers(adapters: AdapterSet) -> None:
     """Let DDP leave alone what is equal in all processes by construction."""
-    model = handle.model
+    model = adapters.model
     others = [name for name in getattr(model, _IGNORED, ()) if ".adapters." not in f".{name}"]
     ours = [
         f"{site.path}.adapters.{entry}.{name}".removeprefix(".")
-        for site in handle.sites
+        for site in adapters.sites
         for entry, adapter in site.adapters.items()
         for name, _ in adapter.named_buffers()
         if name in _CONSTANT
@@ -126,28 +112,6 @@ def note_constant_buffers(handle: Handle) -> None:
 
 
 # ------------------------------------------------------------------------------------------- sharded
-
-
-def is_distributed(tensor: object) -> bool:
-    """Whether a tensor is a DTensor."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether the processes hold parts of the model's parameters (FSDP2)."""
-    return any(_wrapper(m) == "fully_shard" for m in model.modules()) or any(map(is_distributed, model.parameters()))
-
-
-def own_class(model: nn.Module) -> type:
-    """The class of the model as its author wrote it: ``fully_shard`` puts one of its own in front."""
-    kind = type(model)
-    return kind.__mro__[2] if _wrapper(model) == "fully_shard" else kind
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a sharded tensor, in every process, all of which must ask; any other as it is."""
-    return tensor.full_tensor() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -162,7 +126,7 @@ def gathered(model: nn.Module, adapters: Iterable[Adapter], *, write: bool = Fal
         return
     for module in model.modules():
         # Parameters that were left whole after a forward are copies: writes to them would be lost.
-        if _wrapper(module) == "fully_shard":
+        if wrapper_of(module) == "fully_shard":
             module.reshard()  # type: ignore[operator]
     swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
     full: dict[int, nn.Parameter] = {}
@@ -193,11 +157,6 @@ def _scatter(shards: Any, value: Any) -> None:
     shards.detach().to_local().copy_(part.to_local())
 
 
-def writes(model: nn.Module) -> bool:
-    """Whether this process writes files: every one that is asked, or the first one where the model is sharded."""
-    return not is_sharded(model) or torch.distributed.get_rank() == 0
-
-
 def write_once(model: nn.Module, write: Callable[[], object]) -> None:
     """Call ``write``; where the model is sharded, in the first process alone, while the others wait.
 
@@ -218,16 +177,3 @@ def write_once(model: nn.Module, write: Callable[[], object]) -> None:
         torch.distributed.broadcast_object_list(failed, src=0)
     if failed[0] is not None:
         raise CheckpointError("the first process could not write the adapter", found=failed[0])
-
-
-__all__ = [
-    "DataParallelCheck",
-    "check_unwrapped",
-    "gathered",
-    "is_sharded",
-    "note_constant_buffers",
-    "own_class",
-    "whole",
-    "write_once",
-    "writes",
-]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from adaptc.torch_internals.cpp import compile_cpp, compile_headers, import_inductor, in_thread, load_cpp, probe_cpu
 from adaptc.torch_internals.dynamo import (
     TORCH,
+    RecompileLimitWatch,
     active_data_parallel,
     carry_capture_metadata,
     compile_id,
@@ -30,7 +31,6 @@ from adaptc.torch_internals.dynamo import (
     traced_inputs,
     tracing_attempt,
     users_functions,
-    watch_recompile_limit,
     without_size_memory,
 )
 from adaptc.torch_internals.hardware import (
@@ -101,6 +101,7 @@ __all__ = [
     "HigherOrderOperator",
     "OpOverload",
     "OpOverloadPacket",
+    "RecompileLimitWatch",
     "active_data_parallel",
     "ambient_modes",
     "as_fake",
@@ -176,7 +177,6 @@ __all__ = [
     "tree_map",
     "users_functions",
     "watch_calls",
-    "watch_recompile_limit",
     "without_size_memory",
     "writes_products",
 ]

@@ -82,32 +82,27 @@ def _frame_in_progress() -> types.CodeType:
     return code
 
 
-class _LimitCounter(logging.Filter):
-    """Counts Dynamo's own messages about a recompile limit; lets every message through."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.messages: list[str] = []
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if "torch._dynamo hit config." in str(record.msg):
-            self.messages.append(record.getMessage())
-        return True
-
-
-@contextlib.contextmanager
-def watch_recompile_limit() -> Iterator[list[str]]:
+class RecompileLimitWatch:
     """Collects the messages of frames that hit their recompile limit inside the block.
 
     Dynamo then runs the frame eagerly and only logs it; there is no callback. Read on 2.11 to 2.15.
     """
-    logger = logging.getLogger("torch._dynamo.convert_frame")
-    counter = _LimitCounter()
-    logger.addFilter(counter)
-    try:
-        yield counter.messages
-    finally:
-        logger.removeFilter(counter)
+
+    _logger = logging.getLogger("torch._dynamo.convert_frame")
+
+    def __enter__(self) -> list[str]:
+        self.messages: list[str] = []
+        self._logger.addFilter(self)
+        return self.messages
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.removeFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Called by the logger; lets every message through."""
+        if "torch._dynamo hit config." in str(record.msg):
+            self.messages.append(record.getMessage())
+        return True
 
 
 def compile_id() -> tuple[int, int] | None:

@@ -42,7 +42,7 @@ def by_block(rank: int) -> None:
         ddp(**own_rows(rank), use_cache=False).loss.backward()
         check_gradients(model, formula_gradients(base, factors_of(model)))
     assert model.adaptc.eager_sites() == model.adaptc.idle_sites() == []
-    paths = model.adaptc.site_paths()
+    paths = model.adaptc.captures.site_paths()
     assert {paths[i] for graph in model.adaptc.graphs for i in graph.ran} == set(paths.values())
 
 

@@ -533,7 +533,7 @@ def test_a_table_does_not_take_the_place_of_a_sharded_projection(monkeypatch):
     model = adaptc.compile(build("llama"), METHODS["projected"](), backend="eager")
     (site,) = model.adaptc.sites
     adapter = site.adapters["default"]
-    monkeypatch.setattr(prefix.processes, "is_distributed", lambda tensor: tensor is adapter.embedding)
+    monkeypatch.setattr(prefix.distributed, "is_distributed", lambda tensor: tensor is adapter.embedding)
     before = {name: value.clone() for name, value in model.adaptc.named_parameters()}
     with pytest.raises(UnsupportedError, match="the projection's parameters are sharded"):
         adapter.set_peft_tensors({"prompt_embeddings": torch.zeros_like(adapter.table())})

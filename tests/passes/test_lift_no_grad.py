@@ -414,7 +414,7 @@ def test_a_stop_gradient_stays_and_is_named_with_its_cure(kind, backend, regiona
     assert not any("teacher" in name for name in got)
     gradients(model, x)  # said once: warnings are errors
     assert f"(lift_no_grad: {names})" in str(model.adaptc.explain())
-    assert bool(model.adaptc.captures.regions) is regional
+    assert bool(model.adaptc.captures.epoch.regions) is regional
 
 
 @pytest.mark.parametrize("kind, backend, regional", MATRIX)

@@ -137,7 +137,7 @@ def test_text_that_is_not_a_pipeline_is_refused(text, error):
 def test_passes_of_a_plan(passes, text):
     _, model = adapted(passes=passes)
     graph = trained_graph(model)
-    assert graph.pipeline == str(model.adaptc.pipeline()) == text
+    assert graph.pipeline == str(model.adaptc.adapters.pipeline()) == text
     assert [r.name for r in graph.reports] == [p.name for p in Pipeline.parse(text).passes]
 
 

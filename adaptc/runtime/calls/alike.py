@@ -10,15 +10,13 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from adaptc.runtime.attach import CALL
-
-if TYPE_CHECKING:
-    from adaptc.runtime.calls.captures import Captures
+from adaptc.capture.call import CALL
+from adaptc.runtime.calls.state import Calls
 
 #: What torch keeps on every module.
 _TORCHS = frozenset(vars(nn.Module()))
@@ -110,23 +108,20 @@ class Copies:
     ``expected``, they are no copies: this call goes on op by op, and all others are captured whole."""
 
     def __init__(
-        self, captures: Captures, backend: Callable[..., Any], blocks: Mapping[str, nn.Module], expected: int
+        self, calls: Calls, backend: Callable[..., Any], blocks: Mapping[str, nn.Module], expected: int
     ) -> None:
-        self.captures, self.backend, self.expected = captures, backend, expected
+        self.calls, self.backend, self.expected = calls, backend, expected
         self._owners = {id(p): path for path, block in blocks.items() for p in block.parameters()}
         self._call, self._captured = -1, set[str]()
 
     def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         compiled: Callable[..., Any] = self.backend(gm, inputs)
-        call = self.captures.counts["calls"]
+        call = self.calls.counts["calls"]
         if self._call != call:
             self._call, self._captured = call, set()
         if CALL.depth > 0:
             self._captured.update(path for path in map(self._owners.get, map(id, inputs)) if path is not None)
             if len(self._captured) > self.expected:
                 CALL.whole = True
-                self.captures.stop_sharing()
+                self.calls.stop_sharing()
         return compiled
-
-
-__all__ = ["Copies", "values_read"]

@@ -4,145 +4,176 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 
-from adaptc.capture.backend import JOINT_BACKENDS, AdapterBackend, BackendOptions, prepare
+from adaptc.capture.backend import JOINT_BACKENDS, AdapterBackend, prepare
+from adaptc.capture.call import CALL
 from adaptc.capture.graphs import CapturedGraph
 from adaptc.errors import RecompileLimitWarning, UnsupportedError
 from adaptc.methods import quantised
-from adaptc.runtime import attach
 from adaptc.runtime.calls import output_hooks, regions, warmup
 from adaptc.runtime.calls.alike import Copies
-from adaptc.runtime.calls.lifts import Lifts, lifts_of
-from adaptc.runtime.calls.prologue import Capture, EntryMethod, Prologue, compiled
-from adaptc.runtime.calls.watch import Given, Watch
-from adaptc.torch_internals import without_size_memory
+from adaptc.runtime.calls.lifts import lifts_of
+from adaptc.runtime.calls.lint import Lint
+from adaptc.runtime.calls.state import Calls, Epoch
+from adaptc.runtime.calls.watch import Watch
+from adaptc.runtime.options import CompileOptions
+from adaptc.runtime.processes import DataParallelCheck
+from adaptc.runtime.site_adapters import adapters_of
+from adaptc.torch_internals import RecompileLimitWatch, compile_isolated, state_across_modules, without_size_memory
 
-if TYPE_CHECKING:
-    from adaptc.handle import Handle
-
-
+#: How often one frame may be compiled before Dynamo gives up on it (torch's default is 8).
+RECOMPILE_LIMIT = 64
 _EPOCHS = itertools.count()
-#: What an epoch consists of: the attributes of ``Captures`` that are put by and taken up again with it.
-_OF_EPOCH = (
-    "backend", "eager", "once", "regions", "_name", "_callables", "_blocks", "_whole", "_stacks", "_signatures",
-)  # fmt: skip
 #: How many epochs are kept beside the one that is used.
 _KEPT = 8
 
 
-class Captures:
-    """Backend, callables and counters of a model.
+def compiled(
+    options: CompileOptions, run: Callable[..., Any], backend: Callable[..., Any], *, copies: int = 0
+) -> Callable[..., Any]:
+    """``run``, a function, captured as the options say; for so many ``copies`` of a block, which may turn out to need
+    a graph or two of their own."""
+    return compile_isolated(
+        run,
+        backend=backend,
+        recompile_limit=RECOMPILE_LIMIT + 2 * copies,
+        fullgraph=options.fullgraph,
+        dynamic=options.dynamic,
+    )
 
-    An epoch ends when the set of adapted modules changes: Dynamo does not guard on hooks, so new ones need a
-    fresh backend and fresh callables. It also ends when hooks or methods of the user change, and is then kept, for when
-    they are as they were.
+
+class Capture:
+    """One capture epoch of one entry point: a fresh backend object and callable, which share no cache entries
+    with any other model or epoch. Without a backend the entry point runs as it is, and blocks inside it are captured.
     """
 
-    def __init__(self, handle: Handle, options: BackendOptions | None = None) -> None:
-        self.handle = handle
-        self.options = options or handle.options.backend
-        self.backend: AdapterBackend | None = None
-        self._callables: dict[tuple[str, bool], Capture] = {}
-        #: What captures one kind of block, by its name in ``regions``.
-        self._blocks: dict[str, Callable[..., Any]] = {}
-        #: Which regions without gradients are to record them, in this epoch.
-        self.lifts = Lifts()
-        #: Path of each block that is captured by itself -> the name of those it shares its graphs with.
-        self.regions: dict[str, str] = {}
-        #: Modules that may make a cache for the blocks.
-        self._stacks: list[nn.Module] = []
-        #: Kinds of calls that are captured whole because a call of theirs was found to need it.
-        self._whole: set[tuple[object, ...]] = set()
-        #: Whether blocks were found to need graphs of their own, each one: in every epoch.
-        self.copies_differ = False
-        #: Whether the last call was captured whole, for blocks that its backward computes again.
-        self.last_was_whole = False
+    def __init__(self, calls: Captures, function: Callable[..., Any], backend: AdapterBackend | None) -> None:
+        self.calls = calls
+        self.across = calls.adapters.has_taps
+
+        # A frame of ours as the root: Dynamo skips frames of torch's own containers, so that a model that is
+        # an nn.Sequential or an nn.TransformerEncoder would capture nothing.
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+        self.whole = backend is not None
+        self.run = run if backend is None else compiled(calls.options, run, backend)
+
+    def __call__(self, kind: tuple[object, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call of a kind (of which blocks may find that it is to be captured whole)."""
+        records = torch.is_grad_enabled()
+        eager: set[int] = set()
+        recorded: set[int] = set()
+        stopped: set[int] = set()
+        now = vars(CALL)  # of this thread
+        before = now.copy()
+        now.update(eager=eager, depth=CALL.depth + 1, whole=self.whole)
+        now.update(recorded=recorded if records else None, stopped=stopped if records else None)
+        try:
+            with RecompileLimitWatch() as limits, state_across_modules() if self.across else nullcontext():
+                output = self.run(*args, **kwargs)
+        finally:
+            found = kind if CALL.whole and not self.whole else None
+            now.clear()
+            now.update(before)
+            self.calls.after_call(found, eager, limits)
+            for message in limits:
+                warnings.warn(RecompileLimitWarning(message), stacklevel=3)
+        if records:
+            self.calls.lint.after_call(self.calls, output, recorded, stopped)
+        return output
+
+
+class Captures(Calls):
+    """Captures the calls of a model.
+
+    An epoch ends when the set of adapted modules changes. It also ends when hooks or methods of the user change, and is
+    then kept, for when they are as they were.
+    """
+
+    def _start(self) -> None:
+        super()._start()
+        self.lint = Lint(self.adapters)
+        self._check_data_parallel = DataParallelCheck(self.adapters)
         #: Whether what a training step needs was begun with.
         self._prepared = False
         #: (path, module) of layers in 4-bit codes; None: not looked for yet.
         self._packable: list[tuple[str, nn.Module]] | None = None
-        self._signatures: set[tuple[object, ...]] = set()
-        #: ``id`` of the site-id tensors whose hooks ran outside a graph, and of those
-        #: that did so in a call of a kind that is captured now.
-        self.eager: set[int] = set()
-        self.once: set[int] = set()
-        #: Of the sites' hooks: what captures guard on.
-        self._name = ""
-        #: What this epoch's captures take for given; None before its first call.
-        self._watch: Watch | None = None
-        self._given: Given | None = None
         #: Epochs that ended because of hooks or methods, the last used one at the end.
-        self._kept: list[tuple[Given, dict[str, Any]]] = []
+        self._kept: list[Epoch] = []
         #: Whether it was said that more of these were captured than are kept.
         self._told = False
-        self.counts = {"epochs": 0, "calls": 0, "recompile_limits_hit": 0, "signatures": 0, "past_graphs": 0}
 
     def call(self, entry: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """``function(*args, **kwargs)``, an entry point of the model, as captured in this epoch."""
-        drop_embedding_hooks(self.handle.model)
-        self._check_gradients()
-        if self._watch is not None and self._watch.sees_a_change():
+        model = self.adapters.model
+        self._check_data_parallel()
+        if model.__dict__.get("_require_grads_hooks"):
+            drop_embedding_hooks(model)
+        if self._packable != []:
+            self._check_gradients()
+        if self.epoch.watch is not None and self.epoch.watch.sees_a_change():
             self._follow()
-        backend = self._open()
+        epoch = self._open()
         self.counts["calls"] += 1
-        if not self.regions:
-            return self._capture(entry, function, backend)((), args, kwargs)
-        model = self.handle.model
+        if not epoch.regions:
+            return self._capture(entry, function, whole=True)((), args, kwargs)
         kind = (entry, *regions.kind_of_call(model, kwargs))
-        whole = kind in self._whole or regions.wants_whole(model, self._stacks, args, kwargs)
-        return self._capture(entry, function, backend if whole else None)(kind, args, kwargs)
+        whole = kind in epoch.whole or regions.wants_whole(model, epoch.stacks, args, kwargs)
+        return self._capture(entry, function, whole=whole)(kind, args, kwargs)
 
-    def _capture(self, entry: str, function: Callable[..., Any], backend: AdapterBackend | None) -> Capture:
-        """``function`` captured whole by ``backend``, or as it is, its blocks captured."""
-        self.last_was_whole = backend is not None
-        key = (entry, self.last_was_whole)
-        if key not in self._callables:
-            self._callables[key] = Capture(self.handle, function, backend)
-        return self._callables[key]
+    def _capture(self, entry: str, function: Callable[..., Any], *, whole: bool) -> Callable[..., Any]:
+        """``function`` captured whole, or as it is, its blocks captured."""
+        self.last_was_whole = whole
+        key = (entry, whole)
+        found = self.epoch.entries.get(key)
+        if found is None:
+            found = self.epoch.entries[key] = Capture(self, function, self.epoch.backend if whole else None)
+        return found
 
     def block(self, name: str) -> Callable[..., Any]:
-        """What captures the blocks called ``name``; takes the block and its arguments."""
-        backend = self._open()
-        if name not in self._blocks:
-            blocks, kinds = regions.copies(self.handle.model, self.regions, name)
-            capture: Callable[..., Any] = backend
-            if self.handle.options.regional == "auto":
+        found = self.epoch.blocks.get(name)
+        if found is None:
+            epoch = self._open()
+            assert epoch.backend is not None
+            blocks, kinds = regions.copies(self.adapters.model, epoch.regions, name)
+            capture: Callable[..., Any] = epoch.backend
+            if self.options.regional == "auto":
                 # The first block's input may need no gradient.
-                capture = Copies(self, backend, blocks, kinds + 1)
-            self._blocks[name] = compiled(self.handle, regions.run_block, capture, copies=len(blocks))
-        return self._blocks[name]
+                capture = Copies(self, capture, blocks, kinds + 1)
+            found = epoch.blocks[name] = compiled(self.options, regions.run_block, capture, copies=len(blocks))
+        return found
 
-    def _open(self) -> AdapterBackend:
-        """The backend of this epoch, which begins with its first call."""
-        if self.backend is None:
-            output_hooks.install(self.handle.model)
+    def _open(self) -> Epoch:
+        """This epoch, which begins with its first call."""
+        epoch, model = self.epoch, self.adapters.model
+        if epoch.backend is None:
+            output_hooks.install(model)
             self.note_signature()
-            self.handle.adapters.check_weights()
-            self.lifts = lifts_of(self.handle)
-            self.backend = AdapterBackend(self.handle.pipeline(), self.options, self.handle.adapter_tensors)
-            self.regions = regions.arm(self.handle)
-            self._stacks = regions.caching_stacks(self.handle.model, self.regions)
-            self._watch = Watch(self.handle.model)
-            self._given = self._watch.given
+            self.adapters.check_weights()
+            epoch.lifts = lifts_of(self.adapters)
+            epoch.backend = AdapterBackend(self.adapters.pipeline(), self.options.backend, self.adapter_tensors)
+            epoch.regions = regions.arm(self)
+            epoch.stacks = regions.caching_stacks(model, epoch.regions)
+            epoch.follow(Watch(model))
             self.counts["epochs"] += 1
         if not self._prepared and torch.is_grad_enabled():
             self._prepared = True
-            prepare(self.options, self.handle.model.parameters())
-        return self.backend
+            prepare(self.options.backend, model.parameters())
+        return epoch
 
     def _check_gradients(self) -> None:
         """Raise where a step would be computed without the gradients that flow through the base."""
+        model = self.adapters.model
         if self._packable is None:
-            modules = self.handle.model.named_modules()
-            self._packable = [(path, m) for path, m in modules if quantised.may_lose_gradients(m)]
-        if not (self._packable and self.handle.model.training and torch.is_grad_enabled()):
+            self._packable = [(path, m) for path, m in model.named_modules() if quantised.may_lose_gradients(m)]
+        if not (self._packable and model.training and torch.is_grad_enabled()):
             return
         reasons = ((path, quantised.loses_gradients(module)) for path, module in self._packable)
         path, refusal = next((pair for pair in reasons if pair[1] is not None), ("", None))
@@ -151,92 +182,93 @@ class Captures:
 
     def note_signature(self) -> bool:
         """Remember the live adapters' signature; True when graphs were captured and none fits it."""
-        signature = self.handle.adapters.signature()
-        if signature in self._signatures:
+        signature = self.adapters.signature()
+        if signature in self.epoch.signatures:
             return False
-        self._signatures.add(signature)
+        self.epoch.signatures.add(signature)
         self.counts["signatures"] += 1
-        return self.backend is not None
+        return self.epoch.backend is not None
 
     def lifts_changed(self) -> bool:
         """Whether graphs were captured, and the live adapters ask for other regions to record gradients than those did
         that were live then."""
-        return self.backend is not None and lifts_of(self.handle) != self.lifts
+        return self.epoch.backend is not None and lifts_of(self.adapters) != self.epoch.lifts
 
     def after_call(self, found: tuple[object, ...] | None, eager: set[int], limits: list[str]) -> None:
         """Count a call. ``found``: its kind, if it was found to need capturing whole and ran op by op from there."""
         if found is None:
-            self.eager |= eager
+            self.epoch.eager |= eager
         else:
-            self._whole.add(found)
-            self.once |= eager
+            self.epoch.whole.add(found)
+            self.epoch.once |= eager
         self.counts["recompile_limits_hit"] += len(limits)
-
-    def stop_sharing(self) -> None:
-        """Capture the model whole from now on: its blocks are no copies of each other."""
-        self.copies_differ, self.regions = True, {}
 
     def run_ahead(self, inputs: Any) -> None:
         """Capture what a call with ``inputs`` needs, by one that leaves no trace."""
-        known = len(self._whole)
-        warmup.run_once(self.handle.model, inputs)
-        if len(self._whole) > known:
-            warmup.run_once(self.handle.model, inputs)
+        model, known = self.adapters.model, len(self.epoch.whole)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return self.call("", model._call_impl, args, kwargs)
+
+        warmup.run_once(model, run, inputs)
+        if len(self.epoch.whole) > known:
+            warmup.run_once(model, run, inputs)
+
+    def preview(self) -> list[CapturedGraph]:
+        """The graphs that a call with the example inputs would run, op by op where kernels would be compiled."""
+        inputs = self.options.example_inputs
+        if inputs is None:
+            return []
+        backend = self.options.backend
+        if backend.name in JOINT_BACKENDS:
+            backend = dataclasses.replace(backend, name="aot_eager", mode=None, options={})
+        own = Captures(self.adapters, dataclasses.replace(self.options, backend=backend))
+        own.lint = self.lint
+        try:
+            with without_size_memory():
+                own.run_ahead(inputs)
+            return own.graphs
+        finally:
+            regions.disarm(self.adapters.model)
+            if self.epoch.regions:
+                self.epoch.regions = regions.arm(self)
 
     def new_epoch(self) -> None:
         """Forget captured graphs."""
-        for _, kept in self._kept:
-            self.counts["past_graphs"] += len(kept["backend"].graphs)
+        self.counts["past_graphs"] += sum(len(epoch.graphs) for epoch in (*self._kept, self.epoch))
         self._kept.clear()
-        if self.backend is not None:
-            self.counts["past_graphs"] += len(self.backend.graphs)
         self._packable = None
-        self._begin()
+        self._begin(Epoch(str(next(_EPOCHS))))
 
-    def _begin(self) -> None:
-        """Make this an epoch of which no call was made."""
-        self.backend, self.eager, self.regions, self._callables, self._blocks = None, set(), {}, {}, {}
-        self._whole, self._stacks, self._signatures, self.once = set(), [], set(), set()
-        self._watch = self._given = None
-        self._call(str(next(_EPOCHS)))
-
-    def _call(self, name: str) -> None:
-        """Tell the sites the epoch's name."""
-        self._name = name
-        for site in self.handle.sites:
-            adapters = attach.adapters_of(site.module)
+    def _begin(self, epoch: Epoch) -> None:
+        """Go on in ``epoch``, and tell the sites its name."""
+        self.epoch = epoch
+        for site in self.adapters.sites:
+            adapters = adapters_of(site.module)
             if adapters is not None:
-                adapters.epoch = name
+                adapters.epoch = epoch.name
 
     def _follow(self) -> None:
         """Go on with what was captured with the hooks and the methods that the model has now, or begin an epoch."""
-        self._watch = Watch(self.handle.model)
-        now = self._watch.given
-        assert self._given is not None  # it was called
-        if self._given.holds(now):
-            self._given.add(now)
-        else:
-            self._name = next((a.epoch for s in self.handle.sites if (a := attach.adapters_of(s.module))), "")
-            self._kept.append((self._given, {name: getattr(self, name) for name in _OF_EPOCH}))
-            found = next((kept for kept in self._kept if kept[0].holds(now)), None)
+        now, ended = Watch(self.adapters.model), self.epoch
+        if not ended.fits(now):
+            ended.name = next((a.epoch for s in self.adapters.sites if (a := adapters_of(s.module))), "")
+            self._kept.append(ended)
+            found = next((kept for kept in self._kept if kept.fits(now)), None)
+            self._begin(found or Epoch(str(next(_EPOCHS))))
             if found is None:
-                self._begin()
                 self._drop_old()
                 return
             self._kept.remove(found)
-            self._given, state = found
-            self._given.add(now)
-            self.__dict__.update(state)
-            self._call(self._name)
-        if self.regions:
-            self.regions = regions.arm(self.handle)
+        self.epoch.follow(now)
+        if self.epoch.regions:
+            self.epoch.regions = regions.arm(self)
 
     def _drop_old(self) -> None:
         """Keep the last epochs only; say so once where there have been many."""
         if len(self._kept) <= _KEPT:
             return
-        _, state = self._kept.pop(0)
-        self.counts["past_graphs"] += len(state["backend"].graphs)
+        self.counts["past_graphs"] += len(self._kept.pop(0).graphs)
         if not self._told:
             self._told = True
             message = (
@@ -246,68 +278,12 @@ class Captures:
             warnings.warn(RecompileLimitWarning(message), stacklevel=6)
 
 
-def preview(handle: Handle, inputs: Any) -> list[CapturedGraph]:
-    """Capture and rewrite the graphs of ``inputs`` as a call would, op by op where kernels would be compiled."""
-    options = handle.options.backend
-    if options.name in JOINT_BACKENDS:
-        options = dataclasses.replace(options, name="aot_eager", mode=None, options={})
-    own, handle.captures = handle.captures, Captures(handle, options)
-    try:
-        with without_size_memory():
-            handle.captures.run_ahead(inputs)
-        return [] if handle.captures.backend is None else handle.captures.backend.graphs
-    finally:
-        handle.captures = own
-
-
-def arm(handle: Handle) -> list[str]:
-    """Install the prologue on the model and on the entry points that bypass its forward; returns their names."""
-    model = handle.model
-    Prologue(handle, model, "")
-    names = []
-    encoder = _separate_encoder(model)
-    if encoder is not None:
-        Prologue(handle, encoder, "encoder")
-        names.append("encoder")
-    for name in _feature_methods(model):
-        setattr(model, name, EntryMethod(handle, name))
-        names.append(name)
-    return names
-
-
-def disarm(model: nn.Module) -> None:
-    """Undo :func:`arm`."""
-    for module in model.modules():
-        prologue = module.__dict__.get(Prologue.KEY)
-        if isinstance(prologue, Prologue) and prologue.handle.model is model:
-            prologue.disarm()
-    for name, value in list(model.__dict__.items()):
-        if isinstance(value, EntryMethod):
-            del model.__dict__[name]
-
-
-def _separate_encoder(model: nn.Module) -> nn.Module | None:
-    """The encoder that ``generate`` calls by itself on encoder-decoder models of transformers."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return None
-    get = getattr(model, "get_encoder", None)
-    encoder = get() if callable(get) else None
-    return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
-
-
-def _feature_methods(model: nn.Module) -> list[str]:
-    """Methods such as CLIP's ``get_text_features``, which call a tower without the model's forward."""
-    return sorted(n for n in dir(type(model)) if re.fullmatch(r"get_\w+_features", n))
-
-
 def drop_embedding_hooks(model: nn.Module) -> None:
     """Remove the hook that transformers puts on frozen embeddings for checkpointing.
 
     ``activation_checkpointing_enable`` makes the embeddings' output require a gradient, which breaks the graph;
     only re-entrant checkpointing needs it.
     """
-    if not model.__dict__.get("_require_grads_hooks"):
-        return
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
         if getattr(function, "keywords", {}).get("use_reentrant", False):

@@ -17,7 +17,7 @@ from adaptc.plan.tree import ModuleTree, self_and_parents
 
 if TYPE_CHECKING:
     from adaptc.capture.adapter_inputs import Owned
-    from adaptc.handle import Handle
+    from adaptc.runtime.adapters import AdapterSet
 
 #: Class -> the part of it that it runs without gradients, and why that is no stop-gradient.
 _FROZEN_PARTS = {
@@ -44,23 +44,23 @@ class Lifts:
         return any(outer in self.asked for outer in [*self_and_parents(path), ""])
 
 
-def lifts_of(handle: Handle) -> Lifts:
+def lifts_of(adapters: AdapterSet) -> Lifts:
     """What the live adapters' plans and the model's classes ask for; where none is live, every adapter's."""
-    if not any(one.name == "lift_no_grad" for one in handle.pipeline().passes):
+    if not any(one.name == "lift_no_grad" for one in adapters.pipeline().passes):
         return Lifts()
-    plans = [handle.records[name].plan for name in handle.live or handle.records]
+    plans = [adapters.records[name].plan for name in adapters.live or adapters.records]
     selectors = [s for plan in plans if plan.passes is not None for s in plan.passes.lift_no_grad]
-    asked = lifted_modules(selectors, ModuleTree(handle.model)) if selectors else []
-    return Lifts(tuple(asked), dict(_own(handle)))
+    asked = lifted_modules(selectors, ModuleTree(adapters.model)) if selectors else []
+    return Lifts(tuple(asked), dict(_own(adapters)))
 
 
-def _own(handle: Handle) -> Iterable[tuple[str, str]]:
-    for path, module in handle.model.named_modules():
+def _own(adapters: AdapterSet) -> Iterable[tuple[str, str]]:
+    for path, module in adapters.model.named_modules():
         row = _row(module)
         if row is not None:
             part, why = row
             part = f"{path}.{part}".lstrip(".")
-            yield from ((site.path, why) for site in handle.sites if part in self_and_parents(site.path))
+            yield from ((site.path, why) for site in adapters.sites if part in self_and_parents(site.path))
 
 
 def _row(module: nn.Module) -> tuple[str, str] | None:
@@ -89,6 +89,3 @@ def cover(paths: Iterable[str], others: Iterable[str]) -> list[str]:
 
 def _outermost(path: str, apart: set[str]) -> str:
     return [outer for outer in self_and_parents(path) if outer not in apart][-1]
-
-
-__all__ = ["Lifts", "cover", "lifts_of", "tensors"]

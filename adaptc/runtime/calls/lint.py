@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from adaptc import distributed
 from adaptc.errors import LiftedRegionWarning, NoGradientWarning
 from adaptc.ir.fold import fold
 from adaptc.passes.lift_no_grad import lifted
-from adaptc.runtime import processes
 from adaptc.runtime.calls.lifts import cover
 from adaptc.runtime.calls.warmup import tensors_of
 from adaptc.torch_internals import queue_after_backward
 
 if TYPE_CHECKING:
     from adaptc.capture.graphs import CapturedGraph
-    from adaptc.handle import Handle
     from adaptc.methods.base import Adapter
-    from adaptc.runtime.adapters import Site
+    from adaptc.runtime.adapters import AdapterSet, Site
+    from adaptc.runtime.calls.state import Calls
 
 _ZERO = "both factors are zero, so each one's gradient is zero too"
 _STOPPED = "runs under torch.no_grad in the model's forward, which stays, so that nothing is trained there"
@@ -43,8 +43,8 @@ _PATIENCE = 3
 class Lint:
     """What is known of a model's adapters that cannot learn."""
 
-    def __init__(self, handle: Handle) -> None:
-        self.handle = handle
+    def __init__(self, adapters: AdapterSet) -> None:
+        self.adapters = adapters
         #: (what, path): said already.
         self._told: set[tuple[str, str]] = set()
         #: Adapters that are live and the number of the capture epoch, where the first backward was looked at.
@@ -69,42 +69,43 @@ class Lint:
         """
         self.dead[name] = [
             f"{site.path}.{parameter}"
-            for site in self.handle.sites
+            for site in self.adapters.sites
             for adapter in site.of(name)
             for parameter in dead_parameters(adapter)
         ]
         self._warn_once(NoGradientWarning, _ZERO, self.dead[name], "load or draw other values")
 
-    def after_call(self, output: Any, recorded: set[int], stopped: set[int], graphs: Sequence[CapturedGraph]) -> None:
+    def after_call(self, calls: Calls, output: Any, recorded: set[int], stopped: set[int]) -> None:
         """Look at a call that was made with gradients on: which sites ran, by ``id`` of their site-id tensors."""
-        seen = tuple(map(id, graphs))
+        seen = tuple(map(id, calls.graphs))
         if self._looked_at != seen:
             self._looked_at = seen
-            self._tell_lifted(graphs)
+            self._tell_lifted(calls)
         if (alone := stopped - recorded) and self._stopped_ids != (alone, seen):
             self._stopped_ids = alone, seen
-            self._tell_stopped(alone)
-        key = (self.handle.captures.counts["epochs"], self.handle.live)
+            self._tell_stopped(calls, alone)
+        key = (calls.counts["epochs"], self.adapters.live)
         if key not in self._watched:
-            self._watch(key, [t for t in tensors_of(output) if t.requires_grad])
+            self._watch(calls, key, [t for t in tensors_of(output) if t.requires_grad])
 
-    def _tell_lifted(self, graphs: Sequence[CapturedGraph]) -> None:
+    def _tell_lifted(self, calls: Calls) -> None:
         """Name the sites whose region was lifted unasked."""
-        lifts, found = self.handle.captures.lifts, lifted_in(graphs)
+        lifts, found = calls.epoch.lifts, lifted_in(calls.graphs)
         own = {path: why for path, why in lifts.own.items() if path in found and not lifts.is_asked(path)}
         for why in dict.fromkeys(own.values()):
             what = "a torch.no_grad region records gradients, so that adapters inside it train"
             do = f"{why}; leave these modules out of the plan to keep it as it was"
             self._warn_once(LiftedRegionWarning, what, sorted(p for p in own if own[p] == why), do)
 
-    def _tell_stopped(self, site_ids: set[int]) -> None:
+    def _tell_stopped(self, calls: Calls, site_ids: set[int]) -> None:
         """Name trained sites that ran without gradients alone."""
-        paths, captures = self.handle.site_paths(), self.handle.captures
+        paths = calls.site_paths()
         trained = {site.path for site, _ in self._trained()}
         found = {paths[i] for i in site_ids if i in paths} & trained
-        in_graphs = {path for graph in self.handle.graphs for path in graph.stopped}
+        in_graphs = {path for graph in calls.graphs for path in graph.stopped}
         # By block, and op by op around blocks, a region does not begin in a graph; captured whole it may.
-        outside = {p for p in found if (captures.last_was_whole and p not in in_graphs) or captures.lifts.is_asked(p)}
+        whole, lifts = calls.last_was_whole, calls.epoch.lifts
+        outside = {p for p in found if (whole and p not in in_graphs) or lifts.is_asked(p)}
         self.stopped.update((path, _OUTSIDE if path in outside else _STOPPED) for path in found)
         do = "call this part of the model with gradients on, or leave it out of the plan"
         self._warn_once(NoGradientWarning, _OUTSIDE, sorted(outside), do)
@@ -113,10 +114,10 @@ class Lint:
         self._warn_once(NoGradientWarning, _STOPPED, sorted(found - outside), do)
 
     def _to_lift(self, paths: Iterable[str]) -> list[str]:
-        others = {site.path for site in self.handle.sites} - set(self.stopped)
+        others = {site.path for site in self.adapters.sites} - set(self.stopped)
         return cover(sorted(paths), others)
 
-    def _watch(self, key: tuple[int, tuple[str, ...]], outputs: Sequence[torch.Tensor]) -> None:
+    def _watch(self, calls: Calls, key: tuple[int, tuple[str, ...]], outputs: Sequence[torch.Tensor]) -> None:
         """Look at the parameters when the first backward through ``outputs`` has ended."""
         hooks: list[Any] = []
 
@@ -126,19 +127,19 @@ class Lint:
             hooks.clear()
             if key not in self._watched:
                 # Twice: FSDP queues the end of its own work, which gives sharded parameters their gradients.
-                queue_after_backward(lambda: queue_after_backward(lambda: self._after_backward(key)))
+                queue_after_backward(lambda: queue_after_backward(lambda: self._after_backward(calls, key)))
 
         hooks += [output.register_hook(started) for output in outputs]  # type: ignore[no-untyped-call]
 
-    def _after_backward(self, key: tuple[int, tuple[str, ...]]) -> None:
+    def _after_backward(self, calls: Calls, key: tuple[int, tuple[str, ...]]) -> None:
         if not any(_has_gradient(p) for _, adapter in self._trained() for p in adapter.parameters()):
             # torch.autograd.grad, which leaves nothing to look at, or a loss that is zero.
             self._fruitless += 1
-            if self._fruitless < _PATIENCE or not any(p.grad is not None for p in self.handle.model.parameters()):
+            if self._fruitless < _PATIENCE or not any(p.grad is not None for p in self.adapters.model.parameters()):
                 return
         self._fruitless = 0
         self._watched.add(key)
-        idle, silent = set(self.handle.idle_sites()), {}
+        idle, silent = set(calls.idle_sites()), {}
         for path, _ in self._without_gradient():
             silent[path] = self.stopped.get(path) or (_UNCALLED if path in idle else _UNREACHED)
         self.silent.update(silent)
@@ -147,15 +148,15 @@ class Lint:
                 found = [path for path, why in silent.items() if why == reason]
                 if reason == _UNCALLED:
                     # Experts and dropped layers: an equal module beside it ran, so others will in other batches.
-                    ran = {_numberless(site.path) for site in self.handle.sites if site.path not in idle}
+                    ran = {_numberless(site.path) for site in self.adapters.sites if site.path not in idle}
                     found = [path for path in found if _numberless(path) not in ran]
                 do = "leave it out of the plan, unless other batches or losses use it"
                 self._warn_once(NoGradientWarning, f"no gradient in the first backward: {reason}", found, do)
 
     def _trained(self) -> Iterator[tuple[Site, Adapter]]:
         """Sites and their live adapters that are trained."""
-        for site in self.handle.sites:
-            for adapter in (a for name in self.handle.live for a in site.of(name)):
+        for site in self.adapters.sites:
+            for adapter in (a for name in self.adapters.live for a in site.of(name)):
                 if any(p.requires_grad for p in adapter.parameters()):
                     yield site, adapter
 
@@ -165,14 +166,14 @@ class Lint:
             if not any(_has_gradient(p) for p in adapter.parameters() if p.requires_grad):
                 yield site.path, adapter
 
-    def rows(self) -> Iterator[str]:
+    def rows(self, calls: Calls) -> Iterator[str]:
         """Lines for ``explain()``."""
         still = {path for path, _ in self._without_gradient()}
-        done = lifted_in(self.handle.graphs)
+        done = lifted_in(calls.graphs)
         for path in fold(sorted(done)):
             yield f"inside a torch.no_grad region, which records gradients for it: {path}"
-        if any(graph.training for graph in self.handle.graphs):
-            for path in self.handle.captures.lifts.asked:
+        if any(graph.training for graph in calls.graphs):
+            for path in calls.epoch.lifts.asked:
                 if not any(path in (inner, "") or inner.startswith(f"{path}.") for inner in done):
                     yield f"lift_no_grad names it, and no captured region without gradients runs it: {path or '.'}"
         for reason in (_STOPPED, _OUTSIDE):
@@ -183,7 +184,7 @@ class Lint:
         for reason in dict.fromkeys(silent.values()):
             found = [path for path, why in silent.items() if why == reason]
             yield from (f"no gradient in the first backward ({reason}): {path}" for path in fold(found))
-        for name in self.handle.live:
+        for name in self.adapters.live:
             yield from (f"cannot learn ({_ZERO}): {path}" for path in fold(self.dead.get(name, [])))
 
     def _warn_once(self, kind: type[UserWarning], what: str, paths: Sequence[str], do: str) -> None:
@@ -225,7 +226,7 @@ def _numberless(path: str) -> str:
 def _has_gradient(parameter: torch.Tensor) -> bool:
     """Whether a gradient is there and not zero: what a captured graph's other outputs depend on gets a zero."""
     gradient = parameter.grad
-    if gradient is None or processes.is_distributed(gradient):
+    if gradient is None or distributed.is_distributed(gradient):
         return gradient is not None
     return bool(gradient.any())
 
@@ -236,7 +237,4 @@ def _parameter(adapter: Adapter, name: str) -> torch.nn.Parameter | None:
 
 
 def _is_zero(parameter: torch.Tensor) -> bool:
-    return not bool(processes.whole(parameter.detach()).any())
-
-
-__all__ = ["Lint", "dead_parameters", "lifted_in"]
+    return not bool(distributed.whole(parameter.detach()).any())

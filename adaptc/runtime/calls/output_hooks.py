@@ -43,6 +43,3 @@ def _methods(kind: type) -> Iterator[Any]:
 
 def _is_selecting(function: Any) -> bool:
     return function.__globals__.get("__name__") == _MODULE and "selection" in function.__code__.co_freevars
-
-
-__all__ = ["install"]

@@ -2,78 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+import copy
+import re
+from typing import Any
 
 import torch
 from torch import nn
 
-from adaptc.capture.backend import AdapterBackend
-from adaptc.errors import RecompileLimitWarning
-from adaptc.runtime.attach import CALL
-from adaptc.torch_internals import compile_isolated, state_across_modules, watch_recompile_limit
-
-if TYPE_CHECKING:
-    from adaptc.handle import Handle
-
-#: How often one frame may be compiled before Dynamo gives up on it (torch's default is 8).
-RECOMPILE_LIMIT = 64
-
-
-def compiled(
-    handle: Handle, run: Callable[..., Any], backend: Callable[..., Any], *, copies: int = 0
-) -> Callable[..., Any]:
-    """``run``, a function, captured as the options say; for so many ``copies`` of a block, which may turn out to need
-    a graph or two of their own."""
-    return compile_isolated(
-        run,
-        backend=backend,
-        recompile_limit=RECOMPILE_LIMIT + 2 * copies,
-        fullgraph=handle.options.fullgraph,
-        dynamic=handle.options.dynamic,
-    )
-
-
-class Capture:
-    """One capture epoch of one entry point: a fresh backend object and callable, which share no cache entries
-    with any other model or epoch. Without a backend the entry point runs as it is, and blocks inside it are captured.
-    """
-
-    def __init__(self, handle: Handle, function: Callable[..., Any], backend: AdapterBackend | None) -> None:
-        self.handle = handle
-        self.across = handle.adapters.has_taps
-
-        # A frame of ours as the root: Dynamo skips frames of torch's own containers, so that a model that is
-        # an nn.Sequential or an nn.TransformerEncoder would capture nothing.
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return function(*args, **kwargs)
-
-        self.whole = backend is not None
-        self.run = run if backend is None else compiled(handle, run, backend)
-
-    def __call__(self, kind: tuple[object, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The call of a kind (of which blocks may find that it is to be captured whole)."""
-        previous = CALL.eager, CALL.recorded, CALL.stopped, CALL.whole
-        records = torch.is_grad_enabled()
-        recorded: set[int] = set()
-        stopped: set[int] = set()
-        CALL.eager, CALL.depth, CALL.whole = set(), CALL.depth + 1, self.whole
-        CALL.recorded, CALL.stopped = (recorded, stopped) if records else (None, None)
-        try:
-            with watch_recompile_limit() as limits, state_across_modules() if self.across else nullcontext():
-                output = self.run(*args, **kwargs)
-        finally:
-            eager, CALL.depth = CALL.eager or set(), CALL.depth - 1
-            found = kind if CALL.whole and not self.whole else None
-            CALL.eager, CALL.recorded, CALL.stopped, CALL.whole = previous
-            self.handle.captures.after_call(found, eager, limits)
-            for message in limits:
-                warnings.warn(RecompileLimitWarning(message), stacklevel=3)
-        if records:
-            self.handle.lint.after_call(output, recorded, stopped, self.handle.graphs)
-        return output
+from adaptc.capture.call import CALL
+from adaptc.runtime.calls.state import Calls
 
 
 class Prologue:
@@ -85,8 +22,8 @@ class Prologue:
 
     KEY = "_adaptc_prologue"
 
-    def __init__(self, handle: Handle, owner: nn.Module, entry: str) -> None:
-        self.handle, self.owner, self.entry = handle, owner, entry
+    def __init__(self, calls: Calls, owner: nn.Module, entry: str) -> None:
+        self.calls, self.owner, self.entry = calls, owner, entry
         #: What the user's own ``module.compile()`` had installed.
         self.previous: Any = owner.__dict__.get("_compiled_call_impl")
         self.arm()
@@ -107,8 +44,7 @@ class Prologue:
             return self.owner._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return self._run_plainly(args, kwargs)
-        self.handle.check_data_parallel(self.handle)
-        return self.handle.captures.call(self.entry, self.owner._call_impl, args, kwargs)
+        return self.calls.call(self.entry, self.owner._call_impl, args, kwargs)
 
     def _run_plainly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The call as ordinary module calls, for ``torch.jit.trace``: neither the model nor a block is captured."""
@@ -120,17 +56,17 @@ class Prologue:
             CALL.depth, CALL.whole = before
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prologue | None:
-        owner, handle = memo.get(id(self.owner)), self.handle
-        if owner is None or id(handle.model) not in memo:
+        owner = memo.get(id(self.owner))
+        if owner is None or id(self.calls.adapters.model) not in memo:
             return None  # part of the model is copied on its own: it keeps its adapters and runs eagerly
         new = object.__new__(type(self))
         memo[id(self)] = new
-        new.handle, new.owner, new.entry, new.previous = handle.__deepcopy__(memo), owner, self.entry, None
+        new.calls, new.owner, new.entry, new.previous = copy.deepcopy(self.calls, memo), owner, self.entry, None
         new.arm()
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"handle": self.handle, "owner": self.owner, "entry": self.entry, "previous": None}
+        return {"calls": self.calls, "owner": self.owner, "entry": self.entry, "previous": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -140,12 +76,52 @@ class Prologue:
 class EntryMethod:
     """A method of the model that bypasses its forward (``get_text_features``), captured as well."""
 
-    def __init__(self, handle: Handle, name: str) -> None:
-        self.handle, self.name = handle, name
+    def __init__(self, calls: Calls, name: str) -> None:
+        self.calls, self.name = calls, name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self.handle.model
+        model = self.calls.adapters.model
         method = getattr(type(model), self.name).__get__(model)
         if torch.compiler.is_compiling() or CALL.depth > 0:
             return method(*args, **kwargs)
-        return self.handle.captures.call(self.name, method, args, kwargs)
+        return self.calls.call(self.name, method, args, kwargs)
+
+
+def arm(calls: Calls) -> list[str]:
+    """Install the prologue on the model and on the entry points that bypass its forward; returns their names."""
+    model = calls.adapters.model
+    Prologue(calls, model, "")
+    names = []
+    encoder = _separate_encoder(model)
+    if encoder is not None:
+        Prologue(calls, encoder, "encoder")
+        names.append("encoder")
+    for name in _feature_methods(model):
+        setattr(model, name, EntryMethod(calls, name))
+        names.append(name)
+    return names
+
+
+def disarm(model: nn.Module) -> None:
+    """Undo :func:`arm`."""
+    for module in model.modules():
+        prologue = module.__dict__.get(Prologue.KEY)
+        if isinstance(prologue, Prologue) and prologue.calls.adapters.model is model:
+            prologue.disarm()
+    for name, value in list(model.__dict__.items()):
+        if isinstance(value, EntryMethod):
+            del model.__dict__[name]
+
+
+def _separate_encoder(model: nn.Module) -> nn.Module | None:
+    """The encoder that ``generate`` calls by itself on encoder-decoder models of transformers."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    get = getattr(model, "get_encoder", None)
+    encoder = get() if callable(get) else None
+    return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
+
+
+def _feature_methods(model: nn.Module) -> list[str]:
+    """Methods such as CLIP's ``get_text_features``, which call a tower without the model's forward."""
+    return sorted(n for n in dir(type(model)) if re.fullmatch(r"get_\w+_features", n))

@@ -15,18 +15,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from adaptc.runtime.attach import CALL
+from adaptc.capture.call import CALL
 from adaptc.runtime.calls.alike import values_read
 from adaptc.runtime.calls.prologue import Prologue
+from adaptc.runtime.calls.state import Calls
 from adaptc.transformers_names import LAYER_CACHES, cache_argument, given_cache
-
-if TYPE_CHECKING:
-    from adaptc.handle import Handle
 
 #: "auto" captures blocks from this many on, if there are this many of a kind: below it compiling them all is as fast.
 MANY = 6
@@ -49,10 +47,10 @@ class BlockPrologue(Prologue):
                 CALL.whole = True
             self.op_by_op = whole = CALL.whole
         else:  # computed again for a backward: as it ran in the forward
-            whole = self.op_by_op or self.handle.captures.last_was_whole
+            whole = self.op_by_op or self.calls.last_was_whole
         if whole:
             return self.owner._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-        return self.handle.captures.block(self.entry)(self.owner, *args, **kwargs)
+        return self.calls.block(self.entry)(self.owner, *args, **kwargs)
 
 
 def run_block(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -60,22 +58,27 @@ def run_block(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return block._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
-def arm(handle: Handle) -> dict[str, str]:
+def arm(calls: Calls) -> dict[str, str]:
     """Let the blocks of the model be captured by themselves, where that is asked for or pays.
 
     Returns what is captured together, by the path of the block; nothing where the model is captured whole.
     """
-    for module in handle.model.modules():
+    model, armed = calls.adapters.model, {}
+    disarm(model)
+    for path, name in _wanted(calls).items():
+        block = model.get_submodule(path)
+        if not isinstance(block.__dict__.get(Prologue.KEY), Prologue):
+            BlockPrologue(calls, block, name)
+            armed[path] = name
+    return armed
+
+
+def disarm(model: nn.Module) -> None:
+    """Let no block be captured by itself."""
+    for module in model.modules():
         present = module.__dict__.get(Prologue.KEY)
         if isinstance(present, BlockPrologue):
             present.disarm()
-    armed = {}
-    for path, name in _wanted(handle).items():
-        block = handle.model.get_submodule(path)
-        if not isinstance(block.__dict__.get(Prologue.KEY), Prologue):
-            BlockPrologue(handle, block, name)
-            armed[path] = name
-    return armed
 
 
 def has_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -133,17 +136,17 @@ def _setting(config: object, name: str) -> Any:
     return own[name] if name in own else getattr(config, name, None)
 
 
-def _wanted(handle: Handle) -> dict[str, str]:
-    asked = handle.options.regional
-    if asked is False or handle.captures.lifts or (asked == "auto" and handle.captures.copies_differ):
+def _wanted(calls: Calls) -> dict[str, str]:
+    asked = calls.options.regional
+    if asked is False or calls.epoch.lifts or (asked == "auto" and calls.copies_differ):
         return {}
-    blocks = dict(_blocks("", handle.model))
+    blocks = dict(_blocks("", calls.adapters.model))
     kinds: dict[tuple[object, ...], str] = {}
     wanted = {
         path: kinds.setdefault(_kind(path, block), f"{path.rpartition('.')[0]}: {type(block).__name__} {len(kinds)}")
         for path, block in blocks.items()
     }
-    return wanted if asked is True or _pays(handle, blocks, wanted) else {}
+    return wanted if asked is True or _pays(calls, blocks, wanted) else {}
 
 
 def _blocks(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -183,18 +186,18 @@ def copies(model: nn.Module, names: Mapping[str, str], name: str) -> tuple[dict[
     return blocks, len(set(values_read(blocks, LAYER_CACHES).values()))
 
 
-def _pays(handle: Handle, blocks: Mapping[str, nn.Module], names: Mapping[str, str]) -> bool:
+def _pays(calls: Calls, blocks: Mapping[str, nn.Module], names: Mapping[str, str]) -> bool:
     """Whether capturing by block is faster to compile, and nothing is lost by it."""
-    if len(blocks) < MANY or handle.options.fullgraph or handle.options.backend.mode is not None:
+    if len(blocks) < MANY or calls.options.fullgraph or calls.options.backend.mode is not None:
         return False
-    if handle.adapters.has_taps or any(_is_hooked(block) for block in blocks.values()):
+    if calls.adapters.has_taps or any(_is_hooked(block) for block in blocks.values()):
         return False
     # A forward of an instance is a constant of its code: every layer would be compiled.
     if any("forward" in inner.__dict__ for block in blocks.values() for inner in block.modules()):
         return False
-    if len(blocks) < ALIKE * sum(copies(handle.model, names, name)[1] for name in set(names.values())):
+    if len(blocks) < ALIKE * sum(copies(calls.adapters.model, names, name)[1] for name in set(names.values())):
         return False
-    outside = [s for s in handle.sites if not any(f"{s.path}.".startswith(f"{path}.") for path in blocks)]
+    outside = [s for s in calls.adapters.sites if not any(f"{s.path}.".startswith(f"{path}.") for path in blocks)]
     # A head that is trained in full is an ordinary layer: nothing of it would be rewritten.
     return all(adapter.replaces_forward for site in outside for adapter in site.adapters.values())
 
@@ -203,6 +206,3 @@ def _is_hooked(block: nn.Module) -> bool:
     """Whether others than we act on the block's call: hooks, as sharding sets them, or a compilation of its own."""
     compiled = block.__dict__.get("_compiled_call_impl")
     return any(_hooks(block)) or not (compiled is None or isinstance(compiled, BlockPrologue))
-
-
-__all__ = ["arm", "caching_stacks", "copies", "kind_of_call", "run_block", "wants_whole"]

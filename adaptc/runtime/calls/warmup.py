@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 
-def call(model: nn.Module, inputs: Any) -> Any:
+def call(model: Callable[..., Any], inputs: Any) -> Any:
     """Call ``model`` on a keyword dict, a tuple or list of arguments, or one argument."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
@@ -18,14 +18,14 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
-def run_once(model: nn.Module, inputs: Any) -> None:
-    """Run ``model`` forward, and backward where it would be trained; restores buffers and random state, and
+def run_once(model: nn.Module, run: Callable[..., Any], inputs: Any) -> None:
+    """Run ``model`` forward, by ``run``, and backward where it would be trained; restores buffers and random state, and
     leaves ``.grad`` alone."""
     buffers = {name: (b.detach().clone(), b._version) for name, b in model.named_buffers()}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=list(devices)):
-            output = call(model, inputs)
+            output = call(run, inputs)
             leaves = [t for t in tensors_of(output) if t.requires_grad]
             trained = [p for p in model.parameters() if p.requires_grad]
             if leaves and trained:

@@ -10,13 +10,13 @@ captures, not one a call.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 from torch import nn
 
-from adaptc.runtime.attach import adapters_of
+from adaptc.runtime.site_adapters import adapters_of
 from adaptc.torch_internals import global_module_hooks
 
 #: The attributes of a module that hold hooks.
@@ -79,7 +79,7 @@ class Watch:
             return (
                 any(self._empty)
                 or not all(self._filled)
-                or any(any(map(held_by, self._bare)) for held_by in _held_by.values())
+                or _any_hooks(self._bare)
                 or not all(all(map(held_by, states)) for held_by, states in self._hooked)
                 or self._read_children() != self._children
                 or list(map(len, self._kinds)) != self._sizes
@@ -104,6 +104,17 @@ def _modules_of(path: str, module: nn.Module, seen: set[int]) -> Iterator[tuple[
             yield from _modules_of(f"{path}.{name}".lstrip("."), child, seen)
 
 
+def _any_hooks(states: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether one of the modules, by their ``__dict__``, has hooks."""
+    for held in states:
+        if (
+            held["_forward_hooks"] or held["_forward_pre_hooks"] or held["_backward_hooks"]
+            or held["_backward_pre_hooks"]
+        ):  # fmt: skip
+            return True
+    return False
+
+
 def _hooks_in(module: nn.Module) -> str | None:
     """Where a module has hooks, or None."""
     return next((name for name in _HOOKS if module.__dict__[name]), None)
@@ -123,6 +134,3 @@ def _is_method(value: object) -> bool:
 
 def _nothing(_: Mapping[str, Any]) -> tuple[()]:
     return ()
-
-
-__all__ = ["Given", "Watch"]

@@ -85,7 +85,7 @@ def test_autocast(backend, dtype):
 
 
 def test_a_recompile_limit_is_counted_and_warned_about(monkeypatch):
-    monkeypatch.setattr("adaptc.runtime.calls.prologue.RECOMPILE_LIMIT", 2)
+    monkeypatch.setattr("adaptc.runtime.calls.captures.RECOMPILE_LIMIT", 2)
 
     class Counting(nn.Module):
         def __init__(self):

@@ -174,7 +174,7 @@ def test_a_first_loss_of_zero_says_nothing_of_the_adapters():
     model = compiled(Weighted())
     (0 * model(torch.randn(4, 6)).sum()).backward()
     model(torch.randn(4, 6)).sum().backward()
-    assert model.adaptc.lint.silent == {}
+    assert model.adaptc.captures.lint.silent == {}
 
 
 def test_an_expert_that_no_token_reached_is_in_the_report_alone():
@@ -205,7 +205,7 @@ def test_a_forward_without_gradients_is_not_looked_at():
     model = compiled()
     with torch.no_grad():
         model(torch.randn(4, 6))
-    assert model.adaptc.lint.silent == {}
+    assert model.adaptc.captures.lint.silent == {}
 
 
 @pytest.mark.parametrize("host", hosts.slowly(["llama", "bert"], also=["bert"]))

@@ -14,7 +14,7 @@ from torch import nn
 import adaptc
 from adaptc.errors import NewSignatureWarning
 from adaptc.ir import dialect
-from adaptc.runtime.calls import prologue
+from adaptc.runtime.calls import captures
 from adaptc.runtime.calls.regions import arm
 from tests.models import hosts
 from tests.reference import (
@@ -40,7 +40,7 @@ def llama(layers=2, **options):
 
 def check_nothing_is_left_out(model, *outside):
     assert model.adaptc.eager_sites() == sorted(outside) and model.adaptc.idle_sites() == []
-    paths = model.adaptc.site_paths()
+    paths = model.adaptc.captures.site_paths()
     ran = {paths[i] for graph in model.adaptc.graphs for i in graph.ran}
     assert ran | set(outside) == set(paths.values()) and not ran & set(outside)
 
@@ -137,7 +137,7 @@ def test_a_switch_before_blocks_are_computed_again_changes_nothing():
 
 def test_automatic_where_there_are_many_and_nothing_is_lost():
     def regions(base, lora=LORA, **options):
-        return set(arm(regional(base, lora, **{"regional": "auto", **options}).adaptc))
+        return set(arm(regional(base, lora, **{"regional": "auto", **options}).adaptc.captures))
 
     many = llama(8, hidden_size=16, intermediate_size=16)
     model = regional(many, backend="eager", regional="auto")
@@ -491,7 +491,7 @@ def test_blocks_that_differ_by_a_number(kind):
 
 
 def test_copies_that_differ_do_not_use_up_the_limit(monkeypatch):
-    monkeypatch.setattr(prologue, "RECOMPILE_LIMIT", 2)
+    monkeypatch.setattr(captures, "RECOMPILE_LIMIT", 2)
     base = nn.Sequential(*(Numbered(i) for i in range(6))).train()
     model = regional(base, adaptc.LoRA(r=2, dropout=0.1, init="random", targets=["up"]), backend="eager")
     model(torch.randn(3, 6)).sum().backward()
@@ -590,11 +590,11 @@ def test_layers_that_differ_in_python(what):
         elif what == "modules":
             layer.mlp.act_fn = (nn.GELU, nn.SiLU, nn.Tanh)[i]()
     whole = copy.deepcopy(model)
-    whole.adaptc.options = dataclasses.replace(whole.adaptc.options, regional=False)
+    whole.adaptc.captures.options = dataclasses.replace(whole.adaptc.options, regional=False)
     for seed in range(2):
         batch = hosts.batch("llama", seed=seed)
         check_steps_agree(step(model, batch), step(whole, batch))
-    assert not whole.adaptc.captures.regions and model.adaptc.captures.regions
+    assert not whole.adaptc.captures.epoch.regions and model.adaptc.captures.epoch.regions
 
 
 class Stages(nn.Module):

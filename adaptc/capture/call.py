@@ -1,0 +1,35 @@
+"""What is known of the call in progress, on this thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+
+import torch
+
+from adaptc.capture.recompute import in_reentrant_checkpoint
+
+
+class _CallState(threading.local):
+    """What one call of the model needs; set by the prologue, read where hooks run outside a graph."""
+
+    #: ``id`` of the site-id tensors whose hooks ran outside a graph, while somebody collects them.
+    eager: set[int] | None = None
+    #: How many prologues are active on this thread.
+    depth: int = 0
+    #: Whether blocks in the call in progress are not captured by themselves: it is captured whole, or is to be.
+    whole: bool = False
+    #: Of a call with gradients: which site-id tensors' adapters ran with gradients on, and which with them off.
+    recorded: set[int] | None = None
+    stopped: set[int] | None = None
+
+
+CALL = _CallState()
+
+
+def note_mode(site_ids: Iterable[int], *, recorded: bool = True) -> None:
+    """Tell who collects it whether adapters (by ``id`` of their site-id tensors) run with gradients on; ``recorded``
+    False: they do not, whatever the mode is."""
+    collected = CALL.recorded if recorded and torch.is_grad_enabled() else CALL.stopped
+    if collected is not None and (torch.is_grad_enabled() or not in_reentrant_checkpoint()):
+        collected.update(site_ids)

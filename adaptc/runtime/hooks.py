@@ -1,0 +1,172 @@
+"""The hooks by which adapters enter the captured graph."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from adaptc.capture.call import CALL, note_mode
+from adaptc.capture.recompute import mark
+from adaptc.errors import SiteError, UnsupportedError
+from adaptc.methods.base import Adapter
+from adaptc.runtime.site_adapters import SiteAdapters, Taps
+
+#: No epoch is called so: comparing with it only makes Dynamo guard on the epoch's name.
+_NEVER = "never"
+
+
+def run_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = ...) -> Any:
+    """Forward hook of every adapted module: correct its output by the live adapters.
+
+    A module-level function that closes over nothing, so that models deep-copy and pickle. Called without ``kwargs``
+    somebody has put it on another module.
+    """
+    if output is ...:
+        raise _moved(module)
+    found = cast(SiteAdapters, module.adapters)
+    live = found.live
+    if found.epoch == _NEVER or len(live) == 0:
+        return None
+    for adapter in live:
+        if adapter.acts_inside:
+            continue
+        x = _input_of(module, found.arguments, args, kwargs)
+        if not (isinstance(output, torch.Tensor) or adapter.takes_any_output):
+            raise SiteError(
+                f"a {type(module).__name__} returned a {type(output).__name__}",
+                expected=f"a tensor, which {adapter.method.kind} corrects", do="leave this module out of the plan",
+            )  # fmt: skip
+        note_eager(adapter)
+        output = adapter.apply_to(module, x if adapter.tap is None else _take(module, adapter), output)
+    if not torch.compiler.is_compiling():
+        output = mark(output, [id(adapter) for adapter in live])
+    return output
+
+
+def _moved(module: nn.Module) -> UnsupportedError:
+    """The error of a hook that was taken over with others by what has replaced its module."""
+    kind = type(module)
+    return UnsupportedError(
+        f"an adapted module was replaced by a {kind.__module__}.{kind.__qualname__}, which does not have its adapters",
+        expected="the module that was adapted: torch.ao.quantization replaces what it quantises and fuses",
+        do="fold the adapters in first (model.adaptc.merge_and_unload()) and quantise then, or adapt the model anew",
+    )
+
+
+def _input_of(module: nn.Module, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What adapters read of a call: the value of the first argument of the module's forward, as its signature has them,
+    however it is called."""
+    if args:
+        return args[0]
+    return kwargs[_name_of_input(module, names, kwargs)]
+
+
+def _name_of_input(module: nn.Module, names: tuple[str, ...], kwargs: dict[str, Any]) -> str:
+    """The name by which a call by keywords gives what adapters read: of the first argument in the signature that is
+    given, and is a tensor where one is."""
+    if len(kwargs) == 1:
+        return next(iter(kwargs))
+    given = [name for name in names if name in kwargs] or list(kwargs)
+    for name in given:
+        if isinstance(kwargs[name], torch.Tensor):
+            return name
+    if given:
+        return given[0]
+    raise SiteError(
+        f"a {type(module).__name__} was called without arguments",
+        expected="an input, which its adapter reads", do="leave this module out of the plan",
+    )  # fmt: skip
+
+
+def arguments_of(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments that a module's forward has, in order; nothing where it does not say."""
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return tuple(parameter.name for parameter in parameters if parameter.kind in named)
+
+
+def run_tap(module: nn.Module, args: tuple[Any, ...], kwargs: Any = ...) -> Any:
+    """Forward pre-hook of modules whose input adapters elsewhere read: keep it for those that are live, or let them
+    change what goes with their own site's output."""
+    if kwargs is ...:
+        raise _moved(module)
+    taps = module.__dict__[Taps.KEY]
+    x, changed = _input_of(module, taps.arguments, args, kwargs), kwargs
+    for found, name in taps.readers:
+        for adapter in found.live:
+            if adapter.tap != name:
+                continue
+            if adapter.changes_tapped:
+                changed = adapter.change_tapped(changed, found.live)
+            else:
+                adapter.tapped.value = x
+    return None if changed is kwargs else (args, changed)
+
+
+def _take(module: nn.Module, adapter: Adapter) -> torch.Tensor:
+    """The input that the adapter's tap kept; it is kept no longer."""
+    value = adapter.tapped.value
+    adapter.tapped.value = None
+    if value is None:
+        raise SiteError(
+            f"{adapter.method.kind} at a {type(module).__name__} reads the input of {adapter.tap}, which has not run",
+            expected=f"{adapter.tap} called before the {type(module).__name__} returns, once each time",
+            do="name a tap that runs first",
+        )  # fmt: skip
+    return value
+
+
+def note_eager(adapter: Adapter) -> None:
+    """Tell who collects them that an adapter runs outside a graph."""
+    if not torch.compiler.is_compiling() and CALL.eager is not None:
+        CALL.eager.add(id(adapter.site_id))
+        note_mode([id(adapter.site_id)])
+
+
+def run_before_site(module: nn.Module, args: tuple[Any, ...], kwargs: Any = ...) -> Any:
+    """Forward pre-hook of modules with adapters that act on the input: change it by those that are live."""
+    if kwargs is ...:
+        raise _moved(module)
+    found = cast(SiteAdapters, module.adapters)
+    live = [a for a in found.live if a.acts_before]
+    if len(live) == 0:
+        return None
+    name = None if args else _name_of_input(module, found.arguments, kwargs)
+    x = args[0] if name is None else kwargs[name]
+    for adapter in live:
+        note_eager(adapter)
+        x = adapter.apply_before(module, x)
+    return ((x, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: x})
+
+
+def run_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Instance ``forward`` of a module that some adapter replaces or acts inside of: as the live ones have it."""
+    found = cast("SiteAdapters | None", getattr(module, "adapters", None))
+    if found is None:  # detached under a wrapper of this forward, as accelerate's mixed precision sets one
+        return type(module).forward(module, *args, **kwargs)
+    if found.epoch != _NEVER and found.standin is not None:
+        note_eager(found.standin)
+        output = found.standin.replace(*args, **kwargs)
+        return output if torch.compiler.is_compiling() else mark(output, [id(found.standin)])
+    inside = found.inside
+    if len(inside) == 0:
+        return type(module).forward(module, *args, **kwargs)
+    for adapter in inside:
+        note_eager(adapter)
+    return inside[0].run_inside(module, inside, *args, **kwargs)
+
+
+class SiteForward(functools.partial[Any]):
+    """What replaces a module's forward, with the signature that it had: generation and trainers ask for it."""
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        module = self.args[0]
+        return inspect.signature(type(module).forward.__get__(module))

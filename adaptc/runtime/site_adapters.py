@@ -1,0 +1,86 @@
+"""Where the adapters of a module are kept, and who reads another module's input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from adaptc.errors import UnsupportedError
+from adaptc.methods.base import Adapter
+
+
+class SiteAdapters(nn.ModuleDict):
+    """The adapters of one module, by name. ``live``: those that act, in order.
+
+    ``live`` is plain data that hooks read: Dynamo guards on how many there are and on their tensors' shapes,
+    not on which objects they are, so switching among equal ones does not recompile.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: tuple[Adapter, ...] = ()
+        #: Those of them that act inside the module's forward.
+        self.inside: tuple[Adapter, ...] = ()
+        #: The live adapter that stands in for the module itself, or None.
+        self.standin: Adapter | None = None
+        #: Changes with the set of sites. Hooks read it so that every capture, a user's own too, guards on it: Dynamo
+        #: does not guard on hooks that other modules get later. Text, because it may make an input of a number.
+        self.epoch = ""
+        self.hook_handle: Any = None
+        self.pre_hook_handle: Any = None
+        #: Names of the arguments of the module's forward, in order: which of several its adapters read.
+        self.arguments: tuple[str, ...] = ()
+        #: Name of a tap -> the module whose input it reads.
+        self.taps: dict[str, nn.Module] = {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `standin` is an alias of an entry: registering it again would double its state_dict keys.
+        if name == "standin":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __prepare_scriptable__(self) -> SiteAdapters:
+        """Called by ``torch.jit.script`` on every module of what it is given."""
+        raise UnsupportedError(
+            "torch.jit.script cannot read a model with adapters: they act by hooks on its modules",
+            do="torch.jit.trace(model, inputs), torch.export.export(model, inputs), or model.adaptc.merge_and_unload()"
+            " first",
+        )
+
+    def make_live(self, adapters: Sequence[Adapter]) -> None:
+        """Let ``adapters`` (entries of this dict) act, in this order."""
+        self.live = tuple(a for a in adapters if not a.replaces_forward)
+        self.inside = tuple(a for a in self.live if a.acts_inside)
+        self.standin = next((a for a in adapters if a.replaces_forward), None)
+
+
+class Taps:
+    """On a module whose input adapters elsewhere read or change, in its ``__dict__``: who, and by which name."""
+
+    KEY = "_adaptc_taps"
+
+    def __init__(self, hook_handle: Any, arguments: tuple[str, ...]) -> None:
+        self.readers: list[tuple[SiteAdapters, str]] = []
+        self.hook_handle = hook_handle
+        self.arguments = arguments
+
+
+def entry_of(name: str, level: int, parameter: str | None = None) -> str:
+    """The key of an adapter at a site: its name, the module's parameter that it is for, and a number for what stacked
+    rules added."""
+    parts = [name, *([] if parameter is None else [parameter]), *([] if level == 0 else [str(level)])]
+    return "~".join(parts)
+
+
+def adapter_name(entry: str) -> str:
+    """The adapter's name of a key."""
+    return entry.partition("~")[0]
+
+
+def adapters_of(module: nn.Module) -> SiteAdapters | None:
+    """The adapters attached to ``module``, or None."""
+    found = module._modules.get("adapters")
+    return found if isinstance(found, SiteAdapters) else None
