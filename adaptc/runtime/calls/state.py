@@ -12,7 +12,7 @@ from adaptc.capture.backend import AdapterBackend
 from adaptc.capture.graphs import CapturedGraph
 from adaptc.runtime.adapters import AdapterSet
 from adaptc.runtime.calls import lifts
-from adaptc.runtime.calls.watch import Given, Watch
+from adaptc.runtime.calls.watch import Watch
 from adaptc.runtime.options import CompileOptions
 
 
@@ -27,7 +27,6 @@ class Epoch:
         self.backend: AdapterBackend | None = None
         #: The model as it was when it was last looked at, and what captured code takes for given.
         self.watch: Watch | None = None
-        self.given: Given | None = None
         #: Which regions without gradients are to record them.
         self.lifts = lifts.Lifts()
         #: Path of each block that is captured by itself -> the name of those it shares its graphs with.
@@ -53,15 +52,13 @@ class Epoch:
 
     def fits(self, now: Watch) -> bool:
         """Whether what was captured may run on the model as it is now."""
-        return self.given is not None and self.given.holds(now.given)
+        return self.watch is not None and self.watch.given.holds(now.given)
 
     def follow(self, now: Watch) -> None:
         """Compare the model with what it is now from here on."""
+        if self.watch is not None:
+            now.given.add(self.watch.given)
         self.watch = now
-        if self.given is None:
-            self.given = now.given
-        else:
-            self.given.add(now.given)
 
 
 class Calls:

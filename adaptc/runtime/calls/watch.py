@@ -10,7 +10,7 @@ captures, not one a call.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -40,9 +40,9 @@ class Given:
         methods = self.methods
         return self.hooked == now.hooked and all(methods.get(kind, m) == m for kind, m in now.methods.items())
 
-    def add(self, now: Given) -> None:
+    def add(self, earlier: Given) -> None:
         """Take the methods of other classes for given as well."""
-        self.methods = {**now.methods, **self.methods}
+        self.methods = {**self.methods, **earlier.methods}
 
 
 class Watch:
@@ -79,7 +79,7 @@ class Watch:
             return (
                 any(self._empty)
                 or not all(self._filled)
-                or _any_hooks(self._bare)
+                or any(any(map(held_by, self._bare)) for held_by in _held_by.values())
                 or not all(all(map(held_by, states)) for held_by, states in self._hooked)
                 or self._read_children() != self._children
                 or list(map(len, self._kinds)) != self._sizes
@@ -102,17 +102,6 @@ def _modules_of(path: str, module: nn.Module, seen: set[int]) -> Iterator[tuple[
     for name, child in module._modules.items():
         if child is not None and child is not ours:
             yield from _modules_of(f"{path}.{name}".lstrip("."), child, seen)
-
-
-def _any_hooks(states: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether one of the modules, by their ``__dict__``, has hooks."""
-    for held in states:
-        if (
-            held["_forward_hooks"] or held["_forward_pre_hooks"] or held["_backward_hooks"]
-            or held["_backward_pre_hooks"]
-        ):  # fmt: skip
-            return True
-    return False
 
 
 def _hooks_in(module: nn.Module) -> str | None:
