@@ -249,7 +249,7 @@ def test_joint_results_keep_their_strides():
 
     base, model = adapted()
     one = wrong("strided", replace_adapters(transpose_twice), level="joint")
-    object.__setattr__(model.adaptc, "pipeline", lambda: around(one, after="canonicalise"))
+    object.__setattr__(model.adaptc.adapters, "pipeline", lambda: around(one, after="canonicalise"))
     with pytest.raises(Exception, match=r"expected  %getitem: f32\[4, 6\] stride \(6, 1\) on cpu"):
         check_against_reference(model, base, torch.randn(4, 6))
 

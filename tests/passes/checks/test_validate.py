@@ -73,7 +73,7 @@ def test_wrong_pass_raises_on_request(name):
 def test_compiled_model_is_right_without_the_wrong_pass(name, monkeypatch):
     run, dtype, _ = WRONG[name]
     base, model = adapted(dtype=dtype, verify=True)
-    monkeypatch.setattr(model.adaptc, "pipeline", lambda: around(wrong(name, run)))
+    monkeypatch.setattr(model.adaptc.adapters, "pipeline", lambda: around(wrong(name, run)))
     loose = {"rtol": 0.05, "atol": 0.2} if dtype == torch.bfloat16 else {}
     with pytest.warns(AdaptcWarning, match=f"after pass {name}"):
         check_against_reference(model, base, torch.randn(4, 6, dtype=dtype), **loose)
@@ -86,7 +86,7 @@ def test_compiled_model_is_right_without_the_wrong_pass(name, monkeypatch):
 def test_user_sees_the_error_through_dynamo(name, monkeypatch):
     run, dtype, message = WRONG[name]
     _, model = adapted(dtype=dtype, verify="raise")
-    monkeypatch.setattr(model.adaptc, "pipeline", lambda: around(wrong(name, run)))
+    monkeypatch.setattr(model.adaptc.adapters, "pipeline", lambda: around(wrong(name, run)))
     with pytest.raises((BackendCompilerFailed, VerifyError), match=f"VerifyError after pass {name}") as caught:
         model(torch.randn(4, 6, dtype=dtype))
     error = getattr(caught.value, "inner_exception", caught.value)
@@ -117,7 +117,7 @@ def swap_operands(gm, context):
 def test_wrong_pass_on_the_joint_graph(name, run, monkeypatch):
     base, model = adapted(verify=True)
     one = wrong(name, run, level="joint")
-    monkeypatch.setattr(model.adaptc, "pipeline", lambda: around(one, after="canonicalise"))
+    monkeypatch.setattr(model.adaptc.adapters, "pipeline", lambda: around(one, after="canonicalise"))
     with pytest.warns(AdaptcWarning, match=f"after pass {name}, at "):
         check_against_reference(model, base, torch.randn(4, 6))
     undone = next(r for r in model.adaptc.graphs[0].reports if r.name == name).rolled_back
