@@ -92,13 +92,14 @@ def test_two_trained_biases_add_what_each_of_them_changed(module):
     model = adapted(nn.Sequential(module), Bias(), "0", Bias())
     x = torch.randn(4, 6)
     want = model(x)
-    state = folded_state(model.adaptc)
+    state = folded_state(model.adaptc.adapters)
     first, second = (a.bias.double() for a in module.adapters.values())
     frozen = module.bias.double()
     assert torch.equal(state["0.bias"], (first + (second - frozen)).float())
     torch.testing.assert_close(model.adaptc.merge_and_unload()(x), want)
     model = adapted(nn.Sequential(module), Bias(), "0")
-    assert torch.equal(folded_state(model.adaptc)["0.bias"], module.adapters["default"].bias), "one: to the bit"
+    state = folded_state(model.adaptc.adapters)
+    assert torch.equal(state["0.bias"], module.adapters["default"].bias), "one: to the bit"
 
 
 def test_one_of_two_loras_can_be_merged_by_itself():
