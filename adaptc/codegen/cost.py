@@ -22,6 +22,7 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from adaptc import torch_internals
+from adaptc.codegen.ops import registry
 from adaptc.ir import dialect
 from adaptc.ir.dialect import Cost
 from adaptc.ir.edit import copy_graph_module, nested
@@ -83,9 +84,11 @@ def node_cost(node: fx.Node) -> Cost:
     if node.target is operator.getitem and not isinstance(args[0], torch.Tensor):
         return Cost()
     op = dialect.of_target(node.target)
-    if op is not None and op.cost is not None:
-        return op.cost(*_stand_ins(args), **_stand_ins(kwargs))
     if op is not None:
+        device = next(t.device for t in _tensors((args, kwargs)))
+        cost = registry.cost_of(op.name, device, *args)
+        if cost is not None:
+            return cost(*_stand_ins(args), **_stand_ins(kwargs))
         return _traced_cost(op.body, args, kwargs)
     if is_anchor(node) or op_name(node) in _TRACED:
         return _traced_cost(node.target, args, kwargs)

@@ -19,8 +19,6 @@ where %g is new memory, as that of a product or of what a loop writes. Where not
 of the result. On a GPU only the first, where a copy takes longer than Python does around the call, and where Inductor
 does not write products itself, which add as they write. After partitioning, because what runs before that must be
 functional.
-The ops return none of their arguments: Inductor takes the result of ``addmm_`` for another buffer than its argument,
-and gives its memory away while the other is still read.
 """
 
 from __future__ import annotations
@@ -34,10 +32,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from adaptc.codegen.ops.in_place import ADD_PRODUCT, ADD_PRODUCTS, OUTPUT_GRADS, RESCALE_GRAD
 from adaptc.ir import dialect
-from adaptc.ir.ops.dora_grads import grads_in_place
-from adaptc.ir.ops.dora_rescale import grad_in_place
-from adaptc.ir.ops.lora_split import add_input_grads
 from adaptc.torch_internals import OpOverload, demand_layouts, node_value, size_hint, tree_leaves, writes_products
 
 aten = torch.ops.aten
@@ -46,46 +42,6 @@ _LOOPS = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, at
 #: Bytes on a GPU below which the copy may cost less than Python does around a call of an op.
 _WORTH_A_CALL = 1 << 24
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-
-
-def _add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    add_input_grads(total, [left], [right], [], [])
-
-
-_LIBRARY = torch.library.Library("adaptc_lowered", "DEF")  # type: ignore[no-untyped-call]
-
-
-def _define(
-    name: str, arguments: str, function: Callable[..., Any], result: str = "()",
-    fake: Callable[..., Any] = lambda *arguments: None,
-) -> OpOverload:  # fmt: skip
-    schema = f"(Tensor(a!) total, {arguments}) -> {result}"
-    torch.library.define(f"adaptc_lowered::{name}", schema, lib=_LIBRARY, tags=torch.Tag.pt2_compliant_tag)
-    dialect.implement(_LIBRARY, name, schema, function)
-    torch.library.register_fake(f"adaptc_lowered::{name}", fake, lib=_LIBRARY)
-    return cast(OpOverload, getattr(torch.ops.adaptc_lowered, name).default)
-
-
-def _rescale_grad_(
-    grad: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, magnitude: torch.Tensor, norm: torch.Tensor
-) -> torch.Tensor:
-    return grad_in_place(grad, y, bias, magnitude, norm)
-
-
-ADD_PRODUCT = _define("add_product_", "Tensor left, Tensor right", _add_product_)
-ADD_PRODUCTS = _define("add_products_", "Tensor[] left, Tensor[] right, Tensor[] seeds, float[] p", add_input_grads)
-RESCALE_GRAD = _define(
-    "rescale_grad_", "Tensor y, Tensor? bias, Tensor magnitude, Tensor norm", _rescale_grad_, "Tensor",
-    lambda total, y, bias, magnitude, norm: magnitude.new_empty(magnitude.shape),
-)  # fmt: skip
-OUTPUT_GRADS = _define(
-    "dora_output_grads_",
-    "Tensor z, Tensor? bias, Tensor h, Tensor B, Tensor magnitude, Tensor norm, Tensor scale, bool of_base",
-    grads_in_place, "(Tensor, Tensor, Tensor)",
-    lambda total, z, bias, h, B, magnitude, *others: (
-        z.new_empty((*z.shape[:-1], B.shape[1])), B.new_empty(B.shape), magnitude.new_empty(magnitude.shape)
-    ),
-)  # fmt: skip
 
 
 def accumulate_in_place(graph: fx.Graph) -> int:

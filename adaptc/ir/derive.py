@@ -1,4 +1,4 @@
-"""Dialect ops of which only the body is written: fake, gradient, cost and lowering come from it.
+"""Dialect ops of which only the body is written: fake, gradient and cost come from it.
 
     y = op(x, ...)                         the body, in pure torch
     dx, ... = op_backward(g, x, ..., need) its vector-Jacobian product: the body again, differentiated
@@ -10,17 +10,14 @@ method needs ops of its own (as LoRA has) only where another backward is cheaper
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
 
 from adaptc.ir import dialect
 from adaptc.ir.dialect import DialectOp
-from adaptc.ir.edit import Edit
-from adaptc.torch_internals import autograd_again, node_value, trace_body
+from adaptc.torch_internals import autograd_again
 
 
 def derive(
@@ -72,13 +69,12 @@ def derive(
             name=backward,
             schema=f"(Tensor grad, {arguments}, bool[] need) -> Tensor[]",
             body=backward_body, fake=backward_fake, cost=None, sample=_backward_sample(body, sample),
-            lowering=inline(backward),
         )
     )  # fmt: skip
     return dialect.define(
         DialectOp(
             name=name, schema=schema, body=body, fake=body, cost=None, sample=sample,
-            save=save, gradient=gradient, tolerances=tolerances, lowering=inline(name),
+            save=save, gradient=gradient, tolerances=tolerances,
         )
     )  # fmt: skip
 
@@ -100,54 +96,3 @@ def _backward_sample(body: Callable[..., torch.Tensor], sample: Callable[..., An
         return (torch.ones_like(body(*values)) / 3, *values, need)
 
     return draw_backward
-
-
-def inline(name: str) -> Callable[..., tuple[fx.Node, ...]]:
-    """The lowering that writes an op's body out in ATen ops."""
-
-    def lower(edit: Edit, *args: Any) -> tuple[fx.Node, ...]:
-        found: list[fx.Node] = []
-        fx.map_arg(args, found.append)
-        nodes = list(dict.fromkeys(found))
-
-        def run(*values: Any) -> Any:
-            given = dict(zip(nodes, values, strict=True))
-            return dialect.get(name).body(*fx.map_arg(args, lambda n: given[n]))
-
-        values = [node_value(n) for n in nodes]
-        key = _call_key(name, args, nodes, values)
-        body = _traced.get(key) if _traced is not None else None
-        if body is None:
-            body = trace_body(run, values)
-            if key is not None and _traced is not None:
-                _traced[key] = body
-        return tuple(edit.copy_in(body, nodes))
-
-    return lower
-
-
-#: Call -> its traced body, in ``tracing_once``.
-_traced: dict[Any, fx.Graph] | None = None
-
-
-@contextlib.contextmanager
-def tracing_once() -> Iterator[None]:
-    """A block, on one graph, in which equal bodies are traced once: sites of one shape have one."""
-    global _traced
-    before, _traced = _traced, {}
-    try:
-        yield
-    finally:
-        _traced = before
-
-
-def _call_key(name: str, args: tuple[Any, ...], nodes: Sequence[fx.Node], values: Sequence[Any]) -> Any:
-    """What a traced body depends on: equal for two calls only if it is the same; None where a size is symbolic."""
-    if not all(isinstance(v, torch.Tensor) for v in values):
-        return None
-    sizes = [(*v.shape, *v.stride()) for v in values]
-    if not all(isinstance(s, int) for size in sizes for s in size):
-        return None
-    place = {n: i for i, n in enumerate(nodes)}
-    call = repr(fx.map_arg(args, lambda n: f"%{place[n]}"))
-    return name, call, tuple(sizes), tuple((v.dtype, v.device, v.requires_grad) for v in values)

@@ -1,7 +1,7 @@
 """Dialect ops: pure torch ops that carry a meaning the passes can match, and what is known of each.
 
-An op is one :class:`DialectOp`: a pure-torch body (its meaning, eager path, fp64 oracle and fallback
-lowering), a fake, a gradient formula, a cost, an input generator and tolerances. The registered torch op
+An op is one :class:`DialectOp`: a pure-torch body (its meaning, fp64 oracle, and what runs where there
+is no kernel), a fake, a gradient formula, a cost, an input generator and tolerances. The registered torch op
 calls through the table, so that the body that runs is the body that the cache keys hash.
 """
 
@@ -74,11 +74,7 @@ class DialectOp:
         cost: (arguments with fake values) -> Cost of one execution; None: the sum over what the body calls.
         sample: (draw) -> positional arguments, for tests and benchmarks; ``draw``: hypothesis' ``data.draw``.
         tolerances: factor on the error of the body at the same compute dtype that a lowering may have.
-        lowering: emits the op in ATen ops, as the functions of ``codegen.lowering`` do, for an op without one there.
         recomputed: cheaper to compute again in the backward than to keep: its values are never saved.
-        kernel: what the body computes, faster, with no larger error; None where it cannot, and then the body runs.
-        whole: (device type, arguments as nodes) -> whether the op stays one node in compiled code instead of being
-            lowered: it has a kernel there, or would become more kernels than it has products.
     """
 
     name: str
@@ -90,14 +86,20 @@ class DialectOp:
     save: Callable[..., None] | None = None
     gradient: Callable[..., Any] | None = None
     tolerances: float = 1.1
-    lowering: Callable[..., Any] | None = None
     recomputed: bool = False
-    kernel: Callable[..., Any] | None = None
-    whole: Callable[..., bool] = lambda device, *args: False
 
     @property
     def overload(self) -> OpOverload:
         return getattr(torch.ops.adaptc, self.name).default  # type: ignore[no-any-return]
+
+
+def _no_kernel(name: str, device: torch.device, *args: Any) -> Callable[..., Any] | None:
+    return None
+
+
+#: Gives what runs an op outside a graph in place of its body, or None. Who has kernels (``codegen.ops.registry``) puts
+#: its own here, so that an op gives the same bits there as in a graph.
+kernel_for: Callable[..., Callable[..., Any] | None] = _no_kernel
 
 
 def implement(library: torch.library.Library, name: str, schema: str, function: Callable[..., Any]) -> None:
@@ -116,11 +118,10 @@ def define(op: DialectOp) -> DialectOp:
 
     def run_body(*args: Any, **kwargs: Any) -> Any:
         given = (one for a in args for one in (a if isinstance(a, list) else (a,)))
-        device = next(one.device.type for one in given if isinstance(one, torch.Tensor))
-        with torch.autocast(device, enabled=False):
-            kernel = _OPS[name].kernel
-            result = None if kernel is None else kernel(*args, **kwargs)
-            return not_views(_OPS[name].body(*args, **kwargs) if result is None else result)
+        device = next(one.device for one in given if isinstance(one, torch.Tensor))
+        with torch.autocast(device.type, enabled=False):
+            run = kernel_for(name, device, *args) or _OPS[name].body
+            return not_views(run(*args, **kwargs))
 
     implement(_LIBRARY, name, op.schema, run_body)
     torch.library.register_fake(f"adaptc::{name}", lambda *a, **k: _OPS[name].fake(*a, **k), lib=_LIBRARY)
@@ -163,6 +164,6 @@ def fingerprint() -> str:
     for name in sorted(names()):
         op = get(name)
         digest.update(f"{name}{op.schema}{op.recomputed}".encode())
-        for part in (op.body, op.fake, op.save, op.gradient, op.cost, op.lowering, op.kernel, op.whole):
+        for part in (op.body, op.fake, op.save, op.gradient, op.cost):
             digest.update(b"none" if part is None else code_hash(part))
     return digest.hexdigest()

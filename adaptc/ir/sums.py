@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from adaptc.passes.checks.structure import same_type
+from adaptc.ir.types import same_type
 from adaptc.torch_internals import node_value
 
 ADD = torch.ops.aten.add.Tensor

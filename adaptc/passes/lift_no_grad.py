@@ -24,7 +24,7 @@ from torch import fx
 from adaptc.ir.edit import Edit, Result, infer_value, nested
 from adaptc.ir.effects import may_write
 from adaptc.ir.stopped import GradModes, Region, Walk
-from adaptc.passes.checks.structure import same_type
+from adaptc.ir.types import same_type
 from adaptc.passes.contract import Context, Contract
 from adaptc.torch_internals import node_value, tree_leaves
 

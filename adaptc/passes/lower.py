@@ -8,8 +8,8 @@ after:   %y = addmm(%b, %x, %W^T);  %y2 = addmm(%y, %h, %B^T)
 
 Runs before partitioning, so that the partitioner sees the bottleneck and may save it. LoRA's ops are written out
 as their bodies compute, to the bit; ops derived from a body in Inductor's decompositions, which round differently. An
-op stays whole where it says so. A frozen layer's product that is part of an op becomes a node of the base model again,
-where it was.
+op stays whole where its row says so. A frozen layer's product that is part of an op becomes a node of the base model
+again, where it was.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import cast
 import torch
 from torch import fx
 
-from adaptc.codegen import lowering
+from adaptc.codegen.ops import registry
+from adaptc.codegen.ops.inline import tracing_once
+from adaptc.codegen.ops.row import Row
 from adaptc.ir import dialect
-from adaptc.ir.derive import tracing_once
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.sites import dialect_nodes, site_of
 from adaptc.passes.contract import Context, Contract, everywhere
@@ -38,9 +39,10 @@ def lower(gm: fx.GraphModule, context: Context) -> Result:
         return everywhere(gm, (_split, _lower), context)
 
 
-def _device(node: fx.Node) -> str:
+def _stays(node: fx.Node, row: Row) -> bool:
     values = tree_leaves(node_value(node))
-    return next((v.device.type for v in values if isinstance(v, torch.Tensor)), "")
+    device = next((v.device for v in values if isinstance(v, torch.Tensor)), None)
+    return device is not None and row.whole(device, *fx.map_arg(node.args, node_value))
 
 
 def _split(gm: fx.GraphModule, context: Context, result: Result) -> None:
@@ -48,20 +50,22 @@ def _split(gm: fx.GraphModule, context: Context, result: Result) -> None:
     for node in reversed(dialect_nodes(gm)):
         op = dialect.of_target(node.target)
         assert op is not None
-        if not lowering.can_split(op.name):
+        split = registry.row(op.name).split
+        if split is None:
             continue
         if not context.spend():
             result.refuse(site_of(node), "limit reached")
             continue
         edit = Edit(gm, site_of(node), [node], [node], record=context.record)
-        result.applied.append(edit.finish(lowering.split(edit, op.name, *node.args)))
+        rest, given = split(edit, *node.args)
+        result.applied.append(edit.finish(edit.call(dialect.get(rest).overload, *given)))
 
 
 def _lower(gm: fx.GraphModule, context: Context, result: Result) -> None:
     for node in dialect_nodes(gm):
         op = dialect.of_target(node.target)
         assert op is not None
-        if op.whole(_device(node), *node.args):
+        if _stays(node, registry.row(op.name)):
             if op.recomputed:
                 mark_recomputed(node)
             continue
@@ -71,7 +75,7 @@ def _lower(gm: fx.GraphModule, context: Context, result: Result) -> None:
         outputs = [u for u in node.users if u.target is operator.getitem]
         results = outputs or [node]
         edit = Edit(gm, site_of(node), [node, *outputs], results, at=node, record=context.record)
-        values = lowering.aten_lowering(op.name)(edit, *node.args)
+        values = registry.lowering(op.name)(edit, *node.args)
         if op.recomputed:
             for new in edit.new_nodes:
                 mark_recomputed(new)

@@ -20,6 +20,7 @@ from torch import fx
 from adaptc import methods
 from adaptc.codegen import choices
 from adaptc.codegen.cost import level_cost
+from adaptc.codegen.ops import registry
 from adaptc.errors import AdaptcWarning, PipelineError, VerifyError
 from adaptc.ir import dialect
 from adaptc.ir.code_hash import code_hash
@@ -171,7 +172,7 @@ class Pipeline:
         """Identifies everything the rewritten code depends on besides the graph itself."""
         methods.load_all()  # which defines their ops: the key does not depend on which are in use
         digest = hashlib.sha256(f"{self}|{torch.__version__}|{package_hash()}".encode())
-        digest.update(dialect.fingerprint().encode())
+        digest.update((dialect.fingerprint() + registry.fingerprint()).encode())
         digest.update(bytes((*map(cpu_emulates, (torch.bfloat16, torch.float16)), has_avx512_bf16())))
         digest.update(str(choices.host()).encode())
         for one in self.passes:

@@ -6,6 +6,7 @@ uuid.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -23,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import adaptc
 from adaptc import torch_internals
 from adaptc.capture.backend import FROM_CACHE
-from adaptc.codegen import lowering
+from adaptc.codegen.ops import registry
 from adaptc.ir import dialect
 from adaptc.ir.ops import lora
 from adaptc.passes.manager import Pipeline
@@ -341,12 +342,12 @@ def test_an_edited_gradient_formula_gives_the_new_gradient(monkeypatch):
 
 def edit_lowering(monkeypatch):
     """The gradient at the bottleneck, and so the first factor's, and the second factor's are 10 times too large."""
-    original = lowering.aten_lowering("lora_bottleneck_grads")
+    row = registry.row("lora_bottleneck_grads")
 
     def tenfold(edit, *args):
-        return tuple(edit.call(torch.ops.aten.mul.Tensor, node, 10.0) for node in original(edit, *args))
+        return tuple(edit.call(torch.ops.aten.mul.Tensor, node, 10.0) for node in row.lowering(edit, *args))
 
-    monkeypatch.setitem(lowering._ATEN, "lora_bottleneck_grads", tenfold)
+    monkeypatch.setitem(registry.ROWS, "lora_bottleneck_grads", dataclasses.replace(row, lowering=tenfold))
 
 
 def test_an_edited_lowering_gives_the_new_number(monkeypatch):

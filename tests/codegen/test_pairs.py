@@ -7,7 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptc.codegen.cpp import pairs, products
+from adaptc.codegen.cpp import pairs
+from adaptc.codegen.cpp import takes as table
+from adaptc.codegen.cpp.takes import MOST_RANKS
+from adaptc.codegen.ops import registry
 from adaptc.ir import dialect
 from adaptc.ir.ops import dora, dora_expand, dora_grads, lora_fused, lora_split
 from tests.codegen.test_skinny import check
@@ -254,12 +257,17 @@ def test_sizes_that_do_not_fit_are_refused():
 
 def test_what_the_kernels_do_not_take_is_left_to_torch(monkeypatch):
     x = torch.randn(3, 4).to(BF16)
-    assert pairs.takes(x, 3) == (pairs.library() is not None)
-    assert not pairs.takes(x.float(), 3) and not pairs.takes(x.half(), 3) and not pairs.takes(x[:0], 3)
-    assert not pairs.takes(x.to("meta"), 3)
-    assert not pairs.takes(x, 0) and not pairs.takes(x, products.MOST_RANKS + 1), "wide enough for the libraries"
+
+    def takes(x, ranks):
+        h, B, columns = torch.randn(3, ranks), torch.randn(4, ranks), torch.ones(4)
+        return registry.kernel_for("dora_expand", x.device, x, None, None, h, B, columns, columns) is not None
+
+    assert takes(x, 3) == (pairs.library() is not None)
+    assert not takes(x.float(), 3) and not takes(x.half(), 3) and not takes(x[:0], 3)
+    assert not takes(x.to("meta"), 3)
+    assert not takes(x, 0) and not takes(x, MOST_RANKS + 1), "wide enough for the libraries"
     monkeypatch.setattr(pairs, "library", lambda: None)
-    assert not pairs.takes(x, 3)
+    assert not takes(x, 3)
 
 
 def arguments_of(name, dtype):
@@ -289,10 +297,10 @@ def test_without_the_instructions_the_bodies_run(name, monkeypatch):
     args = arguments_of(name, BF16)
     with_kernel = dialect.get(name).overload(*args)
     # A CPU that emulates bf16 has another kernel for some of them.
-    monkeypatch.setattr(lora_split, "cpu_emulates", lambda dtype: False)
-    assert (dialect.get(name).kernel(*args) is not None) == (pairs.library() is not None)
+    monkeypatch.setattr(table, "cpu_emulates", lambda dtype: False)
+    assert (registry.kernel_for(name, torch.device("cpu"), *args) is not None) == (pairs.library() is not None)
     monkeypatch.setattr(pairs, "library", lambda: None)
-    assert dialect.get(name).kernel(*args) is None
+    assert registry.kernel_for(name, torch.device("cpu"), *args) is None
     python = getattr(torch.ops.adaptc_python, name)
     torch.testing.assert_close(flat(with_kernel), flat(python(*args)), rtol=2e-2, atol=2e-2)
 

@@ -7,11 +7,14 @@ import copy
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 import adaptc
-from adaptc.codegen.cpp import pairs, products, skinny
-from adaptc.codegen.in_place import ADD_PRODUCT
+from adaptc.codegen.cpp import pairs, skinny
+from adaptc.codegen.cpp.takes import FEWEST_ROWS, MOST_RANKS
+from adaptc.codegen.ops.in_place import ADD_PRODUCT
 from adaptc.torch_internals import cpu_emulates
 from tests.reference import check_steps_agree, step
 
@@ -58,16 +61,16 @@ def expected(dtype, rank, rows, what, drops):
         return None
     if drops:
         return skinny.library()
-    few = rank <= products.MOST_RANKS
+    few = rank <= MOST_RANKS
     if dtype == torch.float32:
-        return skinny.library() if few and rows >= products.FEWEST_ROWS else None
+        return skinny.library() if few and rows >= FEWEST_ROWS else None
     if few and pairs.library() is not None:
         return pairs.library()
     return skinny.library() if cpu_emulates(dtype) and (few or what != "both") else None
 
 
-@pytest.mark.parametrize("rows", [products.FEWEST_ROWS - 2, products.FEWEST_ROWS])
-@pytest.mark.parametrize("rank", [3, products.MOST_RANKS + 1])
+@pytest.mark.parametrize("rows", [FEWEST_ROWS - 2, FEWEST_ROWS])
+@pytest.mark.parametrize("rank", [3, MOST_RANKS + 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_each_op_goes_where_the_table_says(dtype, rank, rows):
     """Without Python between, and with the bits of the kernel."""
@@ -98,6 +101,21 @@ def test_they_give_what_python_gives(dtype):
             got = getattr(torch.ops.adaptc, name)(*args)
             want = getattr(torch.ops.adaptc_python, name)(*args)
             assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True)), name
+
+
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]), rows=st.integers(FEWEST_ROWS - 3, FEWEST_ROWS + 3),
+    ranks=st.lists(st.integers(1, MOST_RANKS + 1), min_size=1, max_size=3), drops=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=50)
+def test_cpp_and_python_choose_alike(dtype, rows, ranks, drops):
+    """Each kernel, and the library of torch, rounds in its own way."""
+    assert skinny.library() is not None
+    x, A = torch.randn(rows, 40).to(dtype), [torch.randn(rank, 40).to(dtype) for rank in ranks]
+    count = len(ranks) if drops else 0
+    args = x, A, [ONE] * len(ranks), SEEDS * count, P * count
+    got, want = torch.ops.adaptc.lora_shrink(*args), torch.ops.adaptc_python.lora_shrink(*args)
+    assert all(map(torch.equal, got, want))
 
 
 def test_arguments_that_require_gradients_give_the_same_numbers():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 import warnings
 
@@ -15,10 +16,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import adaptc
+from adaptc.codegen.ops import dora, registry
+from adaptc.codegen.ops.dora import bf16_parts
 from adaptc.errors import SiteError, UnsupportedError
 from adaptc.ir import dialect
-from adaptc.ir.ops import dora
-from adaptc.ir.ops.dora import bf16_parts, row_norm
+from adaptc.ir.ops.dora import row_norm
 from tests.models import hosts
 from tests.passes.graphs import ops
 from tests.passes.models import adapted, trained_graph
@@ -164,7 +166,8 @@ def test_two_live_adapters_compose_as_in_peft():
 @pytest.mark.parametrize("kernel", [True, False])
 def test_no_node_of_a_training_step_is_as_large_as_the_weight(dtype, dropout, kernel, monkeypatch):
     if not kernel:
-        monkeypatch.setattr(dialect.get("dora_row_norm"), "whole", lambda device, *args: False)
+        row = dataclasses.replace(registry.row("dora_row_norm"), whole=lambda device, *args: False)
+        monkeypatch.setitem(registry.ROWS, "dora_row_norm", row)
     base = nn.Sequential(nn.Linear(48, 40)).to(dtype)
     lora = adaptc.LoRA(**{**OPTIONS, "targets": "0", "dropout": dropout})
     model = adaptc.compile(base, lora, backend="aot_eager")
@@ -250,11 +253,11 @@ def test_row_norms_of_a_16_bit_weight_where_its_products_are_summed_in_fp32(part
         assert left.dtype == right.dtype == torch.bfloat16
         return mm(left.to(out_dtype), right.to(out_dtype))
 
-    monkeypatch.setattr(dora, "sums_bf16_in_fp32", lambda device: True)
     monkeypatch.setattr(dora, "PARTS", parts)
     monkeypatch.setattr(torch, "mm", of_bf16)
     W, A, B, scale = nearly_cancelled()
-    got = dialect.get("dora_row_norm").body(W, A, B, scale, False)
+    assert dora.IN_BF16.takes(W, A, B, scale, False)
+    got = dora.IN_BF16.run(W, A, B, scale, False)
     want = (W.double() + scale.double() * B.double() @ A.double()).norm(dim=1)
     assert got.dtype == torch.float32
     assert (float(((got - want) / want).abs().max()) < CANCELLED) == exact

@@ -13,11 +13,11 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 import adaptc
 from adaptc.codegen.cost import saved_bytes, shares
-from adaptc.codegen.cpp import products
+from adaptc.codegen.cpp import takes
+from adaptc.codegen.ops import lora_fused
 from adaptc.errors import VerifyError
 from adaptc.ir import dialect
 from adaptc.ir.names import module_of, op_name
-from adaptc.ir.ops import lora_fused, lora_split
 from adaptc.ir.sites import is_inserted
 from adaptc.passes import manager
 from adaptc.passes.contract import Context
@@ -154,7 +154,7 @@ SLOW = ("symbolic sizes", "bf16", "a bias", "a budget", "checkpointed")
 def test_behind_lower_it_is_the_step_that_it_was(name, monkeypatch):
     """To the bit where an op has no kernel; the base model's nodes are its own and in their order, and the backward
     keeps what it kept."""
-    monkeypatch.setattr(lora_fused, "has_kernel", lambda *args: False)
+    monkeypatch.setattr(lora_fused, "stays", lambda *args: False)
     (got, graph), (want, plain) = (
         step(gated(passes, **SAME[name])) for passes in ({"limit": {"fuse": 5}} if name == "a budget" else None, PLAIN)
     )
@@ -417,7 +417,7 @@ def test_both_readers_of_a_gradient_stay_one_op_where_a_kernel_takes_them(monkey
     """Without the kernel its body runs: the numbers are those of the products, but for the rounding to bf16."""
     found = {}
     for has_it in (True, False):
-        monkeypatch.setattr(lora_split, "has_avx512_bf16", lambda has_it=has_it: has_it)
+        monkeypatch.setattr(takes, "has_avx512_bf16", lambda has_it=has_it: has_it)
         found[has_it], graph = step(gated(dtype=torch.bfloat16))
         stays = [n for n in graph.graph_module("lower").graph.nodes if op_name(n) == "lora_bottleneck_grads"]
         assert len(stays) == (SITES if has_it else 0)
@@ -428,7 +428,7 @@ def test_in_fp32_kernels_make_every_product_with_a_small_side_on_any_cpu(monkeyp
     """Those of a site that shares its input with no other too; for as many rows as the kernels are fast for."""
     found = {}
     for rows in (1, 128):
-        monkeypatch.setattr(products, "FEWEST_ROWS", rows)
+        monkeypatch.setattr(takes, "FEWEST_ROWS", rows)
         found[rows], graph = step(gated())
         nodes = graph.graph_module("lower").graph.nodes
         assert len([n for n in nodes if op_name(n) == "lora_bottleneck_grads"]) == (SITES if rows == 1 else 0)

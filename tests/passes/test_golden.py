@@ -12,7 +12,8 @@ import re
 import pytest
 import torch
 
-from adaptc.ir.ops import lora_split
+from adaptc.codegen.cpp import takes
+from adaptc.codegen.ops import lora_split
 from adaptc.passes import widen
 from adaptc.torch_internals import TORCH
 from tests.passes.models import adapted, trained_graph
@@ -28,9 +29,9 @@ VERSION = (2, 13)
 @pytest.mark.skipif(TORCH.release[:2] != VERSION, reason="the files are of torch 2.13")
 @pytest.mark.parametrize("stage", STAGES)
 def test_graph_text(stage, monkeypatch):
-    for module in (lora_split, widen):
+    for module in (takes, lora_split, widen):
         monkeypatch.setattr(module, "cpu_emulates", lambda dtype: stage == "widen" and dtype == torch.bfloat16)
-    monkeypatch.setattr(lora_split, "has_avx512_bf16", lambda: False)
+    monkeypatch.setattr(takes, "has_avx512_bf16", lambda: False)
     _, model = adapted(dtype=torch.bfloat16)
     graph = trained_graph(model, dtype=torch.bfloat16)
     assert tuple(s for s in graph.stages if s not in IDLE) == STAGES

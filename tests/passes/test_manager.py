@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 import adaptc
 from adaptc import methods
-from adaptc.codegen import choices, lowering
+from adaptc.codegen import choices
+from adaptc.codegen.ops import emit, registry
 from adaptc.errors import PipelineError, PlanError
 from adaptc.ir import dialect
 from adaptc.ir.code_hash import code_hash
@@ -278,8 +280,8 @@ def edited(function):
     return changed
 
 
+PARTS = ("body", "fake", "save", "gradient", "cost")
 methods.load_all()
-PARTS = ("body", "fake", "save", "gradient", "cost", "lowering", "kernel", "whole")
 OP_PARTS = [
     (name, part) for name in dialect.names() for part in PARTS
     if getattr(dialect.get(name), part) is not None
@@ -311,10 +313,25 @@ def test_the_key_changes_with_a_library_that_is_switched_off():
         assert Pipeline.from_options().uuid() != before
 
 
-@pytest.mark.parametrize("name", list(lowering._ATEN))
-def test_the_key_changes_with_a_lowering(monkeypatch, name):
-    before = Pipeline.from_options().uuid()
-    monkeypatch.setitem(lowering._ATEN, name, edited(lowering._ATEN[name]))
+ROW_PARTS = [(name, part) for name, row in registry.ROWS.items() for part in ("lowering", "whole", "split")
+             if getattr(row, part) is not None]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, part", ROW_PARTS)
+def test_the_key_changes_with_every_part_of_a_row(monkeypatch, name, part):
+    before, row = Pipeline.from_options().uuid(), registry.row(name)
+    changed = dataclasses.replace(row, **{part: edited(getattr(row, part))})
+    monkeypatch.setitem(registry.ROWS, name, changed)
+    assert Pipeline.from_options().uuid() != before
+
+
+@pytest.mark.parametrize("part", ["run", "takes", "platform", "cost"])
+@pytest.mark.parametrize("name", [name for name, row in registry.ROWS.items() if row.kernels])
+def test_the_key_changes_with_every_part_of_a_kernel(monkeypatch, name, part):
+    before, row = Pipeline.from_options().uuid(), registry.row(name)
+    *others, last = row.kernels
+    changed = dataclasses.replace(last, **{part: edited(getattr(last, part) or dialect.get(name).cost)})
+    monkeypatch.setitem(registry.ROWS, name, dataclasses.replace(row, kernels=(*others, changed)))
     assert Pipeline.from_options().uuid() != before
 
 
@@ -332,7 +349,7 @@ def test_every_entry_of_a_table_counts():
 
 def test_the_key_changes_with_what_a_lowering_calls(monkeypatch):
     before = Pipeline.from_options().uuid()
-    monkeypatch.setattr(lowering, "_scaled", edited(lowering._scaled))
+    monkeypatch.setattr(emit, "scaled", edited(emit.scaled))
     assert Pipeline.from_options().uuid() != before
 
 

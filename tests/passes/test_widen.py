@@ -10,8 +10,9 @@ import torch
 
 import adaptc
 from adaptc.codegen.cost import saved_bytes
+from adaptc.codegen.cpp import takes
+from adaptc.codegen.ops import lora_split
 from adaptc.ir.edit import copy_graph_module
-from adaptc.ir.ops import lora_split
 from adaptc.ir.sites import is_inserted
 from adaptc.passes import widen
 from adaptc.passes.contract import Context
@@ -25,9 +26,9 @@ HALF = (torch.bfloat16, torch.float16)
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
     """The CPU that runs the tests, as one that has no 16-bit products."""
-    for module in (lora_split, widen):
+    for module in (takes, lora_split, widen):
         monkeypatch.setattr(module, "cpu_emulates", lambda dtype: dtype in HALF)
-    monkeypatch.setattr(lora_split, "has_avx512_bf16", lambda: False)
+    monkeypatch.setattr(takes, "has_avx512_bf16", lambda: False)
 
 
 def lowered_graph(dtype, **options):

@@ -1,8 +1,8 @@
-"""What the kernels share: numbers of 16 bits, rows of numbers, and how often a dropout keeps an element."""
+"""What the kernels share: numbers of 16 bits, rows of numbers, and the constants of the dropout's hash."""
 
 from __future__ import annotations
 
-import math
+from adaptc.ir.ops import dropout
 
 #: C++: ``load`` and ``store`` of float and bf16, and ``UNROLLED``.
 ELEMENTS = r"""
@@ -85,11 +85,8 @@ static inline vec splat(float v) { return v - vec{}; }  // v + 0 is not v where 
 )
 
 
-def threshold(p: float) -> int:
-    """The 32-bit word from which on a hash keeps its element."""
-    return min(math.floor(p * 2**32), 2**32 - 1)
-
-
-def kept_scale(p: float) -> float:
-    """What a kept element is multiplied by."""
-    return 1 / (1 - p) if p < 1 else 0.0
+def hashing(source: str) -> str:
+    """``source`` with the constants of the dropout's hash, as it names them: @ROW@."""
+    for name, value in dropout.HASH.items():
+        source = source.replace(f"@{name}@", f"0x{value & 0xFFFFFFFF:X}u")
+    return source

@@ -26,6 +26,11 @@ from adaptc import torch_internals
 from adaptc.codegen.cpp import products
 from adaptc.codegen.cpp.pairs_source import SOURCE
 
+#: By which ``takes`` calls the kernels. They do not drop: seeds and rates are empty.
+NAME = "pairs"
+Tensors = Sequence[torch.Tensor]
+Rates = Sequence[float]
+
 
 @functools.cache
 def library() -> Any:
@@ -35,26 +40,25 @@ def library() -> Any:
     found = torch_internals.load_cpp(SOURCE)
     if found is None or not found.lanes():
         return None
-    products.found("pairs", found)
+    products.found(NAME, found)
     return torch.ops.adaptc_pairs
 
 
-def takes(x: torch.Tensor, ranks: int) -> bool:
-    """Whether the kernels can read ``x``, a plain tensor of bf16, not empty, on a CPU that has the instructions, and
-    are fast for so many ``ranks``."""
-    # Of a subclass the memory may be elsewhere, or nowhere.
-    plain = type(x) is torch.Tensor and x.dtype == torch.bfloat16 and x.device.type == "cpu"
-    return plain and products.are_few([ranks]) and x.numel() > 0 and library() is not None
+def is_there(device: torch.device) -> bool:
+    """Whether the kernels are, on ``device``."""
+    return device.type == "cpu" and library() is not None
 
 
-def shrink(x: torch.Tensor, A: Sequence[torch.Tensor], scale: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def shrink(x: torch.Tensor, A: Tensors, scale: Tensors, seeds: Tensors = (), p: Rates = ()) -> list[torch.Tensor]:
     """h (..., r_g) of each of ``A`` (r_g, K)."""
-    return list(library().shrink(x, A, scale, [], []))
+    return list(library().shrink(x, A, scale, seeds, p))
 
 
-def gradient(h: Sequence[torch.Tensor], x: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+def gradient(
+    h: Tensors, x: torch.Tensor, dtype: torch.dtype, seeds: Tensors = (), p: Rates = ()
+) -> list[torch.Tensor]:
     """d (r_g, K) of each of ``h`` (..., r_g)."""
-    return list(library().gradient(h, x, dtype, [], []))
+    return list(library().gradient(h, x, dtype, seeds, p))
 
 
 def both(
@@ -65,9 +69,9 @@ def both(
     return library().both(g, h, B, scale, dtype)  # type: ignore[no-any-return]
 
 
-def update(total: torch.Tensor, q: Sequence[torch.Tensor], A: Sequence[torch.Tensor]) -> None:
+def update(total: torch.Tensor, q: Tensors, A: Tensors, seeds: Tensors = (), p: Rates = ()) -> None:
     """Add q A to ``total`` (..., K), which is contiguous, for each ``q`` (..., r_g) and ``A`` (r_g, K)."""
-    library().update(total, q, A, [], [])
+    library().update(total, q, A, seeds, p)
 
 
 def dora_expand(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adaptc.codegen.cpp.products import MOST_RANKS
+from adaptc.codegen.cpp.takes import MOST_RANKS
 
 OPS = r"""
 constexpr int64_t MOST_RANKS = @MOST_RANKS@;

@@ -1,31 +1,20 @@
-"""The dialect's products with a small side on a CPU: which kernels make them, without Python around them.
+"""The dialect's products with a small side on a CPU, without Python around them, by the kernels that ``takes`` gives.
 
-    no dropout, bf16, up to ``MOST_RANKS``     ``pairs``, on a CPU that has its instructions
-    no dropout, bf16, a CPU that emulates it   ``skinny``: the libraries go through fp32 number by number there; not of
-                                               both products at once above ``MOST_RANKS``
-    no dropout, fp32, up to ``MOST_RANKS``     ``skinny``, from ``FEWEST_ROWS`` on
-    dropout, fp32 or bf16                      ``skinny``
-    else                                       Python: the libraries
-
-``adaptc.ir.ops.lora_split`` and ``lora_fused`` choose alike in Python, which runs until the kernels are there.
+Python does what no kernel takes, and all of it until the libraries are there.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from adaptc import torch_internals
 from adaptc.codegen.cpp.native_source import NATIVE, PRODUCTS
+from adaptc.codegen.cpp.takes import FEWEST_ROWS, IN_CPP, MOST_RANKS
 
-#: Ranks, of all sites together, up to which the libraries were slower wherever it was measured.
-MOST_RANKS = 64
-#: Rows from which on that is so in fp32: a factor is packed for every call.
-FEWEST_ROWS = 128
 SOURCE = (
     """
 #include <algorithm>
@@ -46,11 +35,11 @@ extern "C" void found_pairs(const Products* found) { pairs = found; }
 
 // Who multiplies; null: Python.
 static const Products* kernels_for(const Tensor& x, bool drops, int64_t ranks) {
-    const bool half = x.scalar_type() == ScalarType::BFloat16, few = ranks <= MOST_RANKS;
-    const bool many_rows = x.numel() >= FEWEST_ROWS * width_of(x);
-    if (!x.is_cpu() || x.numel() == 0 || ranks == 0 || !(half || x.scalar_type() == ScalarType::Float)) return nullptr;
-    if (!drops && half && few && pairs != nullptr) return pairs;
-    return drops || (half ? EMULATES : few && many_rows) ? skinny.load() : nullptr;
+    if (!x.is_cpu() || x.numel() == 0 || ranks == 0) return nullptr;
+    const ScalarType type = x.scalar_type();
+    const Products* found;
+@RULES@
+    return nullptr;
 }
 static int64_t ranks_of(const Tensors& all, bool last) {
     int64_t total = 0;
@@ -99,7 +88,7 @@ STABLE_TORCH_LIBRARY_IMPL(adaptc_lowered, CPU, m) {
     m.impl("add_product_", TORCH_BOX(&add_product));
     m.impl("add_products_", TORCH_BOX(&add_products));
 }
-""".replace("@MOST_RANKS@", str(MOST_RANKS)).replace("@FEWEST_ROWS@", str(FEWEST_ROWS))
+""".replace("@MOST_RANKS@", str(MOST_RANKS)).replace("@FEWEST_ROWS@", str(FEWEST_ROWS)).replace("@RULES@", IN_CPP)
 )
 
 
@@ -118,8 +107,3 @@ def found(kernels: str, library: Any) -> None:
     if _library() is not None:
         library.products.restype = ctypes.c_void_p
         getattr(_library(), f"found_{kernels}")(ctypes.c_void_p(library.products()))
-
-
-def are_few(ranks: Iterable[int]) -> bool:
-    """Whether kernels are faster than the libraries for so many ranks."""
-    return 0 < sum(ranks) <= MOST_RANKS

@@ -135,18 +135,18 @@ def _library() -> Any:
     return found
 
 
+def is_there(device: torch.device) -> bool:
+    """Whether the kernel is, on ``device``."""
+    return device.type == "cpu" and _library() is not None
+
+
 def gradient(
     g: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, c: torch.Tensor, out: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(c * g, sum over the rows of g * (y - bias)) of fp32 CPU tensors ``g`` and ``y`` (..., N); None for others.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(c * g, sum over the rows of g * (y - bias)) of fp32 CPU tensors ``g`` and ``y`` (..., N), not empty.
 
     ``out``: contiguous, takes c * g; it may be ``g``.
     """
-    tensors = [g, y, *([] if bias is None else [bias])]
-    # Of a subclass the memory may be elsewhere, or nowhere.
-    plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors)
-    if not plain or {t.dtype for t in tensors} != {torch.float32} or not g.numel() or _library() is None:
-        return None
     g, y, c = (t.detach().contiguous() for t in (g, y, c.to(torch.float32)))
     bias = None if bias is None else bias.detach().contiguous()
     dy, width = torch.empty_like(g) if out is None else out, g.shape[-1]

@@ -12,27 +12,27 @@ import functools
 import torch
 
 from adaptc import torch_internals
-from adaptc.codegen.cpp.elements import ELEMENTS, kept_scale, threshold
+from adaptc.codegen.cpp.elements import ELEMENTS, hashing
+from adaptc.ir.ops.dropout import kept_scale, threshold
 
-#: The constants are those of ``adaptc.ir.ops.dropout``.
-SOURCE = ELEMENTS + r"""
+SOURCE = ELEMENTS + hashing(r"""
 
 
 template <typename T>
 static void drop(const T* x, T* y, int64_t rows, int64_t width, uint64_t seed, uint32_t least, float scale,
                  int threads) {
     const uint32_t high = static_cast<uint32_t>(seed >> 32);
-    const uint32_t start = static_cast<uint32_t>(seed) + high * 0x85EBCA6Bu;
+    const uint32_t start = static_cast<uint32_t>(seed) + high * @JOIN@;
     #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < rows; ++i) {
         const uint32_t row = static_cast<uint32_t>(i);
-        const uint32_t first = row * 0xC13FA9A9u + start, second = row * 0xD1B54A33u + high;
+        const uint32_t first = row * @ROW@ + start, second = row * @OTHER_ROW@ + high;
         const T* from = x + i * width;
         T* to = y + i * width;
         for (int64_t j = 0; j < width; ++j) {
-            uint32_t h = static_cast<uint32_t>(j) * 0x9E3779B1u + first;
-            h = ((h ^ (h >> 16)) * 0x7FEB352Du) ^ second;
-            h = (h ^ (h >> 15)) * 0x846CA68Bu;
+            uint32_t h = static_cast<uint32_t>(j) * @COLUMN@ + first;
+            h = ((h ^ (h >> 16)) * @FIRST@) ^ second;
+            h = (h ^ (h >> 15)) * @SECOND@;
             const float v = load(from + j) * scale;
             store(to + j, (h ^ 0x80000000u) >= least ? v : 0.0f);
         }
@@ -49,7 +49,7 @@ extern "C" void drop_bf16(const void* x, void* y, int64_t rows, int64_t width, c
     drop(static_cast<const bf16*>(x), static_cast<bf16*>(y), rows, width, static_cast<uint64_t>(*seed), least, scale,
          threads);
 }
-"""
+""")
 _NAMES = {torch.float32: "drop_f32", torch.bfloat16: "drop_bf16"}
 #: Elements below which a second thread costs more than it does.
 _GRAIN = 1 << 15
@@ -66,18 +66,24 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-def seeded_dropout(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor | None:
-    """The op on a CPU tensor in fp32 or bf16, bit for bit; None for another, and without a C++ compiler."""
+def takes(x: torch.Tensor, seed: torch.Tensor, p: float) -> bool:
+    """Whether the kernel is for the dtype of ``x``, a plain tensor."""
     # Of a subclass the memory may be elsewhere, or nowhere.
-    if type(x) is not torch.Tensor or x.device.type != "cpu" or x.dtype not in _NAMES:
-        return None
-    if (library := _library()) is None:
-        return None
+    return type(x) is torch.Tensor and x.dtype in _NAMES
+
+
+def is_there(device: torch.device) -> bool:
+    """Whether the kernel is, on ``device``."""
+    return device.type == "cpu" and _library() is not None
+
+
+def seeded_dropout(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    """The op on a CPU tensor in fp32 or bf16, bit for bit."""
     x = x.detach().contiguous()
     y = torch.empty_like(x)
     width = x.shape[-1]
     threads = torch.get_num_threads() if x.numel() > _GRAIN else 1
-    getattr(library, _NAMES[x.dtype])(
+    getattr(_library(), _NAMES[x.dtype])(
         x.data_ptr(), y.data_ptr(), x.numel() // width if width else 0, width, seed.data_ptr(),
         threshold(p), kept_scale(p), threads,
     )  # fmt: skip

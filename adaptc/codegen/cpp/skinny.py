@@ -24,6 +24,8 @@ from adaptc import torch_internals
 from adaptc.codegen.cpp import products
 from adaptc.codegen.cpp.skinny_source import SOURCE
 
+#: By which ``takes`` calls the kernels.
+NAME = "skinny"
 #: What x, g, W and total may be made of.
 DTYPES = (torch.float32, torch.bfloat16)
 Tensors = Sequence[torch.Tensor]
@@ -35,15 +37,13 @@ def library() -> Any:
     found = torch_internals.load_cpp(SOURCE)
     if found is None:
         return None
-    products.found("skinny", found)
+    products.found(NAME, found)
     return torch.ops.adaptc_skinny
 
 
-def takes(x: torch.Tensor) -> bool:
-    """Whether the kernels can read ``x``: a plain CPU tensor of a dtype that they know, not empty."""
-    # Of a subclass the memory may be elsewhere, or nowhere.
-    plain = type(x) is torch.Tensor and x.device.type == "cpu" and x.dtype in DTYPES
-    return plain and x.numel() > 0 and library() is not None
+def is_there(device: torch.device) -> bool:
+    """Whether the kernels are, on ``device``."""
+    return device.type == "cpu" and library() is not None
 
 
 def shrink(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adaptc.codegen.cpp.elements import VECTORS
+from adaptc.codegen.cpp.elements import VECTORS, hashing
 from adaptc.codegen.cpp.native_source import NATIVE, OPERANDS
 from adaptc.codegen.cpp.row_norms_source import ROW_NORMS
 from adaptc.codegen.cpp.skinny_ops_source import OPS
@@ -76,13 +76,13 @@ static void pack_rows(const Factor& f, int64_t first, int64_t count, float* to, 
     }
 }
 
-constexpr uint32_t STEP = 0x9E3779B1u;  // from one column to the next
+constexpr uint32_t STEP = @COLUMN@;  // from one column to the next
 struct Row { uint32_t first, second; };
 static inline Row row_keys(const Group& g, int64_t row) {
     const uint64_t seed = static_cast<uint64_t>(*g.seed);
     const uint32_t high = static_cast<uint32_t>(seed >> 32), low = static_cast<uint32_t>(seed);
     const uint32_t r = static_cast<uint32_t>(row);
-    return {r * 0xC13FA9A9u + (low + high * 0x85EBCA6Bu), r * 0xD1B54A33u + high};
+    return {r * @ROW@ + (low + high * @JOIN@), r * @OTHER_ROW@ + high};
 }
 // What the hashes of W columns from one on begin with.
 static inline words begun(Row k, int64_t column) {
@@ -92,8 +92,8 @@ static inline words begun(Row k, int64_t column) {
 }
 // v * keep where an element is kept, else 0.
 static inline vec kept(vec v, words h, uint32_t second, int32_t least, float keep) {
-    h = ((h ^ (h >> 16)) * 0x7FEB352Du) ^ second;
-    h = (h ^ (h >> 15)) * 0x846CA68Bu;
+    h = ((h ^ (h >> 16)) * @FIRST@) ^ second;
+    h = (h ^ (h >> 15)) * @SECOND@;
     return (ints)h >= least ? v * splat(keep) : vec{};
 }
 
@@ -400,4 +400,4 @@ static void update(T* total, int64_t rows, int64_t width, Groups& groups, const 
     }
 }
 """
-SOURCE = VECTORS + NATIVE + OPERANDS + KERNELS + OPS + ROW_NORMS
+SOURCE = VECTORS + NATIVE + OPERANDS + hashing(KERNELS) + OPS + ROW_NORMS

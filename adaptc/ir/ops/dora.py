@@ -20,16 +20,14 @@ from typing import Any
 
 import torch
 
-from adaptc.codegen.cpp import skinny
 from adaptc.errors import UnsupportedError
 from adaptc.ir import dialect
-from adaptc.ir.derive import inline
 from adaptc.ir.dialect import Cost, DialectOp, nbytes
 from adaptc.ir.ops.dora_expand import expand_body, expand_cost
 from adaptc.ir.ops.dora_grads import product_of_columns
 from adaptc.ir.ops.dora_rescale import bias_gradient
 from adaptc.ir.ops.lora import draw_tensor, rows, scaled
-from adaptc.torch_internals import is_wrapped, node_value, sums_bf16_in_fp32
+from adaptc.torch_internals import is_wrapped
 
 #: Into how many blocks of rows W is cut: what is computed of a block (its squares; a 16-bit weight in fp32) is the
 #: largest temporary.
@@ -41,21 +39,20 @@ def norm_dtype(weight: torch.Tensor, A: torch.Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
 
 
+def _reads_blocks(W: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    squares, products = [], []
+    for block in torch.split(W, -(-W.shape[0] // BLOCKS)):
+        wide = block.to(A.dtype)
+        squares.append((wide * wide).sum(1))
+        products.append(wide @ A.t())
+    return torch.cat(squares), torch.cat(products)
+
+
 def row_norm_body(
-    weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, transposed: bool
-) -> torch.Tensor:
-    return _norms(weight, A, B, scale, transposed, _reads_bf16 if _is_read_in_bf16(weight, A) else _reads_blocks)
-
-
-def _is_read_in_bf16(weight: torch.Tensor, A: torch.Tensor) -> bool:
-    fits = weight.dtype == torch.bfloat16 and norm_dtype(weight, A) == torch.float32
-    return fits and sums_bf16_in_fp32(weight.device)
-
-
-def _norms(
     weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, transposed: bool,
-    reads: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    reads: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = _reads_blocks,
 ) -> torch.Tensor:  # fmt: skip
+    """``reads``: (W, A) -> the squares of the rows of W (N, K), and W A^T, in the dtype of A."""
     dtype = norm_dtype(weight, A)
     W = weight.detach().t() if transposed else weight.detach()
     A, B, s = A.detach().to(dtype), B.detach().to(dtype), scale.detach().to(dtype)
@@ -65,50 +62,6 @@ def _norms(
     return (squares + 2 * s * (products * B).sum(1) + s * s * gram).clamp_min(0).sqrt()
 
 
-def _reads_blocks(W: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The squares of the rows of W (N, K), and W A^T, in the dtype of A."""
-    squares, products = [], []
-    for block in torch.split(W, -(-W.shape[0] // BLOCKS)):
-        wide = block.to(A.dtype)
-        squares.append((wide * wide).sum(1))
-        products.append(wide @ A.t())
-    return torch.cat(squares), torch.cat(products)
-
-
-def _reads_bf16(W: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of a W in bf16 and an A in fp32: units for products of bf16 sum in fp32, so that only A is split."""
-    length = torch.linalg.vector_norm(W, dim=1, dtype=A.dtype)
-    products = torch.mm(W, torch.cat(bf16_parts(A)).t(), out_dtype=A.dtype)
-    return length * length, products.view(W.shape[0], PARTS, A.shape[0]).sum(1)
-
-
-#: Of eight significant bits each: as many as an fp32 has. A bf16 is the upper half of one.
-PARTS, _UPPER_HALF = 3, -(1 << 16)
-
-
-def bf16_parts(t: torch.Tensor) -> list[torch.Tensor]:
-    """Tensors in bf16 whose sum is ``t`` in fp32, but for what is below the smallest normal number.
-
-    Cut by bits: generated code need not round where a value is cast and read again.
-    """
-    parts: list[torch.Tensor] = []
-    for _ in range(PARTS):
-        upper = (t.view(torch.int32) & _UPPER_HALF).view(torch.float32)
-        parts.append(upper.to(torch.bfloat16))
-        t = t - upper
-    return parts
-
-
-def row_norm_kernel(
-    weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, transposed: bool
-) -> torch.Tensor | None:
-    """One pass over W, where its rows lie in memory."""
-    weight = weight.detach()
-    if transposed or norm_dtype(weight, A) != torch.float32 or not skinny.takes(weight) or weight.stride(1) != 1:
-        return None
-    return skinny.row_norms(weight, A, B, scale)
-
-
 def row_norm(
     weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, transposed: bool
 ) -> torch.Tensor:
@@ -116,19 +69,13 @@ def row_norm(
     given = weight, A, B, scale
     # Of a subclass the memory may be elsewhere, and under torch.func's transforms a tensor has none.
     plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and not is_wrapped(t) for t in given)
-    return DORA_ROW_NORM.overload(*given, transposed) if plain else _norms(*given, transposed, _reads_blocks)
+    return DORA_ROW_NORM.overload(*given, transposed) if plain else row_norm_body(*given, transposed)
 
 
 def row_norm_fake(
     weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, transposed: bool
 ) -> torch.Tensor:
     return weight.new_empty((weight.shape[1 if transposed else 0],), dtype=norm_dtype(weight, A))
-
-
-def _has_row_norm_kernel(device: str, *args: Any) -> bool:
-    weight, A, _, _, transposed = args
-    dtypes = node_value(weight).dtype, node_value(A).dtype
-    return device == "cpu" and not transposed and dtypes[0] in skinny.DTYPES and dtypes[1] != torch.float64
 
 
 def row_norm_save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -216,12 +163,11 @@ def _elements(*sizes: Any) -> int:
 def row_norm_cost(
     weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, transposed: bool
 ) -> Cost:
-    """W is read for its squares and for its product with A^T, and a 16-bit W that units for its dtype do not multiply
-    is written and read in fp32 once."""
+    """W is read for its squares and for its product with A^T, and a 16-bit W is written and read in fp32 once."""
     size, (r, k), n = _elements(*weight.shape), A.shape, int(B.shape[0])
-    dtype, in_bf16 = norm_dtype(weight, A), _is_read_in_bf16(weight, A)
-    wide = 0 if weight.dtype == dtype or in_bf16 else size * dtype.itemsize
-    flops = 2 * size * (1 + (PARTS if in_bf16 else 1) * r) + 2 * int(r) * int(r) * (int(k) + n)
+    dtype = norm_dtype(weight, A)
+    wide = 0 if weight.dtype == dtype else size * dtype.itemsize
+    flops = 2 * size * (1 + r) + 2 * int(r) * int(r) * (int(k) + n)
     return Cost(flops=flops, read=2 * nbytes(weight) + wide + nbytes(A, B), written=wide + n * dtype.itemsize)
 
 
@@ -276,9 +222,6 @@ DORA_ROW_NORM = dialect.define(
         gradient=row_norm_gradient,
         cost=row_norm_cost,
         sample=row_norm_sample,
-        lowering=inline("dora_row_norm"),
-        kernel=row_norm_kernel,
-        whole=_has_row_norm_kernel,
     )
 )
 DORA_LINEAR = dialect.define(
@@ -292,6 +235,5 @@ DORA_LINEAR = dialect.define(
         gradient=linear_gradient,
         cost=linear_cost,
         sample=linear_sample,
-        lowering=inline("dora_linear"),
     )
 )

@@ -14,12 +14,9 @@ from typing import Any
 
 import torch
 
-from adaptc.codegen.cpp import pairs
 from adaptc.ir import dialect
-from adaptc.ir.derive import inline
 from adaptc.ir.dialect import Cost, DialectOp, nbytes
 from adaptc.ir.ops.lora import draw_dtypes, draw_tensor, opmath, rows
-from adaptc.ir.ops.lora_split import has_kernel
 
 
 def expand_body(
@@ -33,15 +30,6 @@ def expand_body(
     z = z if bias is None or base is not None else z - bias.to(wide)
     out = rows(y).to(wide) + (c - 1).to(wide) * z + c.to(wide) * product
     return out.to(y.dtype).contiguous().view(y.shape)
-
-
-def expand_kernel(
-    y: torch.Tensor, base: torch.Tensor | None, bias: torch.Tensor | None, h: torch.Tensor, B: torch.Tensor,
-    magnitude: torch.Tensor, norm: torch.Tensor,
-) -> torch.Tensor | None:  # fmt: skip
-    if not (pairs.takes(y, B.shape[1]) and (base is None or pairs.takes(base, B.shape[1]))):
-        return None
-    return pairs.dora_expand(y, base, None if base is not None else bias, h, B, magnitude, norm)
 
 
 def expand_fake(
@@ -85,7 +73,6 @@ DORA_EXPAND = dialect.define(
     DialectOp(
         name="dora_expand",
         schema="(Tensor y, Tensor? base, Tensor? bias, Tensor h, Tensor B, Tensor magnitude, Tensor norm) -> Tensor",
-        body=expand_body, fake=expand_fake, cost=expand_cost, sample=expand_sample, lowering=inline("dora_expand"),
-        kernel=expand_kernel, whole=lambda device, y, base, bias, h, B, *others: has_kernel(device, y, B),
+        body=expand_body, fake=expand_fake, cost=expand_cost, sample=expand_sample,
     )
 )  # fmt: skip

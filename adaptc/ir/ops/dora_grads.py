@@ -18,13 +18,10 @@ from typing import Any
 
 import torch
 
-from adaptc.codegen.cpp import pairs
 from adaptc.ir import dialect
-from adaptc.ir.derive import inline
 from adaptc.ir.dialect import Cost, DialectOp, nbytes
 from adaptc.ir.ops.dora_rescale import dense
 from adaptc.ir.ops.lora import bottleneck_grad_body, draw_dtypes, draw_tensor, factor_grad_body, opmath
-from adaptc.ir.ops.lora_split import has_kernel
 
 
 def product_of_columns(t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -45,31 +42,6 @@ def grads_body(
     total = (grad.to(wide) * centred).reshape(-1, grad.shape[-1]).sum(0).to(norm.dtype) + (G * B).sum(1)
     dB, dz = (c[:, None] * G).to(B.dtype), product_of_columns(grad, c - 1 if of_base else c)
     return q, dense(dB), dense(dz), (total / norm).to(magnitude.dtype)
-
-
-def grads_kernel(
-    grad: torch.Tensor, z: torch.Tensor, bias: torch.Tensor | None, h: torch.Tensor, B: torch.Tensor,
-    magnitude: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor, of_base: bool,
-) -> tuple[torch.Tensor, ...] | None:  # fmt: skip
-    if not (pairs.takes(grad, B.shape[1]) and pairs.takes(z, B.shape[1])):
-        return None
-    dz = torch.empty_like(grad, memory_format=torch.contiguous_format)
-    q, dB, dm = pairs.dora_output_grads(grad, z, bias, h, B, magnitude, norm, scale, of_base, dz)
-    return q, dB, dz, dm
-
-
-def grads_in_place(
-    grad: torch.Tensor, z: torch.Tensor, bias: torch.Tensor | None, h: torch.Tensor, B: torch.Tensor,
-    magnitude: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor, of_base: bool,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """The same with dz in the memory of ``grad``, which is contiguous, in any shape; returns the others."""
-    grad = grad.view(z.shape)
-    arguments = grad, z, bias, h, B, magnitude, norm, scale, of_base
-    if pairs.takes(grad, B.shape[1]) and pairs.takes(z, B.shape[1]):
-        return pairs.dora_output_grads(*arguments, grad)
-    q, dB, dz, dm = grads_body(*arguments)
-    grad.copy_(dz)
-    return q, dB, dm
 
 
 def grads_fake(
@@ -115,7 +87,6 @@ DORA_OUTPUT_GRADS = dialect.define(
         name="dora_output_grads",
         schema="(Tensor grad, Tensor z, Tensor? bias, Tensor h, Tensor B, Tensor magnitude, Tensor norm, Tensor scale,"
         " bool of_base) -> (Tensor, Tensor, Tensor, Tensor)",
-        body=grads_body, fake=grads_fake, cost=grads_cost, sample=grads_sample, lowering=inline("dora_output_grads"),
-        kernel=grads_kernel, whole=lambda device, grad, z, bias, h, B, *others: has_kernel(device, grad, B),
+        body=grads_body, fake=grads_fake, cost=grads_cost, sample=grads_sample,
     )
 )  # fmt: skip

@@ -16,17 +16,10 @@ import math
 from typing import Any
 
 import torch
-from torch import fx
 
-from adaptc.codegen.cpp import rescale
 from adaptc.ir import dialect
-from adaptc.ir.derive import inline
 from adaptc.ir.dialect import Cost, DialectOp, nbytes
-from adaptc.ir.edit import Edit
 from adaptc.ir.ops.lora import draw_tensor
-from adaptc.torch_internals import node_value
-
-aten = torch.ops.aten
 
 
 def body(y: torch.Tensor, bias: torch.Tensor | None, magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
@@ -86,48 +79,6 @@ def grad_fake(
     return grad.new_empty(grad.shape), magnitude.new_empty(magnitude.shape)
 
 
-def grad_kernel(
-    grad: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, magnitude: torch.Tensor, norm: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    found = rescale.gradient(grad, y, bias, magnitude / norm)
-    if found is None:
-        return None
-    dy, total = found
-    return dy, (total / norm).to(magnitude.dtype)
-
-
-def grad_in_place(
-    grad: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, magnitude: torch.Tensor, norm: torch.Tensor
-) -> torch.Tensor:
-    """The same with dy in the memory of ``grad``, which is contiguous, in any shape; returns dmagnitude."""
-    grad = grad.view(y.shape)
-    found = rescale.gradient(grad, y, bias, magnitude / norm, out=grad)
-    if found is not None:
-        return (found[1] / norm).to(magnitude.dtype)
-    dy, dm = grad_body(grad, y, bias, magnitude, norm)
-    grad.copy_(dy)
-    return dm
-
-
-def _lower(edit: Edit, y: fx.Node, bias: fx.Node | None, magnitude: fx.Node, norm: fx.Node) -> tuple[fx.Node, ...]:
-    """The body with its quotient as ``dora_factor``."""
-    on_cpu = node_value(y).device.type == "cpu"
-    c = edit.call(dialect.get("dora_factor").overload if on_cpu else aten.div.Tensor, magnitude, norm)
-    scaled = edit.call(aten.mul.Tensor, y, _cast(edit, c, y))
-    if bias is not None:
-        rest = edit.call(aten.mul.Tensor, edit.call(aten.add.Tensor, edit.call(aten.neg.default, c), 1), bias)
-        scaled = edit.call(aten.add.Tensor, scaled, _cast(edit, rest, y))
-    if not node_value(scaled).is_contiguous():
-        scaled = edit.call(aten.clone.default, scaled, memory_format=torch.contiguous_format)
-    return (scaled,)
-
-
-def _cast(edit: Edit, node: fx.Node, like: fx.Node) -> fx.Node:
-    dtype = node_value(like).dtype
-    same = node_value(node).dtype == dtype
-    return node if same else edit.call(torch.ops.prims.convert_element_type.default, node, dtype)
-
-
 def cost(y: torch.Tensor, bias: torch.Tensor | None, magnitude: torch.Tensor, norm: torch.Tensor) -> Cost:
     flops = (1 + (bias is not None)) * math.prod(int(s) for s in y.shape)
     return Cost(flops=flops, read=nbytes(y, bias, magnitude, norm), written=nbytes(y), saved=nbytes(y))
@@ -170,8 +121,6 @@ DORA_FACTOR = dialect.define(
         fake=lambda magnitude, norm: norm.new_empty(norm.shape),
         cost=None,
         sample=factor_sample,
-        lowering=inline("dora_factor"),
-        whole=lambda device, *args: device == "cpu",
     )
 )
 DORA_RESCALE = dialect.define(
@@ -184,7 +133,6 @@ DORA_RESCALE = dialect.define(
         gradient=gradient,
         cost=cost,
         sample=sample,
-        lowering=_lower,
     )
 )
 DORA_RESCALE_GRAD = dialect.define(
@@ -195,8 +143,5 @@ DORA_RESCALE_GRAD = dialect.define(
         fake=grad_fake,
         cost=grad_cost,
         sample=grad_sample,
-        lowering=inline("dora_rescale_grad"),
-        kernel=grad_kernel,
-        whole=lambda device, *args: device == "cpu",
     )
 )

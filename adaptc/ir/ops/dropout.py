@@ -19,20 +19,29 @@ from typing import Any
 
 import torch
 
-from adaptc.codegen.cpp.elements import kept_scale, threshold
-from adaptc.codegen.cpp.seeded_dropout import seeded_dropout as cpp_dropout
 from adaptc.ir import dialect
-from adaptc.ir.derive import inline
 from adaptc.ir.dialect import Cost, DialectOp
 from adaptc.ir.ops.lora import draw_tensor
 
-_FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32
-#: Odd increments of the sequences, for the column and for the two keys of a row; 2^32 over the golden ratio and over
-#: the roots of x^3 = x + 1 and x^4 = x + 1, nearly. And what joins the halves of the seed.
-_COLUMN, _ROW, _OTHER_ROW = 0x9E3779B1 - 2**32, 0xC13FA9A9 - 2**32, 0xD1B54A33 - 2**32
-_JOIN = 0x85EBCA6B - 2**32
+#: The multipliers. Odd increments of the sequences, for the column and for the two keys of a row; 2^32 over the golden
+#: ratio and over the roots of x^3 = x + 1 and x^4 = x + 1, nearly. And what joins the halves of the seed.
+HASH = {
+    "FIRST": 0x7FEB352D, "SECOND": 0x846CA68B - 2**32,
+    "COLUMN": 0x9E3779B1 - 2**32, "ROW": 0xC13FA9A9 - 2**32, "OTHER_ROW": 0xD1B54A33 - 2**32,
+    "JOIN": 0x85EBCA6B - 2**32,
+}  # fmt: skip
 #: Integer operations an element: 3 products, 2 shifts, masks and exclusive ors, the key and the comparison.
 _OPERATIONS = 12
+
+
+def threshold(p: float) -> int:
+    """The 32-bit word from which on a hash keeps its element."""
+    return min(math.floor(p * 2**32), 2**32 - 1)
+
+
+def kept_scale(p: float) -> float:
+    """What a kept element is multiplied by."""
+    return 1 / (1 - p) if p < 1 else 0.0
 
 
 def _xorshift(h: torch.Tensor, bits: int) -> torch.Tensor:
@@ -46,9 +55,9 @@ def keep_mask(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     *lead, width = x.shape
     rows = torch.arange(math.prod(lead), dtype=torch.int32, device=x.device).view(*lead, 1)
     columns = torch.arange(width, dtype=torch.int32, device=x.device)
-    h = columns * _COLUMN + (rows * _ROW + (low + high * _JOIN))
-    h = (_xorshift(h, 16) * _FIRST) ^ (rows * _OTHER_ROW + high)
-    h = _xorshift(h, 15) * _SECOND
+    h = columns * HASH["COLUMN"] + (rows * HASH["ROW"] + (low + high * HASH["JOIN"]))
+    h = (_xorshift(h, 16) * HASH["FIRST"]) ^ (rows * HASH["OTHER_ROW"] + high)
+    h = _xorshift(h, 15) * HASH["SECOND"]
     return h >= threshold(p) - 2**31
 
 
@@ -98,9 +107,6 @@ DROPOUT = dialect.define(
         gradient=gradient,
         cost=cost,
         sample=sample,
-        lowering=inline("seeded_dropout"),
         recomputed=True,
-        kernel=cpp_dropout,
-        whole=lambda device, *args: device == "cpu",
     )
 )

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 
-from adaptc.codegen.cpp import pairs, products, skinny
 from adaptc.ir import dialect
 from adaptc.ir.dialect import Cost, DialectOp, nbytes
 from adaptc.ir.ops.lora import (
@@ -41,8 +40,6 @@ from adaptc.ir.ops.lora_split import (
     Tensors,
     expand_body,
     expand_cost,
-    goes_to_skinny,
-    has_kernel,
     input_grads_body,
     input_grads_cost,
 )
@@ -73,16 +70,6 @@ def bottleneck_grads_body(
     grad: torch.Tensor, h: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return bottleneck_grad_body(grad, B, scale), factor_grad_body(grad, h, dtype)
-
-
-def bottleneck_grads_kernel(
-    grad: torch.Tensor, h: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if pairs.takes(grad, h.shape[-1]):
-        return pairs.both(grad, h, B, scale, dtype)
-    if products.are_few([h.shape[-1]]) and goes_to_skinny(grad, (), [h.shape[-1]]):
-        return skinny.both(grad, h, B, scale, dtype)
-    return None
 
 
 def bottleneck_grads_fake(
@@ -189,8 +176,7 @@ LORA_BOTTLENECK_GRADS = dialect.define(
         name="lora_bottleneck_grads",
         schema="(Tensor grad, Tensor h, Tensor B, Tensor scale, ScalarType dtype) -> (Tensor, Tensor)",
         body=bottleneck_grads_body, fake=bottleneck_grads_fake, cost=bottleneck_grads_cost,
-        sample=bottleneck_grads_sample, kernel=bottleneck_grads_kernel,
-        whole=lambda device, grad, h, *others: has_kernel(device, grad, h, torch.float32),
+        sample=bottleneck_grads_sample,
     )
 )  # fmt: skip
 LORA_LINEAR_INPUT_GRADS = dialect.define(

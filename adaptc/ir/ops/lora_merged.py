@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from adaptc.ir import dialect
-from adaptc.ir.derive import inline
 from adaptc.ir.dialect import Cost, DialectOp, nbytes
 from adaptc.ir.ops.lora import draw_tensor, scaled
 
@@ -88,7 +87,6 @@ LORA_MERGED_WEIGHT = dialect.define(
         fake=merged_fake,
         cost=merged_cost,
         sample=merged_sample,
-        lowering=inline("lora_merged_weight"),
         recomputed=True,
     )
 )
@@ -100,6 +98,5 @@ LORA_DENSE_GRADS = dialect.define(
         fake=dense_grads_fake,
         cost=dense_grads_cost,
         sample=dense_grads_sample,
-        lowering=inline("lora_dense_grads"),
     )
 )

@@ -13,18 +13,15 @@ have no gradients of their own. Factors are cast to the dtype of what they multi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
 
-from adaptc.codegen.cpp import pairs, products, skinny
 from adaptc.ir import dialect
 from adaptc.ir.dialect import Cost, DialectOp, nbytes
 from adaptc.ir.ops import dropout
 from adaptc.ir.ops.lora import draw_dtypes, draw_tensor, rows, scaled
-from adaptc.torch_internals import cpu_emulates, has_avx512_bf16, node_value, size_hint
 
 Tensors = Sequence[torch.Tensor]
 
@@ -47,16 +44,6 @@ def shrink_body(x: torch.Tensor, A: Tensors, scale: Tensors, seeds: Tensors, p: 
 
 def shrink_fake(x: torch.Tensor, A: Tensors, scale: Tensors, seeds: Tensors, p: Sequence[float]) -> list[torch.Tensor]:
     return [x.new_empty((*x.shape[:-1], a.shape[0])) for a in A]
-
-
-def shrink_kernel(
-    x: torch.Tensor, A: Tensors, scale: Tensors, seeds: Tensors, p: Sequence[float]
-) -> list[torch.Tensor] | None:
-    if _goes_in_pairs(x, seeds, (a.shape[0] for a in A)):
-        return pairs.shrink(x, A, scale)
-    if not goes_to_skinny(x, seeds, (a.shape[0] for a in A)):
-        return None
-    return skinny.shrink(x, A, scale, seeds, p)
 
 
 def expand_body(y: torch.Tensor, h: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
@@ -83,95 +70,18 @@ def factor_grads_fake(
     return [t.new_empty((t.shape[-1], right.shape[-1]), dtype=dtype) for t in left]
 
 
-def factor_grads_kernel(
-    left: Tensors, right: torch.Tensor, dtype: torch.dtype, seeds: Tensors, p: Sequence[float]
-) -> list[torch.Tensor] | None:
-    if _goes_in_pairs(right, seeds, (t.shape[-1] for t in left)):
-        return pairs.gradient(left, right, dtype)
-    if not goes_to_skinny(right, seeds, (t.shape[-1] for t in left)):
-        return None
-    return skinny.gradient(left, right, dtype, seeds, p)
-
-
 def input_grads_body(dx: torch.Tensor, q: Tensors, A: Tensors, seeds: Tensors, p: Sequence[float]) -> torch.Tensor:
     if not seeds:
-        return torch.addmm(rows(dx), *_joined(dx, q, A)).view(dx.shape)
+        return torch.addmm(rows(dx), *joined(dx, q, A)).view(dx.shape)
     for one, a, seed, rate in zip(q, A, seeds, p, strict=True):
         dx = dx + dropout.body((rows(one) @ a.to(dx.dtype)).view(dx.shape), seed, rate)
     return dx.contiguous()
 
 
-def input_grads_kernel(
-    dx: torch.Tensor, q: Tensors, A: Tensors, seeds: Tensors, p: Sequence[float]
-) -> torch.Tensor | None:
-    ranks = [a.shape[0] for a in A]
-    if not (goes_to_skinny(dx, seeds, ranks) or _goes_in_pairs(dx, seeds, ranks)):
-        return None
-    total = dx.detach().clone(memory_format=torch.contiguous_format)
-    add_input_grads(total, q, A, seeds, p)
-    return total
-
-
-def add_input_grads(dx: torch.Tensor, q: Tensors, A: Tensors, seeds: Tensors, p: Sequence[float]) -> None:
-    """The same in the memory of ``dx``, which is contiguous."""
-    ranks = [a.shape[0] for a in A]
-    if _goes_in_pairs(dx, seeds, ranks):
-        pairs.update(dx, q, A)
-    elif goes_to_skinny(dx, seeds, ranks):
-        skinny.update(dx, q, A, seeds, p)
-    elif seeds:
-        dx.copy_(input_grads_body(dx, q, A, seeds, p))
-    else:
-        rows(dx).addmm_(*_joined(dx, q, A))
-
-
-def _joined(dx: torch.Tensor, q: Tensors, A: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+def joined(dx: torch.Tensor, q: Tensors, A: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors of all sites as those of one product."""
     left, right = [rows(t) for t in q], [a.to(dx.dtype) for a in A]
     return (left[0], right[0]) if len(left) == 1 else (torch.cat(left, dim=1), torch.cat(right))
-
-
-def goes_to_skinny(x: torch.Tensor, seeds: Tensors, ranks: Iterable[int]) -> bool:
-    """Whether our own kernel is faster than the libraries: it drops as it reads, sums bf16 in fp32, and is made for few
-    ranks."""
-    known = bool(seeds) or cpu_emulates(x.dtype)
-    if x.dtype == torch.float32 and x.numel() >= products.FEWEST_ROWS * x.shape[-1]:
-        known = known or products.are_few(ranks)
-    return known and skinny.takes(x)
-
-
-def _goes_in_pairs(x: torch.Tensor, seeds: Tensors, ranks: Iterable[int]) -> bool:
-    return not seeds and pairs.takes(x, sum(ranks))
-
-
-def has_kernel(device: str, x: fx.Node, small: fx.Node, *also: torch.dtype, rank: int = -1) -> bool:
-    """Whether kernels multiply ``x`` by ``small``, whose dimension ``rank`` is one: those for pairs of bf16, or of the
-    dtypes ``also`` for as many rows as those are fast for."""
-    value, is_small = node_value(x), size_hint(node_value(small).shape[rank]) <= products.MOST_RANKS
-    many_rows = math.prod(size_hint(s) for s in value.shape[:-1]) >= products.FEWEST_ROWS
-    known = (value.dtype in also and many_rows) or (value.dtype == torch.bfloat16 and has_avx512_bf16())
-    return device == "cpu" and is_small and known
-
-
-def has_fp32_kernel(device: str, x: fx.Node, small: fx.Node, rank: int = -1) -> bool:
-    """The same of ``x`` in fp32 alone, for one site: in bf16 the libraries are as fast for its shrink."""
-    return node_value(x).dtype == torch.float32 and has_kernel(device, x, small, torch.float32, rank=rank)
-
-
-def _whole(lists: int, seeds: int, rank: int | None = None) -> Callable[..., bool]:
-    """On a CPU, what a kernel does, and several sites together: joining and cutting are kernels that take longer to
-    compile than to run. Not where products are better made in another dtype, which needs them in the graph. Of one site
-    alone in fp32, if its ``rank`` is a dimension of what is in the list."""
-
-    def whole(device: str, *args: Any) -> bool:
-        if device != "cpu":
-            return False
-        parts, x = args[lists], args[1 - lists]
-        if len(parts) > 1 or args[seeds]:
-            dtype = node_value(x).dtype
-            return dtype in skinny.DTYPES or not cpu_emulates(dtype)
-        return rank is not None and has_fp32_kernel(device, x, parts[0], rank)
-
-    return whole
 
 
 def input_grads_fake(dx: torch.Tensor, q: Tensors, A: Tensors, seeds: Tensors, p: Sequence[float]) -> torch.Tensor:
@@ -269,8 +179,7 @@ def input_grads_sample(draw: Any) -> tuple[Any, ...]:
 LORA_SHRINK = dialect.define(
     DialectOp(
         name="lora_shrink", schema="(Tensor x, Tensor[] A, Tensor[] scale, Tensor[] seeds, float[] p) -> Tensor[]",
-        body=shrink_body, fake=shrink_fake, cost=shrink_cost, sample=shrink_sample, kernel=shrink_kernel,
-        whole=_whole(1, seeds=3, rank=0),
+        body=shrink_body, fake=shrink_fake, cost=shrink_cost, sample=shrink_sample,
     )
 )  # fmt: skip
 LORA_EXPAND = dialect.define(
@@ -284,13 +193,11 @@ LORA_FACTOR_GRADS = dialect.define(
         name="lora_factor_grads",
         schema="(Tensor[] left, Tensor right, ScalarType dtype, Tensor[] seeds, float[] p) -> Tensor[]",
         body=factor_grads_body, fake=factor_grads_fake, cost=factor_grads_cost, sample=factor_grads_sample,
-        kernel=factor_grads_kernel, whole=_whole(0, seeds=3, rank=-1),
     )
 )  # fmt: skip
 LORA_INPUT_GRADS = dialect.define(
     DialectOp(
         name="lora_input_grads", schema="(Tensor dx, Tensor[] q, Tensor[] A, Tensor[] seeds, float[] p) -> Tensor",
         body=input_grads_body, fake=input_grads_fake, cost=input_grads_cost, sample=input_grads_sample,
-        kernel=input_grads_kernel, whole=_whole(1, seeds=3),
     )
 )  # fmt: skip

@@ -12,10 +12,7 @@ from typing import Any
 
 import torch
 
-from adaptc import torch_internals
-from adaptc.codegen.cpp import onednn
 from adaptc.ir import dialect
-from adaptc.ir.derive import inline
 from adaptc.ir.dialect import Cost, DialectOp, nbytes
 from adaptc.ir.ops.lora import draw_tensor
 
@@ -27,17 +24,6 @@ def body(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> to
 
 def fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
-
-
-def kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
-    given = [x, weight, *([] if bias is None else [bias])]
-    # Of a subclass the memory may be elsewhere, or nowhere.
-    plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in given)
-    if not plain or {t.dtype for t in given} != {torch.float32} or not x.numel() or not weight.numel():
-        return None
-    onednn.library()  # takes the calls after this one
-    bias = None if bias is None else bias.detach()
-    return torch_internals.onednn_linear(x.detach(), weight.detach(), bias)
 
 
 def cost(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Cost:
@@ -65,8 +51,5 @@ ONEDNN_LINEAR = dialect.define(
         fake=fake,
         cost=cost,
         sample=sample,
-        lowering=inline("onednn_linear"),
-        kernel=kernel,
-        whole=lambda device, *args: device == "cpu",
     )
 )

@@ -20,10 +20,11 @@ from torch import fx
 from adaptc.errors import VerifyError
 from adaptc.ir.edit import Result, Rewrite
 from adaptc.ir.names import model_tensor
+from adaptc.ir.types import describe, same_type
 from adaptc.passes.checks import cutout
 from adaptc.passes.checks.boundary import visit_rewrites
 from adaptc.passes.checks.claims import check_claims
-from adaptc.passes.checks.structure import describe, failure, same_type
+from adaptc.passes.checks.structure import failure
 from adaptc.torch_internals import node_value, real_tensors, tree_leaves
 
 if TYPE_CHECKING:

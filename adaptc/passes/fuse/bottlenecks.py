@@ -16,7 +16,7 @@ from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.products import without_views
 from adaptc.ir.sites import site_of
-from adaptc.passes.checks.structure import same_sizes
+from adaptc.ir.types import same_sizes
 from adaptc.passes.contract import Context
 from adaptc.torch_internals import node_value
 

@@ -18,7 +18,7 @@ from adaptc.ir.edit import Edit, Result
 from adaptc.ir.products import Product
 from adaptc.ir.sites import is_inserted, site_of
 from adaptc.ir.sums import is_sum
-from adaptc.passes.checks.structure import same_sizes
+from adaptc.ir.types import same_sizes
 from adaptc.passes.contract import Context
 from adaptc.passes.fuse.products import CHECKPOINT, Fused, origins_of, own_product
 from adaptc.torch_internals import node_value

@@ -21,7 +21,7 @@ from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.products import Product
 from adaptc.ir.sites import LORA_LINEAR, site_of
-from adaptc.passes.checks.structure import same_sizes
+from adaptc.ir.types import same_sizes
 from adaptc.passes.contract import Context
 from adaptc.passes.fuse.products import Fused, origins_of, own_product
 from adaptc.torch_internals import node_value

@@ -22,9 +22,9 @@ from typing import cast
 import torch
 from torch import fx
 
+from adaptc.codegen.ops.lora_split import is_made_alone
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
-from adaptc.ir.ops.lora_split import has_fp32_kernel
 from adaptc.ir.products import VIEWS
 from adaptc.ir.sites import site_of
 from adaptc.passes.contract import Context
@@ -70,7 +70,7 @@ def _has_kernel(product: fx.Node) -> bool:
     left, right, _ = cast(tuple[fx.Node, ...], product.args)
     bottleneck = dialect.get("lora_bottleneck_grad").overload
     is_second = any(user.target is bottleneck and user.args[0] is left for user in left.users)
-    return not is_second and has_fp32_kernel(node_value(right).device.type, right, left)
+    return not is_second and is_made_alone(node_value(right), node_value(left).shape[-1])
 
 
 def _groups(gm: fx.GraphModule) -> list[list[fx.Node]]:

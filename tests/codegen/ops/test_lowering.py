@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -13,8 +14,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import adaptc
-from adaptc.codegen.lowering import aten_lowering, can_split
-from adaptc.errors import UnsupportedError
+from adaptc.codegen.ops import registry
 from adaptc.ir import dialect
 from adaptc.ir.sites import dialect_nodes
 from adaptc.passes.contract import Context
@@ -48,7 +48,11 @@ def gemms(gm):
     return collections.Counter(n.target for n in gm.graph.nodes if n.target in targets)
 
 
-WHOLE = {name: dialect.get(name).whole for name in OPS}
+WHOLE = {name: registry.row(name).whole for name in OPS}
+
+
+def stays_if(patch, name, whole):
+    patch.setitem(registry.ROWS, name, dataclasses.replace(registry.row(name), whole=whole))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -56,7 +60,7 @@ def written_out():
     """Every op, also those that a CPU runs whole."""
     with pytest.MonkeyPatch.context() as patch:
         for name in OPS:
-            patch.setattr(dialect.get(name), "whole", lambda *args: False)
+            stays_if(patch, name, lambda *args: False)
         yield
 
 
@@ -66,7 +70,7 @@ def test_lowering_computes_the_body(name, data):
     op = dialect.get(name)
     args = op.sample(data.draw)
     gm, tensors = graph_of(name, args)
-    assert len(lower(gm, Context()).applied) == 1 + can_split(name)
+    assert len(lower(gm, Context()).applied) == 1 + (registry.row(name).split is not None)
     assert dialect_nodes(gm) == []
     formula = formulas.FORMULAS[name]
     cases = zip(
@@ -228,20 +232,9 @@ def test_products_of_several_sites_and_with_dropout_are_one_node_on_a_cpu(name, 
         "lora_input_grads": [x, [y[..., :3]] * sites, [A] * sites, *seeds],
     }[name]
     gm, _ = graph_of(name, args)
-    monkeypatch.setattr(dialect.get(name), "whole", WHOLE[name])
+    stays_if(monkeypatch, name, WHOLE[name])
     assert len(lower(gm, Context()).applied) == (0 if drops or sites > 1 else 1)
-    assert not WHOLE[name]("cuda", *args)
-
-
-def test_an_op_without_a_lowering_is_named():
-    message = "dialect op conv_adapter has no ATen lowering\n  found  lora_bottleneck_grad"
-    with pytest.raises(UnsupportedError, match=message):
-        aten_lowering("conv_adapter")
-
-
-def test_every_op_has_a_lowering():
-    for name in OPS:
-        assert callable(aten_lowering(name))
+    assert not WHOLE[name](torch.device("cuda"), *args)
 
 
 class Site(nn.Module):
