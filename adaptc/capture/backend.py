@@ -20,7 +20,6 @@ from adaptc.capture.graphs import CapturedGraph
 from adaptc.capture.recompute import mark
 from adaptc.codegen import choices
 from adaptc.codegen.cpp import build
-from adaptc.codegen.in_place import accumulate_in_place
 from adaptc.errors import UnsupportedError, VerifyError
 from adaptc.ir.edit import copy_graph_module
 from adaptc.ir.ops.grouped import give_fallback_a_gradient
@@ -235,9 +234,7 @@ class JointStage:
         self.pipeline, self.options, self.graph = pipeline, options, graph
 
     def __call__(self, graph: fx.Graph) -> None:
-        gm = graph.owning_module
-        if gm is None:
-            raise VerifyError("a joint graph without its module cannot be rewritten")
+        gm = _owner(graph)
         torch_internals.name_joint_inputs(gm, self.graph.input_sources)
         torch_internals.mark_backward(gm)
         start = self.graph.keep_stage("joint", gm)
@@ -283,10 +280,17 @@ class LastStage:
 
     def __call__(self, graph: fx.Graph) -> None:
         torch_internals.order_reads_after_writes()
-        self.joint.graph.in_place += accumulate_in_place(graph)
+        _, reports = self.joint.pipeline.run(_owner(graph), "final", Context())
+        self.joint.graph.in_place += sum(len(report.result.applied) for report in reports)
 
     def uuid(self) -> str | None:
         return self.joint.uuid()
+
+
+def _owner(graph: fx.Graph) -> fx.GraphModule:
+    if graph.owning_module is None:
+        raise VerifyError("a graph without its module cannot be rewritten")
+    return graph.owning_module
 
 
 def compile_aot_eager(

@@ -11,7 +11,7 @@ from torch import fx
 from adaptc.codegen.choices import Choice
 from adaptc.ir.edit import Result, nested
 
-Level = Literal["dynamo", "joint"]
+Level = Literal["dynamo", "joint", "final"]
 Numerics = Literal["exact", "reassociates", "approximate"]
 
 
@@ -20,7 +20,8 @@ class Contract:
     """Conditions of a pass, in capability names (``inserted``, ``canonical``, ``aten``).
 
     ``level``: "dynamo" works on the captured graph (torch functions, may mutate), "joint" on the functional
-    forward+backward graph. ``numerics``: what the rewrite may change.
+    forward+backward graph, "final" on the forward's and the backward's as the compiler lowers them (may mutate; not
+    validated). ``numerics``: what the rewrite may change.
     """
 
     level: Level

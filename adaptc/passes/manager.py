@@ -44,7 +44,10 @@ _TABLE = {
     "lower": "adaptc.passes.lower:lower",
     "widen": "adaptc.passes.widen:widen",
     "library": "adaptc.passes.library:library",
+    "accumulate": "adaptc.passes.accumulate:accumulate",
 }
+#: What the passes of each level work on, in the order of the levels.
+_LEVELS: dict[Level, str] = {"dynamo": "captured graphs", "joint": "joint graphs", "final": "final graphs"}
 
 
 def get(name: str) -> Pass:
@@ -138,10 +141,12 @@ class Pipeline:
         order: Sequence[str] | None = None,
         limit: int | Mapping[str, int] | None = None,
     ) -> Pipeline:
-        """The default passes, or ``order``, without ``skip``; ``limit`` for all or by pass name."""
+        """The default passes, or ``order`` and what ends every order, without ``skip``; ``limit`` for all or by pass
+        name."""
         for name in skip:
             get(name)
-        names = [n for n in (order or default_order()) if n not in skip]
+        wanted = default_order() if not order else order if "accumulate" in order else [*order, "accumulate"]
+        names = [n for n in wanted if n not in skip]
         limits = {"*": limit} if isinstance(limit, int) else dict(limit or {})
         return cls([get(n) for n in names], {k: v for k, v in limits.items() if k not in skip})
 
@@ -234,7 +239,9 @@ class Pipeline:
 
 
 def _cost_of(gm: fx.GraphModule, kept: fx.GraphModule | None, level: Level) -> Callable[[], Cost]:
-    """The cost of ``gm`` as it is now: when asked for, if a copy of it is kept."""
+    """The cost of ``gm`` as it is now: when asked for, if a copy of it is kept. Nobody asks of a final graph."""
+    if level == "final":
+        return Cost
     if kept is not None:
         return functools.cache(functools.partial(level_cost, kept, level))
     now = level_cost(gm, level)
@@ -276,15 +283,15 @@ def _limit(number: str, text: str) -> int:
 def _check_contracts(passes: Sequence[Pass]) -> None:
     have: set[str] = set()
     ran: list[str] = []
-    joint = False
+    level: Level = "dynamo"
     for one in passes:
         contract = one.contract
         before = f"before it: {', '.join(ran) or 'nothing'}"
         if one.name in ran:
             raise PipelineError(f"pass {one.name} is in the pipeline twice", found=before)
-        if joint and contract.level == "dynamo":
+        if list(_LEVELS).index(contract.level) < list(_LEVELS).index(level):
             raise PipelineError(
-                f"pass {one.name} works on captured graphs and cannot follow a pass on joint graphs",
+                f"pass {one.name} works on {_LEVELS[contract.level]} and cannot follow a pass on {_LEVELS[level]}",
                 found=before,
             )
         if missing := contract.requires - have:
@@ -298,7 +305,7 @@ def _check_contracts(passes: Sequence[Pass]) -> None:
                 f"pass {one.name} cannot run on a graph that is {', '.join(sorted(clash))}", found=before
             )
         have |= contract.provides
-        joint = contract.level == "joint"
+        level = contract.level
         ran.append(one.name)
 
 

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 import adaptc
-from adaptc.codegen import in_place
+from adaptc.passes.accumulate import memory
 from tests.methods.in_fp64 import randomise
 from tests.models import hosts
 from tests.reference import (
@@ -173,7 +173,7 @@ def test_deep_models_whole_and_by_block(device, regional):
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_sums_in_place(device, mode, monkeypatch):
     """At any size, as otherwise where the copy of a product takes longer than a call."""
-    monkeypatch.setattr(in_place, "_WORTH_A_CALL", 0)
+    monkeypatch.setattr(memory, "_WORTH_A_CALL", 0)
     base, batch = hosts.short("llama", train=True), hosts.batch("llama")
     with fresh_cache():  # the constant is in no key
         model = adaptc.compile(copy.deepcopy(base).to(device), lora(), mode=mode)

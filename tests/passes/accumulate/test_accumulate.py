@@ -13,8 +13,10 @@ from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import adaptc
-from adaptc.codegen.in_place import ADD_PRODUCT, ADD_PRODUCTS, OUTPUT_GRADS, RESCALE_GRAD, accumulate_in_place
+from adaptc.codegen.ops.in_place import ADD_PRODUCT, ADD_PRODUCTS, OUTPUT_GRADS, RESCALE_GRAD
 from adaptc.ir import dialect
+from adaptc.passes.contract import Context
+from adaptc.passes.manager import Pipeline, get
 
 aten = torch.ops.aten
 convert = torch.ops.prims.convert_element_type
@@ -23,6 +25,12 @@ convert = torch.ops.prims.convert_element_type
 def operands():
     torch.manual_seed(0)
     return torch.randn(4, 6), torch.randn(6, 5), torch.randn(4, 2), torch.randn(2, 5)
+
+
+def accumulate_in_place(graph):
+    """Run the pass through the manager, which checks what it leaves."""
+    _, (report,) = Pipeline([get("accumulate")]).run(graph.owning_module, "final", Context())
+    return len(report.result.applied)
 
 
 def rewritten(function, *inputs):
