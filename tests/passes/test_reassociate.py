@@ -15,14 +15,15 @@ from transformers.pytorch_utils import Conv1D
 
 import adaptc
 from adaptc.codegen import choices, roofline
+from adaptc.codegen import orders as orders_module
 from adaptc.codegen.choices import Choice
 from adaptc.codegen.cost import shares
+from adaptc.codegen.orders import ORDERS, Layer
 from adaptc.codegen.roofline import Rates
 from adaptc.ir import dialect
 from adaptc.ir.ops.lora import draw_tensor
 from adaptc.ir.sites import lora_nodes
 from adaptc.passes import reassociate as pass_module
-from adaptc.passes.reassociate import plans
 from adaptc.passes.reassociate.site import Site, read
 from adaptc.passes.reassociate.write import write
 from tests.models import hosts
@@ -32,7 +33,7 @@ from tests.reference import check_against_reference
 
 #: "dense" reads and writes what "merge" does, and more: both by default where they are told apart.
 MERGE = ["merge", pytest.param("dense", marks=pytest.mark.slow)]
-OTHERS = [plan for plan in plans.PLANS if plan != "split"]
+OTHERS = [plan for plan in ORDERS if plan != "split"]
 RATES = Rates(operations=1e11, bandwidth=1e10, overhead=1e-6)
 
 
@@ -43,7 +44,7 @@ def chosen(monkeypatch):
     def choose(plan):
         ways = {"split": 1.0, plan: 0.5}
         monkeypatch.setattr(pass_module, "_choose", lambda site: Choice("LoRA", ways, ways, {"split": 10**6, plan: 10}))
-        monkeypatch.setattr(pass_module, "WORTH", 1)
+        monkeypatch.setattr(orders_module, "WORTH", 1)
 
     return choose
 
@@ -59,10 +60,12 @@ def timed(monkeypatch):
             return seconds
 
         monkeypatch.setattr(choices, "measure", measure)
-        monkeypatch.setattr(pass_module, "rates", lambda device, dtype: RATES)
-        monkeypatch.setattr(pass_module, "WORTH", worth)
+        monkeypatch.setattr(orders_module, "rates", lambda device, dtype: RATES)
+        monkeypatch.setattr(orders_module, "WORTH", worth)
         if predicted is not None:
-            monkeypatch.setattr(pass_module, "_predicted", lambda rate, names, *rest: {n: predicted[n] for n in names})
+            monkeypatch.setattr(
+                orders_module, "_predicted", lambda rate, layer, dtype: {n: predicted[n] for n in layer.names}
+            )
         return asked
 
     return set_times
@@ -165,7 +168,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_where_it_is_not_legal(name, chosen, monkeypatch):
     chosen("merge")
-    monkeypatch.setattr(pass_module, "_could_gain", lambda node: True)
+    monkeypatch.setattr(orders_module, "could_gain", lambda layer: True)
     options, reason = REFUSED[name]
     _, model = adapted(**options)
     trained_graph(model, dtype=options.get("dtype", torch.float32))
@@ -183,7 +186,7 @@ class Computed(nn.Linear):
 
 def test_a_weight_that_is_computed_is_not_merged_with(chosen, monkeypatch):
     chosen("merge")
-    monkeypatch.setattr(pass_module, "_could_gain", lambda node: True)
+    monkeypatch.setattr(orders_module, "could_gain", lambda layer: True)
     model = adaptc.compile(nn.Sequential(Computed(6, 5)), method(targets="all-linear"), backend="aot_eager")
     model(torch.randn(4, 6)).sum().backward()
     assert applied(model).applied == []
@@ -209,7 +212,7 @@ def test_a_step_of_any_number_of_rows(plan, chosen):
 
 def test_without_gradients_a_number_of_rows_that_changes_stays_split(chosen, monkeypatch):
     chosen("merge")
-    monkeypatch.setattr(pass_module, "_could_gain", lambda node: True)
+    monkeypatch.setattr(orders_module, "could_gain", lambda layer: True)
     model = adaptc.compile(Model(), method(), backend="aot_eager", dynamic=True)
     with torch.no_grad():
         model(torch.randn(2, 7, 6))
@@ -227,7 +230,7 @@ def test_what_would_gain_nothing_has_no_reason(timed):
 
 def test_a_scale_at_the_output_stays(chosen, monkeypatch):
     chosen("merge")
-    monkeypatch.setattr(pass_module, "_could_gain", lambda node: True)
+    monkeypatch.setattr(orders_module, "could_gain", lambda layer: True)
     _, model = adapted(passes={"skip": ["canonicalise"]})
     trained_graph(model)
     assert {why for _, why in applied(model).refused} == {"its scale is not at the bottleneck"}
@@ -235,7 +238,7 @@ def test_a_scale_at_the_output_stays(chosen, monkeypatch):
 
 def test_a_factor_that_is_frozen_stays(chosen, monkeypatch):
     chosen("merge")
-    monkeypatch.setattr(pass_module, "_could_gain", lambda node: True)
+    monkeypatch.setattr(orders_module, "could_gain", lambda layer: True)
     _, model = adapted()
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
@@ -289,7 +292,7 @@ def test_an_output_that_others_read_stays(viewed):
 def test_products_of_fewer_digits_than_fp32(chosen, monkeypatch):
     """The correction is below the last digit that TF32 keeps of a weight."""
     chosen("merge")
-    monkeypatch.setattr(pass_module, "_could_gain", lambda node: True)
+    monkeypatch.setattr(orders_module, "could_gain", lambda layer: True)
     _, model = adapted()
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
@@ -463,7 +466,7 @@ def test_what_is_predicted_to_be_slow_is_not_timed(timed):
 
 @pytest.mark.parametrize("library", [False, True], ids=["", "another library"])
 def test_what_could_be_the_fastest_is_timed_and_chosen(library, timed, monkeypatch):
-    monkeypatch.setattr(pass_module, "may_call_onednn", lambda: library)
+    monkeypatch.setattr(orders_module, "may_call_onednn", lambda: library)
     other = ", split by oneDNN" if library else ""
     asked = timed({"split": 1.0, "dense": 0.8}, {"split": 0.010, "merge": 0.0095, "dense": 0.009})
     _, model = adapted()
@@ -477,7 +480,7 @@ def test_what_could_be_the_fastest_is_timed_and_chosen(library, timed, monkeypat
 
 
 def test_the_usual_order_is_as_fast_as_the_faster_library(timed, monkeypatch):
-    monkeypatch.setattr(pass_module, "may_call_onednn", lambda: True)
+    monkeypatch.setattr(orders_module, "may_call_onednn", lambda: True)
     timed({"split": 1.0, "dense": 0.8, "split by oneDNN": 0.7}, {"split": 0.010, "merge": 0.0095, "dense": 0.009})
     _, model = adapted()
     graph = trained_graph(model)
@@ -499,19 +502,19 @@ def test_in_doubt_it_stays_split(seconds, predicted, timed):
 
 
 def test_small_layers_are_not_asked_for(timed, monkeypatch):
-    asked = timed({"split": 1.0, "merge": 0.1}, worth=pass_module.WORTH)
-    monkeypatch.setattr(pass_module, "rates", lambda *args: pytest.fail("nothing is worth it"))
+    asked = timed({"split": 1.0, "merge": 0.1}, worth=orders_module.WORTH)
+    monkeypatch.setattr(orders_module, "rates", lambda *args: pytest.fail("nothing is worth it"))
     _, model = adapted()
     assert trained_graph(model).choices == [] and asked == []
 
 
 @pytest.mark.parametrize("forward_only", [False, True])
-@pytest.mark.parametrize("plan", pass_module._RUN)
+@pytest.mark.parametrize("plan", orders_module._RUN)
 def test_what_is_timed_is_the_order(plan, forward_only, monkeypatch):
     """The products of each order, in fp64, by what they write: all results of a step."""
     torch.manual_seed(0)
     x, g, W, A, B = (torch.randn(s, dtype=torch.float64) for s in ((9, 5), (9, 7), (7, 5), (2, 5), (7, 2)))
-    monkeypatch.setattr(pass_module, "onednn_linear", lambda x, W, bias: torch.nn.functional.linear(x, W, bias))
+    monkeypatch.setattr(orders_module, "onednn_linear", lambda x, W, bias: torch.nn.functional.linear(x, W, bias))
     seen = []
 
     class Record(torch.utils._python_dispatch.TorchDispatchMode):
@@ -521,8 +524,8 @@ def test_what_is_timed_is_the_order(plan, forward_only, monkeypatch):
             return out
 
     with Record():
-        pass_module._RUN[plan](x, None if forward_only else g, W, A, B, True)
-    name = {"split": "b1", "merge": "b5", "dense": "b4", pass_module.ONEDNN: "b1"}[plan]
+        orders_module._RUN[plan](x, None if forward_only else g, W, A, B, True)
+    name = {"split": "b1", "merge": "b5", "dense": "b4", orders_module.ONEDNN: "b1"}[plan]
     for want in orders(x, g, W, A, B, 1.0)[name][: 1 if forward_only else 4]:
         assert any(out.shape == want.shape and torch.allclose(out, want) for out in seen)
 
@@ -531,13 +534,16 @@ def test_what_is_timed_is_the_order(plan, forward_only, monkeypatch):
 def test_the_roofline_ranks_as_the_tables_do(rows, rank, best):
     """RunLoRA's break-even: merging beats the chain for many rows whatever the rank, a dense gradient at high ranks."""
     rate = Rates(operations=1e11, bandwidth=1e14, overhead=0.0)
-    shapes = ((rows, 1024), (rows, 1024), (1024, 1024), (rank, 1024), (1024, rank))
-    found = pass_module._predicted(rate, tuple(plans.PLANS), shapes, torch.float32, True)
-    counts = {plan: plans.multiplications(plan, rows, 1024, 1024, rank) for plan in plans.PLANS}
+    layer, k = Layer(rows, 1024, 1024, rank, trained=True, input_grad=True), 1024
+    found = orders_module._predicted(rate, layer, torch.float32)
+    frozen, small, merged = rows * k * k, 2 * rows * k * rank, k * k * rank
+    counts = {"split": 3 * small, "merge": 2 * (small + merged), "dense": frozen + 4 * merged}
     assert min(found, key=found.get) == min(counts, key=counts.get) == best
-    frozen = 2 * rows * 1024 * 1024
+    assert orders_module.could_gain(layer) == (best != "split")
     for plan, seconds in found.items():  # additions are not multiplications: a few in a thousand
-        assert seconds == pytest.approx(2 * (frozen + counts[plan]) / 1e11, rel=0.01)
+        operations = orders_module.operations(plan, layer)
+        assert operations == pytest.approx(2 * (2 * frozen + counts[plan]), rel=0.01)
+        assert seconds == pytest.approx(operations / 1e11)
 
 
 def test_the_rates_of_this_host(tmp_path, monkeypatch):
@@ -556,7 +562,7 @@ def test_the_rates_of_this_host(tmp_path, monkeypatch):
 
 
 def test_deterministic_runs_do_not_depend_on_timing(monkeypatch):
-    monkeypatch.setattr(pass_module, "WORTH", 1)
+    monkeypatch.setattr(orders_module, "WORTH", 1)
     torch.use_deterministic_algorithms(True)
     try:
         _, model = adapted()

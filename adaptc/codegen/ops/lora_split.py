@@ -141,6 +141,12 @@ def is_made_alone(x: torch.Tensor, ranks: int) -> bool:
     return on_cpu(x.device) and x.dtype == torch.float32 and table.stays(x, ranks)
 
 
+def is_made_again(x: torch.Tensor, *, drops: bool) -> bool:
+    """Whether making ``x`` again in the backward, where a loop makes it, is as fast as keeping it. Without dropout that
+    was measured on CPUs alone."""
+    return drops or on_cpu(x.device)
+
+
 def _are_whole(
     device: torch.device, x: torch.Tensor, parts: Tensors, seeds: Tensors, ranks: int | None = None
 ) -> bool:

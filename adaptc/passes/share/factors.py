@@ -9,7 +9,7 @@ after:   %dA = lora_factor_grads([%q], %x, f32, [%seed], [p])
 Where %x is made by a loop over elements it is marked to be made again in the backward, as the dropped input was: what
 the loop reads, such as the input of a norm, is mostly kept for other reasons. A sum of two tensors is not, and neither
 is a value that the base model's backward reads too, nor one in a graph that writes to its inputs, of which the backward
-would see the new values. Without dropout on a CPU alone, where it was measured.
+would see the new values.
 
 One gradient without dropout becomes such a node where a kernel makes it. Reassociates nothing. The new node stands
 where the last of the old ones did; a gradient that something reads before that keeps its own product.
@@ -22,7 +22,7 @@ from typing import cast
 import torch
 from torch import fx
 
-from adaptc.codegen.ops.lora_split import is_made_alone
+from adaptc.codegen.ops.lora_split import is_made_again, is_made_alone
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.products import VIEWS
@@ -48,8 +48,8 @@ def share_factors(gm: fx.GraphModule, context: Context, result: Result) -> None:
         values = [cast(Dropped, dropped(node.args[1])) for node in late]
         seeds = seeds_of(values)
         x = values[0].source
-        measured = bool(seeds[0]) or node_value(x).device.type == "cpu"
-        if may_read_again and measured and _is_cheap(x) and not _is_read_by_others(x):
+        again = may_read_again and is_made_again(node_value(x), drops=bool(seeds[0]))
+        if again and _is_cheap(x) and not _is_read_by_others(x):
             mark_recomputed(x)
         alone_too = bool(seeds[0]) or _has_kernel(late[0])
         if len(late) < (1 if alone_too else 2) or products[-1] not in late:

@@ -15,7 +15,7 @@ from adaptc.ir import dialect
 from adaptc.ir.ops.dropout import keep_mask
 from adaptc.passes.contract import Context
 from adaptc.passes.lower import lower
-from tests.codegen.test_lowering import graph_of
+from tests.codegen.ops.test_lowering import graph_of
 from tests.ir.formulas import WORD, kept
 
 
