@@ -1,4 +1,4 @@
-"""What the norms of DoRA become: one pass over the weight on a CPU; products in bf16 where their sums are in fp32."""
+"""What DoRA's ops become: kernels of a CPU; and norms of products in bf16 where those are summed in fp32."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.codegen.cpp import skinny
+from adaptc.codegen.cpp import pairs, rescale, skinny, takes
+from adaptc.codegen.ops import emit
 from adaptc.codegen.ops.inline import inline
-from adaptc.codegen.ops.row import Kernel, Row, chosen
+from adaptc.codegen.ops.row import Kernel, Row, chosen, on_cpu
+from adaptc.ir import dialect
 from adaptc.ir.dialect import Cost
 from adaptc.ir.edit import Edit
 from adaptc.ir.ops.dora import norm_dtype, row_norm_body, row_norm_cost
+from adaptc.ir.ops.dora_grads import grads_body
+from adaptc.ir.ops.dora_rescale import grad_body as rescale_grad_body
 from adaptc.torch_internals import node_value, sums_bf16_in_fp32
+
+aten = torch.ops.aten
 
 #: Of eight significant bits each: as many as an fp32 has. A bf16 is the upper half of one.
 PARTS, _UPPER_HALF = 3, -(1 << 16)
@@ -87,11 +93,95 @@ def _lower_row_norm(edit: Edit, *args: Any) -> tuple[fx.Node, ...]:
     return inline("dora_row_norm", None if found is None else found.run)(edit, *args)
 
 
+def _takes_expand(
+    y: torch.Tensor, base: torch.Tensor | None, bias: torch.Tensor | None, h: torch.Tensor, B: torch.Tensor,
+    *others: Any,
+) -> bool:  # fmt: skip
+    return all(takes.takes(pairs.NAME, z, B.shape[1]) for z in (y, base) if z is not None)
+
+
+def _takes_grads(
+    grad: torch.Tensor, z: torch.Tensor, bias: torch.Tensor | None, h: torch.Tensor, B: torch.Tensor, *others: Any
+) -> bool:
+    return all(takes.takes(pairs.NAME, t, B.shape[1]) for t in (grad, z))
+
+
+def _output_grads(*args: Any) -> tuple[torch.Tensor, ...]:
+    dz = torch.empty_like(args[0], memory_format=torch.contiguous_format)
+    q, dB, dm = pairs.dora_output_grads(*(*args, dz))
+    return q, dB, dz, dm
+
+
+def _output_grads_in_place(grad: torch.Tensor, z: torch.Tensor, *others: Any) -> tuple[torch.Tensor, ...]:
+    grad = grad.view(z.shape)
+    return pairs.dora_output_grads(*(grad, z, *others, grad))
+
+
+def output_grads_in_place(grad: torch.Tensor, z: torch.Tensor, *others: Any) -> tuple[torch.Tensor, ...]:
+    """The op with dz in the memory of ``grad``, which is contiguous, in any shape; returns the others."""
+    grad = grad.view(z.shape)
+    q, dB, dz, dm = grads_body(grad, z, *others)
+    grad.copy_(dz)
+    return q, dB, dm
+
+
+def _takes_rescale(grad: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, *others: Any) -> bool:
+    return takes.are_plain(grad, y, bias) and grad.numel() > 0
+
+
+def _rescale_grad(
+    grad: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, magnitude: torch.Tensor, norm: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    dy, total = rescale.gradient(grad, y, bias, magnitude / norm, out)
+    return dy, (total / norm).to(magnitude.dtype)
+
+
+def _rescale_grad_in_place(grad: torch.Tensor, y: torch.Tensor, *others: Any) -> torch.Tensor:
+    grad = grad.view(y.shape)
+    return _rescale_grad(*(grad, y, *others, grad))[1]
+
+
+def rescale_grad_in_place(grad: torch.Tensor, y: torch.Tensor, *others: Any) -> torch.Tensor:
+    """The op with dy in the memory of ``grad``, which is contiguous, in any shape; returns dmagnitude."""
+    grad = grad.view(y.shape)
+    dy, dm = rescale_grad_body(grad, y, *others)
+    grad.copy_(dy)
+    return dm
+
+
+def _lower_rescale(
+    edit: Edit, y: fx.Node, bias: fx.Node | None, magnitude: fx.Node, norm: fx.Node
+) -> tuple[fx.Node, ...]:
+    """The body with its quotient as ``dora_factor``."""
+    value = node_value(y)
+    c = edit.call(dialect.get("dora_factor").overload if on_cpu(value.device) else aten.div.Tensor, magnitude, norm)
+    scaled = edit.call(aten.mul.Tensor, y, emit.cast(edit, c, value.dtype))
+    if bias is not None:
+        rest = edit.call(aten.mul.Tensor, edit.call(aten.add.Tensor, edit.call(aten.neg.default, c), 1), bias)
+        scaled = edit.call(aten.add.Tensor, scaled, emit.cast(edit, rest, value.dtype))
+    return (scaled if node_value(scaled).is_contiguous() else emit.contiguous(edit, scaled),)
+
+
+#: Kernels that leave the gradient of z, or of y, in the memory of the one that is given.
+OUTPUT_GRADS = (Kernel(_output_grads_in_place, _takes_grads, pairs.is_there),)
+RESCALE_GRAD = (Kernel(_rescale_grad_in_place, _takes_rescale, rescale.is_there),)
 ROWS = {
     "dora_row_norm": Row(
         _lower_row_norm, (Kernel(_one_pass, _takes_one_pass, skinny.is_there), IN_BF16),
         whole=lambda device, weight, A, B, scale, transposed: (
-            device.type == "cpu" and _is_read_by_rows(weight, A, transposed)
+            on_cpu(device) and _is_read_by_rows(weight, A, transposed)
         ),
     ),
+    "dora_expand": Row(
+        kernels=(Kernel(pairs.dora_expand, _takes_expand, pairs.is_there),),
+        whole=lambda device, y, base, bias, h, B, *others: on_cpu(device) and takes.stays(y, B.shape[1], pairs.NAME),
+    ),
+    "dora_output_grads": Row(
+        kernels=(Kernel(_output_grads, _takes_grads, pairs.is_there),),
+        whole=lambda device, grad, z, bias, h, B, *others: on_cpu(device) and takes.stays(grad, B.shape[1], pairs.NAME),
+    ),
+    "dora_factor": Row(whole=on_cpu),
+    "dora_rescale": Row(_lower_rescale),
+    "dora_rescale_grad": Row(kernels=(Kernel(_rescale_grad, _takes_rescale, rescale.is_there),), whole=on_cpu),
 }  # fmt: skip

@@ -11,10 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from adaptc.codegen.ops.dora_grads import IN_PLACE as GRADS
-from adaptc.codegen.ops.dora_grads import grads_in_place
-from adaptc.codegen.ops.dora_rescale import IN_PLACE as RESCALE
-from adaptc.codegen.ops.dora_rescale import grad_in_place
+from adaptc.codegen.ops import dora
 from adaptc.codegen.ops.lora_split import UPDATES, add_input_grads
 from adaptc.codegen.ops.row import Kernel, chosen
 from adaptc.ir import dialect
@@ -56,13 +53,14 @@ ADD_PRODUCTS = _define(
     "add_products_", "Tensor[] left, Tensor[] right, Tensor[] seeds, float[] p", UPDATES, add_input_grads
 )
 RESCALE_GRAD = _define(
-    "rescale_grad_", "Tensor y, Tensor? bias, Tensor magnitude, Tensor norm", RESCALE, grad_in_place, "Tensor",
+    "rescale_grad_", "Tensor y, Tensor? bias, Tensor magnitude, Tensor norm", dora.RESCALE_GRAD,
+    dora.rescale_grad_in_place, "Tensor",
     lambda total, y, bias, magnitude, norm: magnitude.new_empty(magnitude.shape),
 )  # fmt: skip
 OUTPUT_GRADS = _define(
     "dora_output_grads_",
     "Tensor z, Tensor? bias, Tensor h, Tensor B, Tensor magnitude, Tensor norm, Tensor scale, bool of_base",
-    GRADS, grads_in_place, "(Tensor, Tensor, Tensor)",
+    dora.OUTPUT_GRADS, dora.output_grads_in_place, "(Tensor, Tensor, Tensor)",
     lambda total, z, bias, h, B, magnitude, *others: (
         z.new_empty((*z.shape[:-1], B.shape[1])), B.new_empty(B.shape), magnitude.new_empty(magnitude.shape)
     ),
