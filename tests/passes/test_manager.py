@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 
 import pytest
@@ -316,25 +315,9 @@ def test_the_key_changes_with_a_library_that_is_switched_off():
         assert Pipeline.from_options().uuid() != before
 
 
-ROW_PARTS = [(name, part) for name, row in registry.ROWS.items() for part in ("lowering", "whole", "split")
-             if getattr(row, part) is not None]  # fmt: skip
-
-
-@pytest.mark.parametrize("name, part", ROW_PARTS)
-def test_the_key_changes_with_every_part_of_a_row(monkeypatch, name, part):
-    before, row = Pipeline.from_options().uuid(), registry.row(name)
-    changed = dataclasses.replace(row, **{part: edited(getattr(row, part))})
-    monkeypatch.setitem(registry.ROWS, name, changed)
-    assert Pipeline.from_options().uuid() != before
-
-
-@pytest.mark.parametrize("part", ["run", "takes", "platform", "cost"])
-@pytest.mark.parametrize("name", [name for name, row in registry.ROWS.items() if row.kernels])
-def test_the_key_changes_with_every_part_of_a_kernel(monkeypatch, name, part):
-    before, row = Pipeline.from_options().uuid(), registry.row(name)
-    *others, last = row.kernels
-    changed = dataclasses.replace(last, **{part: edited(getattr(last, part) or dialect.get(name).cost)})
-    monkeypatch.setitem(registry.ROWS, name, dataclasses.replace(row, kernels=(*others, changed)))
+def test_the_key_changes_with_the_rows_of_ops(monkeypatch):
+    before = Pipeline.from_options().uuid()
+    monkeypatch.setattr(registry, "fingerprint", lambda: "another")
     assert Pipeline.from_options().uuid() != before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -102,3 +103,34 @@ def test_a_rule_is_the_same_condition_in_cpp():
     for rule, line in zip(takes.RULES, takes.IN_CPP.splitlines(), strict=True):
         assert f"{rule.library}.load()" in line and ("!drops" in line) != rule.drops
         assert ("MOST_RANKS" in line, "FEWEST_ROWS" in line, "EMULATES" in line) == (rule.few, rule.many, rule.emulated)
+
+
+def edited(function):
+    """Another function that does the same."""
+
+    def changed(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return changed
+
+
+ROW_PARTS = [(name, part) for name, row in registry.ROWS.items() for part in ("lowering", "whole", "split")
+             if getattr(row, part) is not None]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, part", ROW_PARTS)
+def test_the_fingerprint_changes_with_every_part_of_a_row(monkeypatch, name, part):
+    before, row = registry.fingerprint(), registry.row(name)
+    changed = dataclasses.replace(row, **{part: edited(getattr(row, part))})
+    monkeypatch.setitem(registry.ROWS, name, changed)
+    assert registry.fingerprint() != before
+
+
+@pytest.mark.parametrize("part", ["run", "takes", "platform", "cost"])
+@pytest.mark.parametrize("name", [name for name, row in registry.ROWS.items() if row.kernels])
+def test_the_fingerprint_changes_with_every_part_of_a_kernel(monkeypatch, name, part):
+    before, row = registry.fingerprint(), registry.row(name)
+    *others, last = row.kernels
+    changed = dataclasses.replace(last, **{part: edited(getattr(last, part) or dialect.get(name).cost)})
+    monkeypatch.setitem(registry.ROWS, name, dataclasses.replace(row, kernels=(*others, changed)))
+    assert registry.fingerprint() != before
