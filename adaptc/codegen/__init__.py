@@ -1,1 +1,6 @@
-"""From captured graphs to code: capture backend, lowering, costs."""
+"""What the dialect becomes on this machine: kernels, lowerings, costs, and choices by speed.
+
+Whatever is imported of it has the ops run by their kernels.
+"""
+
+from adaptc.codegen.ops import registry as registry
