@@ -58,16 +58,10 @@ def _bottleneck_grads(
     return (*bottleneck_grad(edit, grad, B, scale), *factor_grad(edit, grad, h, dtype))
 
 
-def _of_bottleneck_grads(
-    grad: torch.Tensor, h: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, int, bool]:
-    return grad, h.shape[-1], False
-
-
 ROWS = {
     "lora_linear_expand": Row(split=_split_linear_expand),
     "lora_bottleneck_grads": Row(
-        _bottleneck_grads, product_kernels("both", _of_bottleneck_grads, MOST_RANKS),
+        _bottleneck_grads, product_kernels("both", lambda grad, h, *others: (grad, h.shape[-1], False), MOST_RANKS),
         whole=lambda device, grad, h, *others: on_cpu(device) and stays(grad, h.shape[-1]),
     ),
     "lora_linear_input_grads": Row(split=_split_linear_input_grads),

@@ -99,24 +99,12 @@ def product_kernels(run: str, operands: Operands, most: float = math.inf) -> tup
     return kernel(pairs), kernel(skinny)
 
 
-def _of_shrink(x: torch.Tensor, A: Tensors, scale: Tensors, seeds: Tensors, p: Rates) -> tuple[torch.Tensor, int, bool]:
-    return x, sum(a.shape[0] for a in A), bool(seeds)
-
-
-def _of_factor_grads(
-    left: Tensors, right: torch.Tensor, dtype: torch.dtype, seeds: Tensors, p: Rates
-) -> tuple[torch.Tensor, int, bool]:
-    return right, sum(t.shape[-1] for t in left), bool(seeds)
-
-
-def _of_input_grads(
-    dx: torch.Tensor, q: Tensors, A: Tensors, seeds: Tensors, p: Rates
-) -> tuple[torch.Tensor, int, bool]:
-    return dx, sum(a.shape[0] for a in A), bool(seeds)
+def _ranks(factors: Tensors, dim: int) -> int:
+    return sum(t.shape[dim] for t in factors)
 
 
 #: Of ``lora_input_grads`` in the memory of ``dx``, which is contiguous.
-UPDATES = product_kernels("update", _of_input_grads)
+UPDATES = product_kernels("update", lambda dx, q, A, seeds, p: (dx, _ranks(A, 0), bool(seeds)))
 
 
 def _to_new_memory(update: Kernel) -> Kernel:
@@ -160,12 +148,13 @@ def _are_whole(
 
 ROWS = {
     "lora_shrink": Row(
-        shrink, product_kernels("shrink", _of_shrink),
+        shrink, product_kernels("shrink", lambda x, A, scale, seeds, p: (x, _ranks(A, 0), bool(seeds))),
         whole=lambda device, x, A, scale, seeds, p: _are_whole(device, x, A, seeds, A[0].shape[0]),
     ),
     "lora_expand": Row(expand),
     "lora_factor_grads": Row(
-        factor_grads, product_kernels("gradient", _of_factor_grads),
+        factor_grads,
+        product_kernels("gradient", lambda left, right, dtype, seeds, p: (right, _ranks(left, -1), bool(seeds))),
         whole=lambda device, left, right, dtype, seeds, p: _are_whole(device, right, left, seeds, left[0].shape[-1]),
     ),
     "lora_input_grads": Row(
