@@ -288,6 +288,15 @@ def nested(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.GraphModule, Mapping[fx
     return found
 
 
+def in_bodies(gm: fx.GraphModule, known: Mapping[fx.Node, str]) -> dict[fx.Node, str]:
+    """What is ``known`` of nodes of ``gm``, also of the inputs that they are in the bodies of its higher-order ops."""
+    found = dict(known)
+    for _, body, operands in nested(gm):
+        inputs = {inside: known[outside] for inside, outside in operands.items() if outside in known}
+        found = in_bodies(body, inputs) | found
+    return found
+
+
 def _body(gm: fx.GraphModule, argument: Any) -> fx.GraphModule | None:
     if not (isinstance(argument, fx.Node) and argument.op == "get_attr"):
         return None

@@ -19,9 +19,18 @@ def LORA_LINEAR() -> OpOverload:
     return dialect.get("lora_linear").overload
 
 
+def calls_of(gm: fx.GraphModule, name: str) -> list[fx.Node]:
+    """The nodes of one graph that call a dialect op, in order (nested bodies excluded)."""
+    return list(gm.graph.find_nodes(op="call_function", target=dialect.get(name).overload))
+
+
 def lora_nodes(gm: fx.GraphModule) -> list[fx.Node]:
-    """The ``lora_linear`` nodes of one graph, in order (nested bodies excluded)."""
-    return list(gm.graph.find_nodes(op="call_function", target=LORA_LINEAR()))
+    return calls_of(gm, "lora_linear")
+
+
+def items_of(node: fx.Node) -> list[fx.Node]:
+    """The nodes that take a result out of the tuple that ``node`` returns."""
+    return [user for user in node.users if user.target is operator.getitem]
 
 
 def dialect_nodes(gm: fx.GraphModule) -> list[fx.Node]:

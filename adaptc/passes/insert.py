@@ -11,37 +11,27 @@ the input that carries it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 from torch import fx
 
 from adaptc import methods
-from adaptc.ir.edit import Edit, Result, nested
+from adaptc.ir.edit import Result, in_bodies
 from adaptc.passes.contract import Context, Contract
+from adaptc.passes.walk import Match, everywhere
 
 CONTRACT = Contract(level="dynamo", numerics="exact", provides=frozenset({"inserted"}))
 
 
 def insert(gm: fx.GraphModule, context: Context) -> Result:
-    result = Result()
-    _insert(gm, context, context.sites, result)
-    return result
+    return everywhere(gm, (partial(_insert, in_bodies(gm, context.sites)),), context)
 
 
-def _insert(gm: fx.GraphModule, context: Context, sites: Mapping[fx.Node, str], result: Result) -> None:
+def _insert(sites: Mapping[fx.Node, str], gm: fx.GraphModule, context: Context) -> Iterator[Match]:
     anchors = methods.anchors()
     for node in list(gm.graph.nodes):
         anchor = anchors.get(node.target) if node.op == "call_function" else None
-        if anchor is None:
-            continue
-        bound = anchor.bind(node)
-        site = sites.get(bound["site_id"], "(unknown site)")
-        if not context.spend():
-            result.refuse(site, "limit reached")
-            continue
-        edit = Edit(gm, site, [node], [node], record=context.record)
-        result.applied.append(edit.finish(anchor.expand(edit, **bound)))
-    for _, body, operands in nested(gm):
-        inner = {inside: sites[outside] for inside, outside in operands.items() if outside in sites}
-        _insert(body, context, inner, result)
-    gm.recompile()
+        if anchor is not None:
+            bound = anchor.bind(node)
+            yield Match(node, partial(anchor.expand, **bound), site=sites.get(bound["site_id"], "(unknown site)"))

@@ -11,6 +11,7 @@ would take long). oneDNN reads the weight where it is, as MKL does: no packed co
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import fx
@@ -23,7 +24,8 @@ from adaptc.ir.edit import Edit, Result
 from adaptc.ir.names import module_of
 from adaptc.ir.products import Product, frozen_product
 from adaptc.ir.sites import is_inserted
-from adaptc.passes.contract import Context, Contract, everywhere
+from adaptc.passes.contract import Context, Contract
+from adaptc.passes.walk import Match, everywhere
 from adaptc.torch_internals import node_value, size_hint
 
 CONTRACT = Contract(level="joint", numerics="reassociates")
@@ -40,29 +42,21 @@ def library(gm: fx.GraphModule, context: Context) -> Result:
     return everywhere(gm, (_library,), context)
 
 
-def _library(gm: fx.GraphModule, context: Context, result: Result) -> None:
+def _library(gm: fx.GraphModule, context: Context) -> Iterator[Match]:
     for node in list(gm.graph.nodes):
         product = _candidate(node)
-        if product is None:
-            continue
-        choice = _ask(product)
-        if choice is None:
+        if product is None or (choice := _ask(product)) is None:
             continue
         context.choices.append(choice)
-        if choice.chosen == choice.usual:
-            continue
-        if not context.spend():
-            result.refuse(_layer(node), "limit reached")
-            continue
-        edit = Edit(gm, _layer(node), [node], [node], record=context.record, of_base=True)
-        weight = edit.call(aten.permute.default, product.right, [1, 0])
-        target = dialect.get("onednn_linear").overload
-        result.applied.append(edit.finish(edit.call(target, product.x, weight, product.bias)))
+        if choice.chosen != choice.usual:
+            layer = module_of(node)
+            site = "(unknown layer)" if layer is None else layer[0]
+            yield Match(node, functools.partial(_write, product), site=site, of_base=True)
 
 
-def _layer(node: fx.Node) -> str:
-    found = module_of(node)
-    return "(unknown layer)" if found is None else found[0]
+def _write(product: Product, edit: Edit) -> fx.Node:
+    weight = edit.call(aten.permute.default, product.right, [1, 0])
+    return edit.call(dialect.get("onednn_linear").overload, product.x, weight, product.bias)
 
 
 def _candidate(node: fx.Node) -> Product | None:

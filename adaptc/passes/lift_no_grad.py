@@ -15,17 +15,18 @@ Values stay to the bit; what is saved for the backward grows. The frozen weights
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
-from adaptc.ir.edit import Edit, Result, infer_value, nested
+from adaptc.ir.edit import Result, infer_value, nested
 from adaptc.ir.effects import may_write
 from adaptc.ir.stopped import GradModes, Region, Walk
 from adaptc.ir.types import same_type
 from adaptc.passes.contract import Context, Contract
+from adaptc.passes.walk import Found, Match, Refusal, Together, walk
 from adaptc.torch_internals import node_value, tree_leaves
 
 if TYPE_CHECKING:
@@ -39,23 +40,22 @@ SEPARATOR = ", "
 
 def lift_no_grad(gm: fx.GraphModule, context: Context) -> Result:
     result = Result()
-    walk = Walk()
-    walk.visit(gm, context.trained, context.asked)
-    for region in walk.regions:
-        sites = sorted(region.sites | {path for path in region.asked if not _holds(path, region.sites)})
-        reason = _why_not(region, walk.recorded, context)
-        if sites and reason is None and not context.spend():
-            reason = "limit reached"
-        if reason is not None:
-            for site in sites:
-                result.refuse(site, reason)
-        elif sites:
-            _lift(region, SEPARATOR.join(sites), context, result)
-            _require_gradients(gm)
+    walk(gm, _lift, context, result)
     if result.applied:
         for body in [gm, *(body for _, body, _ in nested(gm))]:
             body.recompile()
     return result
+
+
+def _lift(gm: fx.GraphModule, context: Context) -> Iterator[Found]:
+    regions = Walk()
+    regions.visit(gm, context.trained, context.asked)
+    for region in regions.regions:
+        sites = sorted(region.sites | {path for path in region.asked if not _holds(path, region.sites)})
+        if reason := _why_not(region, regions.recorded, context):
+            yield from (Refusal(site, reason) for site in sites)
+        elif sites:
+            yield Together(sites, _without_switches(gm, region, SEPARATOR.join(sites)))
 
 
 def lifted(reports: Iterable[PassReport]) -> set[str]:
@@ -81,11 +81,12 @@ def _holds(path: str, sites: set[str]) -> bool:
     return any(f"{site}.".startswith(f"{path}." if path else "") for site in sites)
 
 
-def _lift(region: Region, site: str, context: Context, result: Result) -> None:
+def _without_switches(gm: fx.GraphModule, region: Region, site: str) -> Iterator[Match]:
     owners = {id(owner): owner for owner, _ in region.switches}
     for key, owner in owners.items():
         nodes = sorted(node for gm, node in region.switches if id(gm) == key)
-        result.applied.append(Edit(owner, site, nodes, [], record=context.record).finish())
+        yield Match(nodes[-1], lambda edit: [], nodes, [], site, gm=owner)
+    _require_gradients(gm)
 
 
 def _require_gradients(gm: fx.GraphModule) -> None:

@@ -15,19 +15,21 @@ from __future__ import annotations
 import dataclasses
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-from adaptc.ir.edit import Edit, Result, nested
+from adaptc.ir.edit import Edit, Result, in_bodies
 from adaptc.ir.effects import barrier
 from adaptc.ir.names import module_path
 from adaptc.ir.sites import adapter_below, cast_dtype, dropout_of, is_cast
 from adaptc.methods.lora.linear import expand_site
 from adaptc.passes.contract import Context, Contract
+from adaptc.passes.walk import Match, Refusal, everywhere
 from adaptc.torch_internals import node_value, source_name
 
 CONTRACT = Contract(level="dynamo", numerics="approximate", provides=frozenset({"inserted"}))
@@ -38,7 +40,7 @@ class _OtherForm(Exception):  # noqa: N818  # says why a site is left as it is
 
 
 @dataclasses.dataclass
-class _Match:
+class _Layer:
     """One LoRA layer's nodes: its products in graph order, and what they read."""
 
     matched: list[fx.Node]
@@ -52,38 +54,30 @@ class _Match:
 
 
 def raise_peft(gm: fx.GraphModule, context: Context) -> Result:
-    sources = {n: source for n in gm.graph.find_nodes(op="placeholder") if (source := source_name(n))}
-    result = Result()
-    _raise(gm, context, sources, result)
-    return result
+    inputs = {n: source for n in gm.graph.find_nodes(op="placeholder") if (source := source_name(n))}
+    return everywhere(gm, (partial(_raise, in_bodies(gm, inputs)),), context)
 
 
-def _raise(gm: fx.GraphModule, context: Context, sources: Mapping[fx.Node, str], result: Result) -> None:
+def _raise(sources: Mapping[fx.Node, str], gm: fx.GraphModule, context: Context) -> Iterator[Match | Refusal]:
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    for A, source in sources.items():
+    for A in gm.graph.find_nodes(op="placeholder"):
+        source = sources.get(A, "")
         if not re.search(r"\blora_(embedding_)?A\b", source):
             continue
         for reader in sorted(A.users, key=order.__getitem__):
             if reader.target is torch.ops.higher_order.tag_activation_checkpoint:
                 continue  # a body's operand: read inside
             try:
-                match = _match(A, reader, sources, order)
+                layer = _match(A, reader, sources, order)
             except _OtherForm as reason:
-                result.refuse(site_path(source), str(reason))
+                yield Refusal(site_path(source), str(reason))
                 continue
-            if not context.spend():
-                result.refuse(site_path(source), "limit reached")
-                continue
-            edit = Edit(gm, site_path(source), match.matched, match.matched[-1:], record=context.record)
-            result.applied.append(edit.finish(_write(edit, match)))
+            total = layer.matched[-1]
+            yield Match(total, partial(_write, layer), layer.matched, [total], site_path(source))
             order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    for _, body, operands in nested(gm):
-        inner = {inside: sources[outside] for inside, outside in operands.items() if outside in sources}
-        _raise(body, context, inner, result)
-    gm.recompile()
 
 
-def _match(A: fx.Node, first: fx.Node, sources: Mapping[fx.Node, str], order: Mapping[fx.Node, int]) -> _Match:
+def _match(A: fx.Node, first: fx.Node, sources: Mapping[fx.Node, str], order: Mapping[fx.Node, int]) -> _Layer:
     """The layer whose first product is ``first``.
 
     Raises:
@@ -119,7 +113,7 @@ def _match(A: fx.Node, first: fx.Node, sources: Mapping[fx.Node, str], order: Ma
     matched.sort(key=order.__getitem__)
     if reason := barrier(matched[0], matched[-1]):
         raise _OtherForm(f"{reason} between its products")
-    return _Match(matched, x, y, A, B, float(scaled.args[1]), dropout, training)
+    return _Layer(matched, x, y, A, B, float(scaled.args[1]), dropout, training)
 
 
 def _is_product(node: fx.Node) -> bool:
@@ -150,11 +144,10 @@ def _input(node: fx.Node) -> tuple[fx.Node, float, bool, list[fx.Node]]:
     return node, p, training, before
 
 
-def _write(edit: Edit, match: _Match) -> fx.Node:
-    scale = edit.call(torch.full, (1,), match.scale, dtype=torch.float64, device=node_value(match.y).device)
-    out = expand_site(edit, match.x, match.y, scale, match.A, match.B, scale, match.dropout, match.training, None)
-    wanted = node_value(match.matched[-1]).dtype
-    return edit.cast(out, wanted)
+def _write(layer: _Layer, edit: Edit) -> fx.Node:
+    scale = edit.call(torch.full, (1,), layer.scale, dtype=torch.float64, device=node_value(layer.y).device)
+    out = expand_site(edit, layer.x, layer.y, scale, layer.A, layer.B, scale, layer.dropout, layer.training, None)
+    return edit.cast(out, node_value(layer.matched[-1]).dtype)
 
 
 def site_path(source: str) -> str:

@@ -18,7 +18,8 @@ from torch import fx
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.sites import dropout_of, is_inserted, site_of
-from adaptc.passes.contract import Context, Contract, everywhere
+from adaptc.passes.contract import Context, Contract
+from adaptc.passes.walk import Match, Refusal, each, everywhere
 from adaptc.torch_internals import node_value
 
 CONTRACT = Contract(
@@ -30,32 +31,21 @@ def seed_dropout(gm: fx.GraphModule, context: Context) -> Result:
     return everywhere(gm, (_seed,), context)
 
 
-def _seed(gm: fx.GraphModule, context: Context, result: Result) -> None:
-    for node, x, p in _dropouts(gm):
-        if not all(dialect.of_target(user.target) for user in node.users):
-            if is_inserted(node):  # else it is one of the base model, which is none of ours
-                result.refuse(_site(node), "the base model's product reads what it drops too: its mask is kept")
-            continue
-        if not context.spend():
-            result.refuse(_site(node), "limit reached")
-            continue
-        edit = Edit(gm, _site(node), [node], [node], record=context.record)
+@each(lambda gm: gm.graph.find_nodes(op="call_function", target=F.dropout))
+def _seed(node: fx.Node) -> Match | Refusal | None:
+    dropout = dropout_of(node)
+    adapters = [user for user in node.users if dialect.of_target(user.target)]
+    if dropout is None or not dropout[2] or dropout[1] == 0 or not adapters:
+        return None
+    x, p, _ = dropout
+    site = site_of(adapters[0])
+    if len(adapters) < len(node.users):
+        # Else it is one of the base model, which is none of ours.
+        reason = "the base model's product reads what it drops too: its mask is kept"
+        return Refusal(site, reason) if is_inserted(node) else None
+
+    def write(edit: Edit) -> fx.Node:
         seed = edit.call(torch.randint, 2**62, (1,), dtype=torch.int64, device=node_value(x).device)
-        result.applied.append(edit.finish(edit.call(dialect.get("seeded_dropout").overload, x, seed, p)))
+        return edit.call(dialect.get("seeded_dropout").overload, x, seed, p)
 
-
-def _dropouts(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.Node, float]]:
-    """The active dropouts that adapters read; with what they drop and how often."""
-    found = []
-    for node in gm.graph.find_nodes(op="call_function", target=F.dropout):
-        dropout = dropout_of(node)
-        if dropout is None or not dropout[2] or dropout[1] == 0:
-            continue
-        x, p, _ = dropout
-        if any(dialect.of_target(user.target) for user in node.users):
-            found.append((node, x, p))
-    return found
-
-
-def _site(node: fx.Node) -> str:
-    return site_of(next(user for user in node.users if dialect.of_target(user.target)))
+    return Match(node, write, site=site)

@@ -14,13 +14,15 @@ import torch
 from torch import fx
 
 from adaptc.ir.edit import Edit, Result
-from adaptc.ir.sites import is_inserted, site_of
-from adaptc.passes.contract import Context, Contract, everywhere
+from adaptc.ir.sites import is_inserted
+from adaptc.passes.contract import Context, Contract
+from adaptc.passes.walk import Match, each, everywhere
 from adaptc.torch_internals import cpu_emulates, mark_recomputed, node_value
 
 CONTRACT = Contract(level="joint", numerics="reassociates")
 
 aten = torch.ops.aten
+_CAST = torch.ops.prims.convert_element_type.default
 _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 
 
@@ -28,20 +30,18 @@ def widen(gm: fx.GraphModule, context: Context) -> Result:
     return everywhere(gm, (_widen,), context)
 
 
-def _widen(gm: fx.GraphModule, context: Context, result: Result) -> None:
-    for node in list(gm.graph.nodes):
-        if node.target not in _PRODUCTS or not is_inserted(node):
-            continue
-        value = node_value(node)
-        if value.device.type != "cpu" or not cpu_emulates(value.dtype):
-            continue
-        if not context.spend():
-            result.refuse(site_of(node), "limit reached")
-            continue
-        edit = Edit(gm, site_of(node), [node], [node], record=context.record)
-        wide = [edit.call(torch.ops.prims.convert_element_type.default, n, torch.float32) for n in node.args]
+@each(lambda gm: gm.graph.nodes)
+def _widen(node: fx.Node) -> Match | None:
+    if node.target not in _PRODUCTS or not is_inserted(node):
+        return None
+    value = node_value(node)
+    if value.device.type != "cpu" or not cpu_emulates(value.dtype):
+        return None
+
+    def write(edit: Edit) -> fx.Node:
+        wide = [edit.call(_CAST, n, torch.float32) for n in node.args]
         for copy in wide:
             mark_recomputed(copy)
-        product = edit.call(node.target, *wide, **node.kwargs)
-        cast = edit.call(torch.ops.prims.convert_element_type.default, product, value.dtype)
-        result.applied.append(edit.finish(cast))
+        return edit.call(_CAST, edit.call(node.target, *wide, **node.kwargs), value.dtype)
+
+    return Match(node, write)

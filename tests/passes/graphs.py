@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.ir.edit import infer_value
+from adaptc.ir.edit import Result, infer_value
 from adaptc.ir.sites import LORA_LINEAR
 from adaptc.passes.contract import Context
 from adaptc.passes.manager import op_counts
+from adaptc.passes.walk import walk
 from adaptc.torch_internals import fake_mode_of
 from tests.ir.formulas import assert_within, rounding_bound
 
@@ -73,10 +74,8 @@ def ops(gm: fx.GraphModule) -> dict[str, int]:
 
 def run_rewrite(rewrite, gm: fx.GraphModule, context: Context | None = None):
     """Run one rewrite of a pass as the pass does."""
-    from adaptc.ir.edit import Result
-
     result = Result()
-    rewrite(gm, context or Context(), result)
+    walk(gm, rewrite, context or Context(), result)
     gm.recompile()
     gm.graph.lint()
     return result

@@ -19,7 +19,8 @@ from adaptc.passes.canonicalise.read_low_rank import read_low_rank
 from adaptc.passes.canonicalise.sink_casts import sink_casts
 from adaptc.passes.canonicalise.sink_scale import sink_scale
 from adaptc.passes.canonicalise.split_dora import split_dora
-from adaptc.passes.contract import Context, Contract, everywhere
+from adaptc.passes.contract import Context, Contract
+from adaptc.passes.walk import everywhere
 
 CONTRACT = Contract(
     level="dynamo",

@@ -13,25 +13,18 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import fx
 
-from adaptc.ir import dialect
-from adaptc.ir.edit import Edit, Result
-from adaptc.ir.sites import lora_nodes, site_of
-from adaptc.passes.contract import Context
+from adaptc.ir.sites import calls_of
+from adaptc.passes.walk import Match, each
 
 
-def drop_dropout(gm: fx.GraphModule, context: Context, result: Result) -> None:
-    dora = gm.graph.find_nodes(op="call_function", target=dialect.get("dora_linear").overload)
-    for node in (*lora_nodes(gm), *dora):
-        dropout = node.args[0]
-        if not (isinstance(dropout, fx.Node) and dropout.target is F.dropout):
-            continue
-        if len(dropout.args) != 3 or dropout.kwargs:
-            continue  # not as a pass writes it: one of the base model's own
-        source, p, training = dropout.args
-        if (p != 0 and training) or set(dropout.users) != {node}:
-            continue
-        if not context.spend():
-            result.refuse(site_of(node), "limit reached")
-            continue
-        edit = Edit(gm, site_of(node), [dropout, node], [node], record=context.record)
-        result.applied.append(edit.finish(edit.call(node.target, source, *node.args[1:])))
+@each(lambda gm: [*calls_of(gm, "lora_linear"), *calls_of(gm, "dora_linear")])
+def drop_dropout(node: fx.Node) -> Match | None:
+    dropout = node.args[0]
+    if not (isinstance(dropout, fx.Node) and dropout.target is F.dropout):
+        return None
+    if len(dropout.args) != 3 or dropout.kwargs:
+        return None  # not as a pass writes it: one of the base model's own
+    source, p, training = dropout.args
+    if (p != 0 and training) or set(dropout.users) != {node}:
+        return None
+    return Match(node, lambda edit: edit.call(node.target, source, *node.args[1:]), [dropout, node])

@@ -18,27 +18,24 @@ import operator
 import torch
 from torch import fx
 
-from adaptc.ir.edit import Edit, Result, Rewrite
+from adaptc.ir.edit import Edit
 from adaptc.ir.effects import barrier
-from adaptc.ir.sites import adapter_below, is_cast, lora_nodes, site_of
-from adaptc.passes.contract import Context
+from adaptc.ir.sites import adapter_below, is_cast
+from adaptc.passes.walk import Match, each
 from adaptc.torch_internals import node_value
 
 
-def join_adapters(gm: fx.GraphModule, context: Context, result: Result) -> None:
-    for second in lora_nodes(gm):
-        between = second.args[1]
-        first = adapter_below(between)
-        if first is None:
-            continue
-        assert isinstance(between, fx.Node)
-        reason = _why_not(first, between, second)
-        if reason is None and not context.spend():
-            reason = "limit reached"
-        if reason is not None:
-            result.refuse(site_of(second), reason)
-            continue
-        result.applied.append(_join(gm, first, between, second, record=context.record))
+@each("lora_linear")
+def join_adapters(second: fx.Node) -> Match | str | None:
+    between = second.args[1]
+    first = adapter_below(between)
+    if first is None:
+        return None
+    assert isinstance(between, fx.Node)
+    if reason := _why_not(first, between, second):
+        return reason
+    outputs = list(second.users)
+    return Match(second, lambda edit: _join(edit, first, second), [first, between, second, *outputs], outputs)
 
 
 def _why_not(first: fx.Node, between: fx.Node, second: fx.Node) -> str | None:
@@ -62,12 +59,9 @@ def _why_not(first: fx.Node, between: fx.Node, second: fx.Node) -> str | None:
     return None if reason is None else f"{reason} between the adapters"
 
 
-def _join(gm: fx.GraphModule, first: fx.Node, between: fx.Node, second: fx.Node, *, record: bool) -> Rewrite:
+def _join(edit: Edit, first: fx.Node, second: fx.Node) -> fx.Node:
     x, y, a1, b1, s1, _ = first.args
     _, _, a2, b2, s2, _ = second.args
-    outputs = list(second.users)
-    matched = [first, between, second, *outputs]
-    edit = Edit(gm, site_of(second), matched, outputs, at=second, record=record)
     scales = []
     for scale, factor in ((s1, a1), (s2, a2)):
         rank = node_value(factor).shape[0]  # type: ignore[arg-type]
@@ -75,5 +69,4 @@ def _join(gm: fx.GraphModule, first: fx.Node, between: fx.Node, second: fx.Node,
     a = edit.call(torch.cat, (a1, a2), 0)
     b = edit.call(torch.cat, (b1, b2), 1)
     s = edit.call(torch.cat, tuple(scales), 0)
-    new = edit.item(edit.call(second.target, x, y, a, b, s, "r"), 0)
-    return edit.finish(*([new] * len(outputs)))
+    return edit.item(edit.call(second.target, x, y, a, b, s, "r"), 0)

@@ -16,18 +16,18 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-from adaptc.ir import dialect
-from adaptc.ir.edit import Edit, Result, Rewrite
+from adaptc.ir.edit import Edit
 from adaptc.ir.effects import barrier
 from adaptc.ir.names import op_name
-from adaptc.ir.sites import LORA_LINEAR, dialect_nodes, site_of
-from adaptc.passes.contract import Context
+from adaptc.ir.sites import LORA_LINEAR, calls_of, site_of
+from adaptc.passes.walk import Match, Together, each
 from adaptc.torch_internals import node_value
 
 _MATMULS = (torch.matmul, torch.mm, operator.matmul, "matmul", "mm", "__matmul__")
@@ -40,18 +40,15 @@ _CASTS = ("to", "type", "float", "half", "bfloat16", "double")
 _NO_OPS = ("contiguous",)
 
 
-def read_low_rank(gm: fx.GraphModule, context: Context, result: Result) -> None:
-    # The last first: of several adapters each reads the sum of those before it.
-    for weight in reversed([n for n in dialect_nodes(gm) if _is_update(n)]):
-        reads = list(_reads(weight, [weight], False))
-        products = [read for read in reads if isinstance(read, _Read)]
-        reason = _why_not(weight, reads, products)
-        if reason is not None:
-            result.refuse(site_of(weight), f"the weight stays W + s B A: {reason}")
-        elif not context.spend():
-            result.refuse(site_of(weight), "limit reached")
-        else:
-            result.applied += [_rewrite(gm, read, record=context.record) for read in products]
+# The last first: of several adapters each reads the sum of those before it.
+@each(lambda gm: reversed(calls_of(gm, "lora_weight")))
+def read_low_rank(weight: fx.Node) -> Together | str:
+    reads = list(_reads(weight, [weight], False))
+    products = [read for read in reads if isinstance(read, _Read)]
+    if reason := _why_not(weight, reads, products):
+        return f"the weight stays W + s B A: {reason}"
+    site = site_of(weight)
+    return Together([site], [Match(r.product, partial(_write, r), [*r.chain, r.product], site=site) for r in products])
 
 
 def _why_not(weight: fx.Node, reads: list[_Read | str], products: list[_Read]) -> str | None:
@@ -62,11 +59,6 @@ def _why_not(weight: fx.Node, reads: list[_Read | str], products: list[_Read]) -
     others = (read for read in reads if isinstance(read, str))
     writes = (barrier(weight, read.product, modes=False) for read in products)
     return next(others, None) or next((f"{why} before the product" for why in writes if why), None)
-
-
-def _is_update(node: fx.Node) -> bool:
-    op = dialect.of_target(node.target)
-    return op is not None and op.name == "lora_weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,11 +149,10 @@ def _einsum(user: fx.Node, weight: fx.Node) -> tuple[fx.Node, bool] | None:
     return (x, first == k) if sides[1] == "".join([*rows, n]) else None
 
 
-def _rewrite(gm: fx.GraphModule, read: _Read, *, record: bool) -> Rewrite:
+def _write(read: _Read, edit: Edit) -> fx.Node:
     weight, *between = read.chain
     frozen, A, B, scale = weight.args
     product = read.product
-    edit = Edit(gm, site_of(weight), [*read.chain, product], [product], at=product, record=record)
 
     def frozen_part(node: fx.Node, like: fx.Node) -> fx.Node:
         """``node`` as a part of the frozen model, which is where ``like`` belongs."""
@@ -185,7 +176,7 @@ def _rewrite(gm: fx.GraphModule, read: _Read, *, record: bool) -> Rewrite:
     y = frozen_part(edit.call(product.target, *args, **kwargs), product)
     if read.columns:
         A, B = edit.call("t", B), edit.call("t", A)
-    return edit.finish(edit.item(edit.call(LORA_LINEAR(), operands[read.x], y, A, B, scale, "n"), 0))
+    return edit.item(edit.call(LORA_LINEAR(), operands[read.x], y, A, B, scale, "n"), 0)
 
 
 def _replaced(node: fx.Node, new: Mapping[fx.Node, Any]) -> tuple[Any, Any]:

@@ -12,27 +12,21 @@ from __future__ import annotations
 
 from torch import fx
 
-from adaptc.ir.edit import Edit, Result
 from adaptc.ir.effects import barrier
-from adaptc.ir.sites import cast_dtype, is_cast, lora_nodes, site_of
-from adaptc.passes.contract import Context
+from adaptc.ir.sites import cast_dtype, is_cast
+from adaptc.passes.walk import Match, each
 from adaptc.torch_internals import node_value
 
 
-def sink_casts(gm: fx.GraphModule, context: Context, result: Result) -> None:
-    for node in lora_nodes(gm):
-        x, y, a, b, scale, scale_at = node.args
-        dtype = getattr(node_value(x), "dtype", None)  # type: ignore[arg-type]
-        casts = [f for f in (a, b) if isinstance(f, fx.Node) and is_cast(f) and cast_dtype(f) == dtype]
-        if not casts:
-            continue
-        if reason := next(filter(None, (barrier(c, node) for c in casts)), None):
-            result.refuse(site_of(node), f"{reason} between a factor's cast and the adapter")
-            continue
-        if not context.spend():
-            result.refuse(site_of(node), "limit reached")
-            continue
-        a, b = (f.args[0] if f in casts else f for f in (a, b))  # type: ignore[union-attr]
-        matched = [*(c for c in casts if set(c.users) == {node}), node]
-        edit = Edit(gm, site_of(node), matched, [node], record=context.record)
-        result.applied.append(edit.finish(edit.call(node.target, x, y, a, b, scale, scale_at)))
+@each("lora_linear")
+def sink_casts(node: fx.Node) -> Match | str | None:
+    x, y, *factors, scale, scale_at = node.args
+    dtype = getattr(node_value(x), "dtype", None)  # type: ignore[arg-type]
+    casts = [f for f in factors if isinstance(f, fx.Node) and is_cast(f) and cast_dtype(f) == dtype]
+    if not casts:
+        return None
+    if reason := next(filter(None, (barrier(c, node) for c in casts)), None):
+        return f"{reason} between a factor's cast and the adapter"
+    a, b = (f.args[0] if f in casts else f for f in factors)  # type: ignore[union-attr]
+    matched = [*(c for c in casts if set(c.users) == {node}), node]
+    return Match(node, lambda edit: edit.call(node.target, x, y, a, b, scale, scale_at), matched)

@@ -14,24 +14,23 @@ from typing import cast
 from torch import fx
 
 from adaptc.ir import dialect
-from adaptc.ir.edit import Edit, Result
-from adaptc.ir.sites import LORA_LINEAR, site_of
-from adaptc.passes.contract import Context
+from adaptc.ir.edit import Edit
+from adaptc.ir.sites import LORA_LINEAR
+from adaptc.passes.walk import Match, each
 from adaptc.torch_internals import node_value
 
 
-def split_dora(gm: fx.GraphModule, context: Context, result: Result) -> None:
-    for node in gm.graph.find_nodes(op="call_function", target=dialect.get("dora_linear").overload):
-        x, y, _, bias, A, B, magnitude, norm, scale = cast(tuple[fx.Node, ...], node.args)
-        dtype = node_value(y).dtype
-        outputs = list(node.users)
-        if node.args[2] is not None or dtype.itemsize < 4 or [user.args[1] for user in outputs] != [0]:
-            continue
-        if not context.spend():
-            result.refuse(site_of(node), "limit reached")
-            continue
-        edit = Edit(gm, site_of(node), [node, *outputs], outputs, at=node, record=context.record)
+@each("dora_linear")
+def split_dora(node: fx.Node) -> Match | None:
+    x, y, _, bias, A, B, magnitude, norm, scale = cast(tuple[fx.Node, ...], node.args)
+    dtype = node_value(y).dtype
+    outputs = list(node.users)
+    if node.args[2] is not None or dtype.itemsize < 4 or [user.args[1] for user in outputs] != [0]:
+        return None
+
+    def write(edit: Edit) -> fx.Node:
         factors = (edit.cast(n, dtype) for n in (A, B))
         corrected = edit.item(edit.call(LORA_LINEAR(), x, y, *factors, scale, "n"), 0)
-        new = edit.call(dialect.get("dora_rescale").overload, corrected, bias, magnitude, norm)
-        result.applied.append(edit.finish(new))
+        return edit.call(dialect.get("dora_rescale").overload, corrected, bias, magnitude, norm)
+
+    return Match(node, write, [node, *outputs], outputs)

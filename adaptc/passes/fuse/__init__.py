@@ -14,14 +14,17 @@ epilogues, loops over elements that Inductor writes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import fx
 
 from adaptc.ir.edit import Result
-from adaptc.passes.contract import Context, Contract, everywhere
+from adaptc.passes.contract import Context, Contract
 from adaptc.passes.fuse.bottlenecks import fuse_bottlenecks
 from adaptc.passes.fuse.inputs import fuse_inputs
 from adaptc.passes.fuse.outputs import fuse_outputs
 from adaptc.passes.fuse.products import Fused, remember
+from adaptc.passes.walk import Found, everywhere
 
 CONTRACT = Contract(
     level="joint", numerics="reassociates", provides=frozenset({"fused"}), conflicts=frozenset({"aten"})
@@ -32,10 +35,10 @@ def fuse(gm: fx.GraphModule, context: Context) -> Result:
     return everywhere(gm, (_fuse,), context)
 
 
-def _fuse(gm: fx.GraphModule, context: Context, result: Result) -> None:
+def _fuse(gm: fx.GraphModule, context: Context) -> Iterator[Found]:
     before = list(gm.graph.nodes)
     fused: list[Fused] = []
-    fuse_outputs(gm, context, result, fused)
-    fuse_bottlenecks(gm, context, result)
-    fuse_inputs(gm, context, result, fused)
+    yield from fuse_outputs(gm, fused)
+    yield from fuse_bottlenecks(gm)
+    yield from fuse_inputs(gm, fused)
     remember(gm, before, fused)

@@ -8,24 +8,26 @@ One of the two may read the gradient through a view. Reassociates nothing. The o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, cast
 
 from torch import fx
 
 from adaptc.ir import dialect
-from adaptc.ir.edit import Edit, Result
+from adaptc.ir.edit import Edit
 from adaptc.ir.products import without_views
-from adaptc.ir.sites import site_of
+from adaptc.ir.sites import calls_of, site_of
 from adaptc.ir.types import same_sizes
-from adaptc.passes.contract import Context
+from adaptc.passes.walk import Match, Refusal
 from adaptc.torch_internals import node_value
 
 
-def fuse_bottlenecks(gm: fx.GraphModule, context: Context, result: Result) -> None:
+def fuse_bottlenecks(gm: fx.GraphModule) -> Iterator[Match | Refusal]:
     factors: dict[fx.Node, list[fx.Node]] = {}
-    for node in gm.graph.find_nodes(op="call_function", target=dialect.get("lora_factor_grad").overload):
+    for node in calls_of(gm, "lora_factor_grad"):
         factors.setdefault(without_views(cast(fx.Node, node.args[0])), []).append(node)
-    for node in list(gm.graph.find_nodes(op="call_function", target=dialect.get("lora_bottleneck_grad").overload)):
+    for node in calls_of(gm, "lora_bottleneck_grad"):
         others = factors.get(without_views(cast(fx.Node, node.args[0])), [])
         other = next((one for one in others if _is_pair(node, one)), None)
         if other is None:
@@ -33,15 +35,16 @@ def fuse_bottlenecks(gm: fx.GraphModule, context: Context, result: Result) -> No
         others.remove(other)
         pair = sorted((node, other))
         if any(pair[0] < needed for needed in (*node.all_input_nodes, *other.all_input_nodes)):
-            result.refuse(site_of(node), "its second factor's gradient reads what is made behind the bottleneck's")
-            continue
-        if not context.spend():
-            result.refuse(site_of(node), "limit reached")
-            continue
-        (grad, B, scale), (_, h, dtype) = node.args, other.args
-        edit = Edit(gm, site_of(node), pair, [node, other], at=pair[0], record=context.record)
-        both = edit.call(dialect.get("lora_bottleneck_grads").overload, grad, h, B, scale, dtype)
-        result.applied.append(edit.finish(edit.item(both, 0), edit.item(both, 1)))
+            reason = "its second factor's gradient reads what is made behind the bottleneck's"
+            yield Refusal(site_of(node), reason)
+        else:
+            yield Match(pair[0], partial(_write, node, other), pair, [node, other])
+
+
+def _write(bottleneck: fx.Node, factor: fx.Node, edit: Edit) -> list[fx.Node]:
+    (grad, B, scale), (_, h, dtype) = bottleneck.args, factor.args
+    both = edit.call(dialect.get("lora_bottleneck_grads").overload, grad, h, B, scale, dtype)
+    return [edit.item(both, 0), edit.item(both, 1)]
 
 
 def _is_pair(bottleneck: fx.Node, factor: fx.Node) -> bool:

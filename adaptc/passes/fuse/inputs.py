@@ -9,39 +9,40 @@ Reassociates nothing. Where a part of the gradient is another than such a produc
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, cast
 
 from torch import fx
 
 from adaptc.ir import dialect
-from adaptc.ir.edit import Edit, Result
+from adaptc.ir.edit import Edit
 from adaptc.ir.products import Product
-from adaptc.ir.sites import is_inserted, site_of
+from adaptc.ir.sites import calls_of, is_inserted, site_of
 from adaptc.ir.sums import is_sum
 from adaptc.ir.types import same_sizes
-from adaptc.passes.contract import Context
-from adaptc.passes.fuse.products import CHECKPOINT, Fused, origins_of, own_product
+from adaptc.passes.fuse.products import CHECKPOINT, Fused, own_product
+from adaptc.passes.walk import Match, Refusal
 from adaptc.torch_internals import node_value
 
 
-def fuse_inputs(gm: fx.GraphModule, context: Context, result: Result, fused: list[Fused]) -> None:
+def fuse_inputs(gm: fx.GraphModule, fused: list[Fused]) -> Iterator[Match | Refusal]:
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    for node in list(gm.graph.find_nodes(op="call_function", target=dialect.get("lora_input_grads").overload)):
+    for node in calls_of(gm, "lora_input_grads"):
         found = _match(node)
         if isinstance(found, str):
-            result.refuse(site_of(node), found)
-            continue
-        if not context.spend():
-            result.refuse(site_of(node), "limit reached")
-            continue
-        sums, products = found
-        matched = sorted({*sums, node, *(n for one in products for n in one.nodes)}, key=order.__getitem__)
-        origins = origins_of(products)
-        edit = Edit(gm, site_of(node), matched, [node], at=node, record=context.record)
-        pairs = [one.x for one in products], [one.right for one in products]
-        new = edit.call(dialect.get("lora_linear_input_grads").overload, *pairs, *node.args[1:])
-        fused.append(Fused(new, edit.new_nodes[0], node, tuple(one.node for one in products), origins))
-        result.applied.append(edit.finish(new))
+            yield Refusal(site_of(node), found)
+        else:
+            sums, products = found
+            matched = sorted({*sums, node, *(n for one in products for n in one.nodes)}, key=order.__getitem__)
+            yield Match(node, partial(_write, node, products, fused), matched)
+
+
+def _write(node: fx.Node, products: list[Product], fused: list[Fused], edit: Edit) -> fx.Node:
+    pairs = [one.x for one in products], [one.right for one in products]
+    new = edit.call(dialect.get("lora_linear_input_grads").overload, *pairs, *node.args[1:])
+    fused.append(Fused(new, new, node, products))
+    return new
 
 
 def _match(node: fx.Node) -> tuple[list[fx.Node], list[Product]] | str:

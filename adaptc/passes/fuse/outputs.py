@@ -12,37 +12,38 @@ frozen layer's output it stays, and so does its correction.
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, cast
 
 from torch import fx
 
 from adaptc.ir import dialect
-from adaptc.ir.edit import Edit, Result
+from adaptc.ir.edit import Edit
 from adaptc.ir.products import Product
-from adaptc.ir.sites import LORA_LINEAR, site_of
+from adaptc.ir.sites import LORA_LINEAR, items_of, site_of
 from adaptc.ir.types import same_sizes
-from adaptc.passes.contract import Context
-from adaptc.passes.fuse.products import Fused, origins_of, own_product
+from adaptc.passes.fuse.products import Fused, own_product
+from adaptc.passes.walk import Match, Refusal
 from adaptc.torch_internals import node_value
 
 
-def fuse_outputs(gm: fx.GraphModule, context: Context, result: Result, fused: list[Fused]) -> None:
+def fuse_outputs(gm: fx.GraphModule, fused: list[Fused]) -> Iterator[Match | Refusal]:
     for node in list(gm.graph.nodes):
         if node.target not in (dialect.get("lora_expand").overload, LORA_LINEAR()):
             continue
-        if node.target is LORA_LINEAR() and not any(_takes(user, 0) for user in node.users):
+        outputs = items_of(node) if node.target is LORA_LINEAR() else []
+        if node.target is LORA_LINEAR() and not any(output.args[1] == 0 for output in outputs):
             continue
-        found = _match(node)
-        if isinstance(found, str):
-            result.refuse(site_of(node), found)
-        elif not context.spend():
-            result.refuse(site_of(node), "limit reached")
+        product = _product(node)
+        if isinstance(product, str):
+            yield Refusal(site_of(node), product)
         else:
-            _fuse(gm, node, found, context, result, fused)
+            write = partial(_write, node, product, outputs, fused)
+            yield Match(node, write, [*product.nodes, node, *outputs], outputs or [node])
 
 
-def _match(node: fx.Node) -> Product | str:
+def _product(node: fx.Node) -> Product | str:
     args = cast(tuple[Any, ...], node.args)
     # Of a lora_linear the bottleneck has the leading dimensions of x.
     lead, y = args[:2] if node.target is LORA_LINEAR() else (args[1], args[0])
@@ -53,22 +54,14 @@ def _match(node: fx.Node) -> Product | str:
     return own_product(y, node)
 
 
-def _fuse(
-    gm: fx.GraphModule, node: fx.Node, found: Product, context: Context, result: Result, fused: list[Fused]
-) -> None:
-    outputs = [user for user in node.users if user.target is operator.getitem] if node.target is LORA_LINEAR() else []
-    matched, origins = [*found.nodes, node, *outputs], origins_of([found])
-    edit = Edit(gm, site_of(node), matched, outputs or [node], at=node, record=context.record)
+def _write(
+    node: fx.Node, product: Product, outputs: list[fx.Node], fused: list[Fused], edit: Edit
+) -> fx.Node | list[fx.Node]:
     if outputs:
         x, _, A, B, scale, _ = node.args
         h = edit.item(edit.call(dialect.get("lora_shrink").overload, x, [A], [scale], [], []), 0)
     else:
         _, h, B = cast(tuple[Any, ...], node.args)
-    new = edit.call(dialect.get("lora_linear_expand").overload, found.x, found.right, found.bias, h, B)
-    fused.append(Fused(new, edit.new_nodes[0], node, (found.node,), origins))
-    results = [(new, h)[cast(int, output.args[1])] for output in outputs] or [new]
-    result.applied.append(edit.finish(*results))
-
-
-def _takes(user: fx.Node, index: int) -> bool:
-    return user.target is operator.getitem and user.args[1:] == (index,)
+    new = edit.call(dialect.get("lora_linear_expand").overload, product.x, product.right, product.bias, h, B)
+    fused.append(Fused(new, edit.new_nodes[0], node, [product]))
+    return [(new, h)[cast(int, output.args[1])] for output in outputs] or new

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import fx
 
-from adaptc.ir.origin import Origin, checkpoint_marks, keep_origins, origin_of
+from adaptc.ir.origin import checkpoint_marks, keep_origins, origin_of
 from adaptc.ir.products import Product, frozen_product
 from adaptc.torch_internals import tree_leaves
 
@@ -18,13 +18,12 @@ CHECKPOINT = "a checkpoint treats its frozen layer's output in another way than 
 
 class Fused(NamedTuple):
     """A new node, the first that was written with it, the one whose place it took, and the frozen products that it
-    stands for in the order of its operands."""
+    stands for, in the order of its operands."""
 
     node: fx.Node
     first: fx.Node
     instead_of: fx.Node
-    products: tuple[fx.Node, ...]
-    origins: tuple[Origin, ...]
+    products: Sequence[Product]
 
 
 def own_product(y: fx.Node, reader: fx.Node) -> Product | str:
@@ -38,18 +37,14 @@ def own_product(y: fx.Node, reader: fx.Node) -> Product | str:
     return CHECKPOINT if theirs and ours and theirs != ours else product
 
 
-def origins_of(products: Sequence[Product]) -> tuple[Origin, ...]:
-    return tuple(origin_of(one.node) for one in products)
-
-
 def remember(gm: fx.GraphModule, before: Sequence[fx.Node], fused: Sequence[Fused]) -> None:
     """Have every new node know where the products that it stands for were, in the graph of the nodes ``before``."""
     left = set(gm.graph.nodes)
     place = {node: i for i, node in enumerate(before)}
-    for node, first, instead_of, products, known in fused:
+    for node, first, instead_of, products in fused:
         end = place[instead_of]
         found = []
-        for product, origin in zip(products, known, strict=True):
-            following = (before[i] for i in range(place[product] + 1, end) if before[i] in left)
-            found.append(dataclasses.replace(origin, before=next(following, first).name))
+        for product in products:
+            following = (before[i] for i in range(place[product.node] + 1, end) if before[i] in left)
+            found.append(dataclasses.replace(origin_of(product.node), before=next(following, first).name))
         keep_origins(node, found)
