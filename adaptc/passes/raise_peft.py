@@ -59,25 +59,23 @@ def raise_peft(gm: fx.GraphModule, context: Context) -> Result:
 
 
 def _raise(sources: Mapping[fx.Node, str], gm: fx.GraphModule, context: Context) -> Iterator[Match | Refusal]:
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
     for A in gm.graph.find_nodes(op="placeholder"):
         source = sources.get(A, "")
         if not re.search(r"\blora_(embedding_)?A\b", source):
             continue
-        for reader in sorted(A.users, key=order.__getitem__):
+        for reader in sorted(A.users):
             if reader.target is torch.ops.higher_order.tag_activation_checkpoint:
                 continue  # a body's operand: read inside
             try:
-                layer = _match(A, reader, sources, order)
+                layer = _match(A, reader, sources)
             except _OtherForm as reason:
                 yield Refusal(site_path(source), str(reason))
                 continue
             total = layer.matched[-1]
             yield Match(total, partial(_write, layer), layer.matched, [total], site_path(source))
-            order = {node: i for i, node in enumerate(gm.graph.nodes)}
 
 
-def _match(A: fx.Node, first: fx.Node, sources: Mapping[fx.Node, str], order: Mapping[fx.Node, int]) -> _Layer:
+def _match(A: fx.Node, first: fx.Node, sources: Mapping[fx.Node, str]) -> _Layer:
     """The layer whose first product is ``first``.
 
     Raises:
@@ -110,7 +108,7 @@ def _match(A: fx.Node, first: fx.Node, sources: Mapping[fx.Node, str], order: Ma
     after = next(iter(total.users)) if len(total.users) == 1 else total
     if cast_dtype(after) == node_value(y).dtype:
         matched.append(after)
-    matched.sort(key=order.__getitem__)
+    matched.sort()
     if reason := barrier(matched[0], matched[-1]):
         raise _OtherForm(f"{reason} between its products")
     return _Layer(matched, x, y, A, B, float(scaled.args[1]), dropout, training)

@@ -27,14 +27,13 @@ from adaptc.torch_internals import node_value
 
 
 def fuse_inputs(gm: fx.GraphModule, fused: list[Fused]) -> Iterator[Match | Refusal]:
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
     for node in calls_of(gm, "lora_input_grads"):
         found = _match(node)
         if isinstance(found, str):
             yield Refusal(site_of(node), found)
         else:
             sums, products = found
-            matched = sorted({*sums, node, *(n for one in products for n in one.nodes)}, key=order.__getitem__)
+            matched = sorted({*sums, node, *(n for one in products for n in one.nodes)})
             yield Match(node, partial(_write, node, products, fused), matched)
 
 
