@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from adaptc.ir import dialect
 from adaptc.ir.origin import INHERITED, Origin
 from adaptc.torch_internals import fake_mode_of, lazy_graph_module, node_value, printable, tree_leaves
 
@@ -65,16 +66,16 @@ class Edit:
             :meth:`finish` in the same order.
         at: the matched node before which new nodes go (default: the last); their inputs must stand before it.
         record: keep both cut-outs for translation validation.
-        of_base: the new nodes are the base model's, as the matched ones are, and not an adapter's.
     """
 
     def __init__(
         self, gm: fx.GraphModule, site: str, matched: Sequence[fx.Node], results: Sequence[fx.Node], *,
-        at: fx.Node | None = None, record: bool = False, of_base: bool = False,
+        at: fx.Node | None = None, record: bool = False,
     ) -> None:  # fmt: skip
-        self.of_base = of_base
         self.gm, self.site, self.matched, self.results = gm, site, list(matched), list(results)
         self.record = record
+        #: The new nodes are the base model's, as the matched ones are, and not an adapter's.
+        self.of_base = False
         self.position = self.matched[-1] if at is None else at
         self.new_nodes: list[fx.Node] = []
         self._origin: Origin | None = None
@@ -121,6 +122,10 @@ class Edit:
             node.meta[key] = value
         self.new_nodes.append(node)
         return node
+
+    def op(self, name: str, *args: Any) -> fx.Node:
+        """Add a call of a dialect op."""
+        return self.call(dialect.get(name).overload, *args)
 
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         """``node`` in ``dtype``: itself where it has that dtype."""

@@ -19,7 +19,6 @@ from torch import fx
 from adaptc import torch_internals
 from adaptc.codegen import choices
 from adaptc.codegen.choices import Choice
-from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
 from adaptc.ir.names import module_of
 from adaptc.ir.products import Product, frozen_product
@@ -51,12 +50,13 @@ def _library(gm: fx.GraphModule, context: Context) -> Iterator[Match]:
         if choice.chosen != choice.usual:
             layer = module_of(node)
             site = "(unknown layer)" if layer is None else layer[0]
-            yield Match(node, functools.partial(_write, product), site=site, of_base=True)
+            yield Match(node, functools.partial(_write, product), site=site)
 
 
 def _write(product: Product, edit: Edit) -> fx.Node:
+    edit.of_base = True
     weight = edit.call(aten.permute.default, product.right, [1, 0])
-    return edit.call(dialect.get("onednn_linear").overload, product.x, weight, product.bias)
+    return edit.op("onednn_linear", product.x, weight, product.bias)
 
 
 def _candidate(node: fx.Node) -> Product | None:

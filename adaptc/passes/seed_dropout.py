@@ -46,6 +46,6 @@ def _seed(node: fx.Node) -> Match | Refusal | None:
 
     def write(edit: Edit) -> fx.Node:
         seed = edit.call(torch.randint, 2**62, (1,), dtype=torch.int64, device=node_value(x).device)
-        return edit.call(dialect.get("seeded_dropout").overload, x, seed, p)
+        return edit.op("seeded_dropout", x, seed, p)
 
     return Match(node, write, site=site)

@@ -25,7 +25,7 @@ class Match(NamedTuple):
     ``node``: the new nodes go before it, and its site is the one that reports name, unless ``site`` is given.
     ``write``: adds the new nodes; returns what takes the place of each of the results, or one node for all of them.
     ``matched``: the nodes that are replaced, in graph order; ``results``: those of them that others read. By default
-    both are ``node`` alone. ``of_base``: the new nodes are the base model's. ``gm``: the graph, if it is a nested one.
+    both are ``node`` alone. ``gm``: the graph, if it is a nested one.
     """
 
     node: fx.Node
@@ -33,7 +33,6 @@ class Match(NamedTuple):
     matched: Sequence[fx.Node] | None = None
     results: Sequence[fx.Node] | None = None
     site: str | None = None
-    of_base: bool = False
     gm: fx.GraphModule | None = None
 
 
@@ -107,9 +106,7 @@ def walk(gm: fx.GraphModule, rewrite: Rewriting, context: Context, result: Resul
 def _make(gm: fx.GraphModule, match: Match, *, record: bool) -> Rewrite:
     node = match.node
     results = [node] if match.results is None else match.results
-    edit = Edit(
-        match.gm or gm, _site(match), match.matched or [node], results, at=node, record=record, of_base=match.of_base
-    )
+    edit = Edit(match.gm or gm, _site(match), match.matched or [node], results, at=node, record=record)
     new = match.write(edit)
     return edit.finish(*([new] * len(results) if isinstance(new, fx.Node) else new))
 

@@ -13,9 +13,7 @@ from typing import cast
 
 from torch import fx
 
-from adaptc.ir import dialect
 from adaptc.ir.edit import Edit
-from adaptc.ir.sites import LORA_LINEAR
 from adaptc.passes.walk import Match, each
 from adaptc.torch_internals import node_value
 
@@ -30,7 +28,7 @@ def split_dora(node: fx.Node) -> Match | None:
 
     def write(edit: Edit) -> fx.Node:
         factors = (edit.cast(n, dtype) for n in (A, B))
-        corrected = edit.item(edit.call(LORA_LINEAR(), x, y, *factors, scale, "n"), 0)
-        return edit.call(dialect.get("dora_rescale").overload, corrected, bias, magnitude, norm)
+        corrected = edit.item(edit.op("lora_linear", x, y, *factors, scale, "n"), 0)
+        return edit.op("dora_rescale", corrected, bias, magnitude, norm)
 
     return Match(node, write, [node, *outputs], outputs)

@@ -14,7 +14,6 @@ from typing import Any, cast
 
 from torch import fx
 
-from adaptc.ir import dialect
 from adaptc.ir.edit import Edit
 from adaptc.ir.products import without_views
 from adaptc.ir.sites import calls_of, site_of
@@ -43,7 +42,7 @@ def fuse_bottlenecks(gm: fx.GraphModule) -> Iterator[Match | Refusal]:
 
 def _write(bottleneck: fx.Node, factor: fx.Node, edit: Edit) -> list[fx.Node]:
     (grad, B, scale), (_, h, dtype) = bottleneck.args, factor.args
-    both = edit.call(dialect.get("lora_bottleneck_grads").overload, grad, h, B, scale, dtype)
+    both = edit.op("lora_bottleneck_grads", grad, h, B, scale, dtype)
     return [edit.item(both, 0), edit.item(both, 1)]
 
 

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 from torch import fx
 
-from adaptc.ir import dialect
 from adaptc.ir.edit import Edit
 from adaptc.ir.products import Product
 from adaptc.ir.sites import calls_of, is_inserted, site_of
@@ -39,7 +38,7 @@ def fuse_inputs(gm: fx.GraphModule, fused: list[Fused]) -> Iterator[Match | Refu
 
 def _write(node: fx.Node, products: list[Product], fused: list[Fused], edit: Edit) -> fx.Node:
     pairs = [one.x for one in products], [one.right for one in products]
-    new = edit.call(dialect.get("lora_linear_input_grads").overload, *pairs, *node.args[1:])
+    new = edit.op("lora_linear_input_grads", *pairs, *node.args[1:])
     fused.append(Fused(new, new, node, products))
     return new
 

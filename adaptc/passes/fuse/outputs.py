@@ -59,9 +59,9 @@ def _write(
 ) -> fx.Node | list[fx.Node]:
     if outputs:
         x, _, A, B, scale, _ = node.args
-        h = edit.item(edit.call(dialect.get("lora_shrink").overload, x, [A], [scale], [], []), 0)
+        h = edit.item(edit.op("lora_shrink", x, [A], [scale], [], []), 0)
     else:
         _, h, B = cast(tuple[Any, ...], node.args)
-    new = edit.call(dialect.get("lora_linear_expand").overload, product.x, product.right, product.bias, h, B)
+    new = edit.op("lora_linear_expand", product.x, product.right, product.bias, h, B)
     fused.append(Fused(new, edit.new_nodes[0], node, [product]))
     return [(new, h)[cast(int, output.args[1])] for output in outputs] or new
