@@ -8,25 +8,23 @@ Reassociates nothing: these are the halves of the op. On the joint graph, where 
 
 from __future__ import annotations
 
-import operator
 from typing import Any, cast
 
 from torch import fx
 
-from adaptc.ir import dialect
-from adaptc.ir.edit import Edit, Result
-from adaptc.ir.sites import site_of
-from adaptc.passes.contract import Context
+from adaptc.ir.edit import Edit
+from adaptc.ir.sites import items_of
+from adaptc.passes.walk import Match, each
 
 
-def split_dora_linear(gm: fx.GraphModule, context: Context, result: Result) -> None:
-    for node in list(gm.graph.find_nodes(op="call_function", target=dialect.get("dora_linear").overload)):
-        if not context.spend():
-            result.refuse(site_of(node), "limit reached")
-            continue
-        x, y, base, bias, A, B, magnitude, norm, scale = cast(tuple[Any, ...], node.args)
-        outputs = [user for user in node.users if user.target is operator.getitem]
-        edit = Edit(gm, site_of(node), [node, *outputs], outputs, at=node, record=context.record)
-        h = edit.item(edit.call(dialect.get("lora_shrink").overload, x, [A], [scale], [], []), 0)
-        new = edit.call(dialect.get("dora_expand").overload, y, base, bias, h, B, magnitude, norm), h
-        result.applied.append(edit.finish(*(new[cast(int, output.args[1])] for output in outputs)))
+@each("dora_linear")
+def split_dora_linear(node: fx.Node) -> Match:
+    x, y, base, bias, A, B, magnitude, norm, scale = cast(tuple[Any, ...], node.args)
+    outputs = items_of(node)
+
+    def write(edit: Edit) -> list[fx.Node]:
+        h = edit.item(edit.op("lora_shrink", x, [A], [scale], [], []), 0)
+        new = edit.op("dora_expand", y, base, bias, h, B, magnitude, norm), h
+        return [new[cast(int, output.args[1])] for output in outputs]
+
+    return Match(node, write, [node, *outputs], outputs)

@@ -16,39 +16,37 @@ from __future__ import annotations
 from torch import fx
 
 from adaptc.ir import dialect
-from adaptc.ir.edit import Edit, Result
+from adaptc.ir.edit import Edit
 from adaptc.ir.sites import site_of
 from adaptc.ir.sums import ADD, flatten, is_inner, is_sum
-from adaptc.passes.contract import Context
 from adaptc.passes.share.dropped import Dropped, dropped, seeds_of
+from adaptc.passes.walk import Match, Together, each
 from adaptc.torch_internals import node_value
 
 
-def share_inputs(gm: fx.GraphModule, context: Context, result: Result) -> None:
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    for root in list(gm.graph.find_nodes(op="call_function", target=ADD)):
-        if not is_sum(root) or is_inner(root) or not node_value(root).is_contiguous():
-            continue
-        sums, terms = flatten(root)
-        parts = {t: part for t in terms if (part := _adapters_part(t)) is not None}
-        # Of one kind in an op: those that drop, or those that do not.
-        drops = any(part.dropout is not None for part in parts.values())
-        ours = [t for t, part in parts.items() if (part.dropout is not None) == drops]
-        others = [t for t in terms if t not in ours]
-        if not ours or not others:
-            continue
-        if not context.spend():
-            result.refused += [(site_of(node), "limit reached") for node in ours]
-            continue
-        products = [parts[t].source for t in ours]
-        matched = sorted({*sums, *ours, *products}, key=order.__getitem__)
-        edit = Edit(gm, site_of(ours[0]), matched, [root], record=context.record)
+@each(lambda gm: gm.graph.find_nodes(op="call_function", target=ADD))
+def share_inputs(root: fx.Node) -> Together | None:
+    if not is_sum(root) or is_inner(root) or not node_value(root).is_contiguous():
+        return None
+    sums, terms = flatten(root)
+    parts = {t: part for t in terms if (part := _adapters_part(t)) is not None}
+    # Of one kind in an op: those that drop, or those that do not.
+    drops = any(part.dropout is not None for part in parts.values())
+    ours = [t for t, part in parts.items() if (part.dropout is not None) == drops]
+    others = [t for t in terms if t not in ours]
+    if not ours or not others:
+        return None
+    products = [parts[t].source for t in ours]
+
+    def write(edit: Edit) -> fx.Node:
         total = others[0]
         for other in others[1:]:
             total = edit.call(ADD, total, other)
         q, A = ([node.args[i] for node in products] for i in (0, 1))
-        seeds = seeds_of([parts[t] for t in ours])
-        result.applied.append(edit.finish(edit.call(dialect.get("lora_input_grads").overload, total, q, A, *seeds)))
+        return edit.op("lora_input_grads", total, q, A, *seeds_of([parts[t] for t in ours]))
+
+    sites = [site_of(node) for node in ours]
+    return Together(sites, [Match(root, write, sorted({*sums, *ours, *products}), site=sites[0])])
 
 
 def _adapters_part(term: fx.Node) -> Dropped | None:

@@ -14,14 +14,17 @@ not reach. The partitioner, asked to save less, would draw other ones.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import fx
 
 from adaptc.ir import dialect
-from adaptc.ir.edit import Edit, Result, Rewrite
+from adaptc.ir.edit import Edit
 from adaptc.ir.origin import checkpoint_marks
 from adaptc.ir.sites import site_of
 from adaptc.passes.contract import Context
+from adaptc.passes.walk import Match, Together
 from adaptc.torch_internals import mark_drawn_once, node_value
 
 aten = torch.ops.aten
@@ -29,7 +32,7 @@ _DRAWS = (aten.randint.default, aten.randint.low)
 _SAME = (aten.detach.default, aten.alias.default)
 
 
-def share_seeds(gm: fx.GraphModule, context: Context, result: Result) -> None:
+def share_seeds(gm: fx.GraphModule, context: Context) -> Iterator[Together]:
     seeds = [node for node in gm.graph.nodes if node.target in _DRAWS and _is_seed(node)]
     for node in seeds:
         if not checkpoint_marks(node):
@@ -39,26 +42,26 @@ def share_seeds(gm: fx.GraphModule, context: Context, result: Result) -> None:
     together = draws if len(draws) > 1 else []
     alone = [[node] for node in seeds if node not in together and _detached(node)]
     for group in ([together] if together else []) + alone:
-        if context.spend():
-            result.applied.append(_draw(gm, group, context))
-        else:
-            result.refused += [(site_of(node), "limit reached") for node in group]
+        yield Together([site_of(node) for node in group], [_draw(group)])
 
 
-def _draw(gm: fx.GraphModule, draws: list[fx.Node], context: Context) -> Rewrite:
+def _draw(draws: list[fx.Node]) -> Match:
     """One draw for all of ``draws``, of which the backward needs what is saved."""
-    first, same = draws[0], {node for draw in draws for node in (draw, *_detached(draw))}
-    old = [node for node in gm.graph.nodes if node in same]
-    edit = Edit(gm, site_of(first), old, old, at=first, record=context.record)
-    *bounds, _ = first.args
-    drawn = edit.call(first.target, *bounds, [len(draws)], **first.kwargs)
-    mark_drawn_once(drawn)
-    new: dict[fx.Node, fx.Node] = {}
-    for i, draw in enumerate(draws):
-        seed = drawn if len(draws) == 1 else edit.call(aten.slice.Tensor, drawn, 0, i, i + 1)
-        mark_drawn_once(seed)
-        new |= dict.fromkeys((draw, *_detached(draw)), seed)
-    return edit.finish(*(new[node] for node in old))
+    first = draws[0]
+    old = sorted({node for draw in draws for node in (draw, *_detached(draw))})
+
+    def write(edit: Edit) -> list[fx.Node]:
+        *bounds, _ = first.args
+        drawn = edit.call(first.target, *bounds, [len(draws)], **first.kwargs)
+        mark_drawn_once(drawn)
+        new: dict[fx.Node, fx.Node] = {}
+        for i, draw in enumerate(draws):
+            seed = drawn if len(draws) == 1 else edit.call(aten.slice.Tensor, drawn, 0, i, i + 1)
+            mark_drawn_once(seed)
+            new |= dict.fromkeys((draw, *_detached(draw)), seed)
+        return [new[node] for node in old]
+
+    return Match(first, write, old, old)
 
 
 def _is_seed(node: fx.Node) -> bool:

@@ -16,40 +16,42 @@ those of several adapters that were joined, keeps its own product; one whose see
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any, cast
 
 from torch import fx
 
 from adaptc.ir import dialect
-from adaptc.ir.edit import Edit, Result, Rewrite
-from adaptc.ir.sites import LORA_LINEAR, site_of
+from adaptc.ir.edit import Edit
+from adaptc.ir.sites import LORA_LINEAR, items_of, site_of
 from adaptc.passes.contract import Context
 from adaptc.passes.share.dropped import Dropped, dropouts_of, dropped, seeds_of
+from adaptc.passes.walk import Found, Match, Refusal, Together
 
 
-def share_shrink(gm: fx.GraphModule, context: Context, result: Result) -> None:
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+def share_shrink(gm: fx.GraphModule, context: Context) -> Iterator[Found]:
     for is_dropped, readers in _groups(gm):
         while readers:
-            early = [node for node in readers if _is_known(node, order[readers[0]], order)]
+            early = [node for node in readers if _is_known(node, readers[0])]
             late = [node for node in readers if node not in early]
             if not is_dropped:
-                for node in late:
-                    result.refuse(site_of(node), "its first factor is made after another site reads the same value")
+                reason = "its first factor is made after another site reads the same value"
+                yield from (Refusal(site_of(node), reason) for node in late)
             if is_dropped or len(early) > 1:
-                _share(gm, early or readers[:1], context, result)
+                group = early or readers[:1]
+                yield Together([site_of(node) for node in group], _share(group), len(group) + (len(group) > 1))
             readers = late[0 if early else 1 :] if is_dropped else []
 
 
-def _share(gm: fx.GraphModule, readers: list[fx.Node], context: Context, result: Result) -> None:
-    if not context.spend(len(readers) + (len(readers) > 1)):
-        result.refused += [(site_of(node), "limit reached") for node in readers]
-        return
-    shrinks = [_split(gm, node, context, result) for node in readers]
-    if len(shrinks) > 1:
-        result.applied.append(_join(gm, shrinks, record=context.record))
+def _share(readers: list[fx.Node]) -> Iterator[Match]:
+    bottlenecks: list[fx.Node] = []
+    for node in readers:
+        if _is_bottleneck(node):
+            bottlenecks += node.users
+        else:
+            yield _split(node, bottlenecks)
+    if len(bottlenecks) > 1:
+        yield _join(bottlenecks)
 
 
 def _groups(gm: fx.GraphModule) -> list[tuple[bool, list[fx.Node]]]:
@@ -76,37 +78,38 @@ def _read_by(node: fx.Node) -> Dropped | None:
     return Dropped(cast(fx.Node, node.args[0])) if _is_bottleneck(node) else dropped(node.args[0])
 
 
-def _is_known(node: fx.Node, place: int, order: Mapping[fx.Node, int]) -> bool:
+def _is_known(node: fx.Node, place: fx.Node) -> bool:
     """Whether the first factor, the scale and the seed stand before ``place``."""
     if _is_bottleneck(node):
         needed = node.all_input_nodes
     else:
         needed = [cast(fx.Node, node.args[i]) for i in (2, 4)]
         needed += seeds_of([cast(Dropped, dropped(node.args[0]))])[0]
-    return all(order[one] < place for one in needed)
+    return all(one < place for one in needed)
 
 
-def _split(gm: fx.GraphModule, node: fx.Node, context: Context, result: Result) -> fx.Node:
-    """Write the two products of a site as two nodes; returns the bottleneck."""
-    if _is_bottleneck(node):
-        (h,) = node.users
-        return h
+def _split(node: fx.Node, bottlenecks: list[fx.Node]) -> Match:
+    """The two products of a site as two nodes, of which the bottleneck is added to ``bottlenecks``."""
     x, y, A, B, scale, _ = node.args
     read = cast(Dropped, dropped(x))
-    outputs = [user for user in node.users if user.target is operator.getitem]
-    matched = [*dropouts_of([read]), node, *outputs]
-    edit = Edit(gm, site_of(node), matched, outputs, at=node, record=context.record)
-    shrink = edit.call(dialect.get("lora_shrink").overload, read.source, [A], [scale], *seeds_of([read]))
-    h = edit.item(shrink, 0)
-    new = (edit.call(dialect.get("lora_expand").overload, y, h, B), h)
-    result.applied.append(edit.finish(*(new[output.args[1]] for output in outputs)))  # type: ignore[index]
-    return h
+    outputs = items_of(node)
+
+    def write(edit: Edit) -> list[fx.Node]:
+        h = edit.item(edit.op("lora_shrink", read.source, [A], [scale], *seeds_of([read])), 0)
+        bottlenecks.append(h)
+        new = (edit.op("lora_expand", y, h, B), h)
+        return [new[cast(int, output.args[1])] for output in outputs]
+
+    return Match(node, write, [*dropouts_of([read]), node, *outputs], outputs)
 
 
-def _join(gm: fx.GraphModule, bottlenecks: list[fx.Node], *, record: bool) -> Rewrite:
+def _join(bottlenecks: list[fx.Node]) -> Match:
     calls = [cast(fx.Node, h.args[0]) for h in bottlenecks]
+    lists = [[item for call in calls for item in cast(Any, call.args[i])] for i in (1, 2, 3, 4)]
+
+    def write(edit: Edit) -> list[fx.Node]:
+        wide = edit.op("lora_shrink", calls[0].args[0], *lists)
+        return [edit.item(wide, i) for i in range(len(calls))]
+
     matched = [node for call, h in zip(calls, bottlenecks, strict=True) for node in (call, h)]
-    edit = Edit(gm, site_of(bottlenecks[0]), matched, bottlenecks, at=calls[0], record=record)
-    lists = ([item for call in calls for item in cast(Any, call.args[i])] for i in (1, 2, 3, 4))
-    wide = edit.call(dialect.get("lora_shrink").overload, calls[0].args[0], *lists)
-    return edit.finish(*(edit.item(wide, i) for i in range(len(calls))))
+    return Match(calls[0], write, matched, bottlenecks)
