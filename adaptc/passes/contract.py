@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from torch import fx
 
 from adaptc.codegen.choices import Choice
-from adaptc.ir.edit import Result, nested
+from adaptc.ir.edit import Result
 
 Level = Literal["dynamo", "joint", "final"]
 Numerics = Literal["exact", "reassociates", "approximate"]
@@ -58,23 +58,6 @@ class Context:
             return False
         self.budget -= rewrites
         return True
-
-
-#: Makes its rewrites in one graph, nested bodies excluded, and adds what it did to the result.
-Rewriting = Callable[[fx.GraphModule, Context, Result], None]
-
-
-def everywhere(gm: fx.GraphModule, rewrites: Sequence[Rewriting], context: Context) -> Result:
-    """Run ``rewrites`` in order on a graph, and then on each body of its higher-order ops."""
-    result = Result()
-    for rewrite in rewrites:
-        rewrite(gm, context, result)
-    for _, body, _ in nested(gm):
-        inner = everywhere(body, rewrites, context)
-        result.applied += inner.applied
-        result.refused += inner.refused
-    gm.recompile()
-    return result
 
 
 PassFunction = Callable[[fx.GraphModule, Context], Result]

@@ -14,7 +14,6 @@ again, where it was.
 
 from __future__ import annotations
 
-import operator
 from typing import cast
 
 import torch
@@ -25,8 +24,9 @@ from adaptc.codegen.ops.inline import tracing_once
 from adaptc.codegen.ops.row import Row
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit, Result
-from adaptc.ir.sites import dialect_nodes, site_of
-from adaptc.passes.contract import Context, Contract, everywhere
+from adaptc.ir.sites import dialect_nodes, items_of
+from adaptc.passes.contract import Context, Contract
+from adaptc.passes.walk import Match, each, everywhere
 from adaptc.torch_internals import mark_recomputed, node_value, tree_leaves
 
 CONTRACT = Contract(
@@ -45,39 +45,37 @@ def _stays(node: fx.Node, row: Row) -> bool:
     return device is not None and row.whole(device, *fx.map_arg(node.args, node_value))
 
 
-def _split(gm: fx.GraphModule, context: Context, result: Result) -> None:
-    # From the last to the first: the nodes by which they remember where a product stood are still there then.
-    for node in reversed(dialect_nodes(gm)):
-        op = dialect.of_target(node.target)
-        assert op is not None
-        split = registry.row(op.name).split
-        if split is None:
-            continue
-        if not context.spend():
-            result.refuse(site_of(node), "limit reached")
-            continue
-        edit = Edit(gm, site_of(node), [node], [node], record=context.record)
+# From the last to the first: the nodes by which they remember where a product stood are still there then.
+@each(lambda gm: reversed(dialect_nodes(gm)))
+def _split(node: fx.Node) -> Match | None:
+    op = dialect.of_target(node.target)
+    assert op is not None
+    split = registry.row(op.name).split
+    if split is None:
+        return None
+
+    def write(edit: Edit) -> fx.Node:
         rest, given = split(edit, *node.args)
-        result.applied.append(edit.finish(edit.call(dialect.get(rest).overload, *given)))
+        return edit.op(rest, *given)
+
+    return Match(node, write)
 
 
-def _lower(gm: fx.GraphModule, context: Context, result: Result) -> None:
-    for node in dialect_nodes(gm):
-        op = dialect.of_target(node.target)
-        assert op is not None
-        if _stays(node, registry.row(op.name)):
-            if op.recomputed:
-                mark_recomputed(node)
-            continue
-        if not context.spend():
-            result.refuse(site_of(node), "limit reached")
-            continue
-        outputs = [u for u in node.users if u.target is operator.getitem]
-        results = outputs or [node]
-        edit = Edit(gm, site_of(node), [node, *outputs], results, at=node, record=context.record)
+@each(dialect_nodes)
+def _lower(node: fx.Node) -> Match | None:
+    op = dialect.of_target(node.target)
+    assert op is not None
+    if _stays(node, registry.row(op.name)):
+        if op.recomputed:
+            mark_recomputed(node)
+        return None
+    outputs = items_of(node)
+
+    def write(edit: Edit) -> fx.Node | list[fx.Node]:
         values = registry.lowering(op.name)(edit, *node.args)
         if op.recomputed:
             for new in edit.new_nodes:
                 mark_recomputed(new)
-        chosen = [values[cast(int, o.args[1])] for o in outputs] if outputs else [values[0]]
-        result.applied.append(edit.finish(*chosen))
+        return [values[cast(int, output.args[1])] for output in outputs] or values[0]
+
+    return Match(node, write, [node, *outputs], outputs or [node])

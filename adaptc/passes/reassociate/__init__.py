@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 from torch import fx
 
@@ -25,9 +26,10 @@ from adaptc.codegen import orders
 from adaptc.codegen.choices import Choice
 from adaptc.ir.edit import Result
 from adaptc.ir.sites import lora_nodes, site_of
-from adaptc.passes.contract import Context, Contract, everywhere
+from adaptc.passes.contract import Context, Contract
 from adaptc.passes.reassociate.site import Site, read
-from adaptc.passes.reassociate.write import write
+from adaptc.passes.reassociate.write import in_order
+from adaptc.passes.walk import Match, Refusal, everywhere
 from adaptc.torch_internals import node_value, product_precision, size_hint
 
 CONTRACT = Contract(level="joint", numerics="reassociates", conflicts=frozenset({"shared", "fused", "aten"}))
@@ -37,24 +39,20 @@ def reassociate(gm: fx.GraphModule, context: Context) -> Result:
     return everywhere(gm, (_reassociate,), context)
 
 
-def _reassociate(gm: fx.GraphModule, context: Context, result: Result) -> None:
+def _reassociate(gm: fx.GraphModule, context: Context) -> Iterator[Match | Refusal]:
     for node in lora_nodes(gm):
         site = read(node)
         reason = site if isinstance(site, str) else _illegal(site)
         if not isinstance(site, Site) or reason is not None:
             if orders.could_gain(_layer_of(node)):
-                result.refuse(site_of(node), str(reason))
+                yield Refusal(site_of(node), str(reason))
             continue
         choice = _choose(site)
         if choice is None:
             continue
         context.choices.append(dataclasses.replace(choice, sites=(site_of(node),)))
-        if choice.chosen == choice.usual:
-            continue
-        if not context.spend():
-            result.refuse(site_of(node), "limit reached")
-            continue
-        result.applied.append(write(gm, site, choice.chosen, record=context.record))
+        if choice.chosen != choice.usual:
+            yield in_order(site, choice.chosen)
 
 
 def _illegal(site: Site) -> str | None:

@@ -7,21 +7,19 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from adaptc.ir import dialect
-from adaptc.ir.edit import Edit, Rewrite
+from adaptc.ir.edit import Edit
 from adaptc.ir.origin import origin_of
 from adaptc.ir.products import Product, views_down_to, without_views
-from adaptc.ir.sites import site_of
 from adaptc.ir.sums import ADD, flatten
 from adaptc.passes.reassociate.site import Grads, InputGrad, Site
+from adaptc.passes.walk import Match
 from adaptc.torch_internals import node_value
 
 aten = torch.ops.aten
 
 
-def write(gm: fx.GraphModule, site: Site, plan: str, *, record: bool) -> Rewrite:
+def in_order(site: Site, plan: str) -> Match:
     """``plan``: "merge" or "dense"."""
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
     y, h, grads = site.output(0), site.output(1), site.grads
     matched = [*_read_by(site.product), *site.product.nodes, site.call, *(n for n in (y, h) if n is not None)]
     results = [] if y is None else [y]
@@ -32,16 +30,18 @@ def write(gm: fx.GraphModule, site: Site, plan: str, *, record: bool) -> Rewrite
             dx = grads.dx
             matched += [*_read_by(dx.product), dx.own, *dx.product.nodes, *flatten(dx.root)[0]]
             results.append(dx.root)
-    matched = sorted({*matched}, key=order.__getitem__)
-    edit = Edit(gm, site_of(site.call), matched, results, at=site.call, record=record)
-    right = _merged_right(edit, site)
-    new = [] if y is None else [_product(edit, site.product, site.product.x, right)]
-    if grads is not None:
-        edit.position = min(grads.q, grads.db, key=order.__getitem__)
-        new += _dense_grads(edit, site, grads) if plan == "dense" else [_bottleneck(edit, site)]
-        if grads.dx is not None:
-            new.append(_input_grad(edit, grads.dx, right))
-    return edit.finish(*new)
+
+    def write(edit: Edit) -> list[fx.Node]:
+        right = _merged_right(edit, site)
+        new = [] if y is None else [_product(edit, site.product, site.product.x, right)]
+        if grads is not None:
+            edit.position = min(grads.q, grads.db)
+            new += _dense_grads(edit, site, grads) if plan == "dense" else [_bottleneck(edit, site)]
+            if grads.dx is not None:
+                new.append(_input_grad(edit, grads.dx, right))
+        return new
+
+    return Match(site.call, write, sorted({*matched}), results)
 
 
 def _read_by(product: Product) -> list[fx.Node]:
@@ -56,7 +56,7 @@ def _merged_right(edit: Edit, site: Site) -> fx.Node:
     right, scale = site.product.right, site.call.args[4]
     transposed = node_value(right).is_contiguous()
     W = right if transposed else _turned(edit, right)
-    E = edit.call(dialect.get("lora_merged_weight").overload, W, A, B, scale, transposed)
+    E = edit.op("lora_merged_weight", W, A, B, scale, transposed)
     return E if transposed else _turned(edit, E)
 
 
@@ -82,15 +82,15 @@ def _call_instead(edit: Edit, old: fx.Node, target: Any, *args: Any) -> fx.Node:
 def _bottleneck(edit: Edit, site: Site) -> fx.Node:
     """x A^T where the backward reads it: x is kept anyway."""
     x, _, A, _ = site.operands
-    shrink = edit.call(dialect.get("lora_shrink").overload, x, [A], [site.call.args[4]], [], [])
+    shrink = edit.op("lora_shrink", x, [A], [site.call.args[4]], [], [])
     return edit.item(shrink, 0)
 
 
 def _dense_grads(edit: Edit, site: Site, grads: Grads) -> list[fx.Node]:
     x, _, A, B = site.operands
     dtype = node_value(A).dtype
-    Z = edit.call(dialect.get("lora_factor_grad").overload, grads.g, x, dtype)
-    both = edit.call(dialect.get("lora_dense_grads").overload, Z, A, B, site.call.args[4])
+    Z = edit.op("lora_factor_grad", grads.g, x, dtype)
+    both = edit.op("lora_dense_grads", Z, A, B, site.call.args[4])
     return [edit.item(both, 0), edit.item(both, 1)]
 
 

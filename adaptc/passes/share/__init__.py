@@ -17,12 +17,13 @@ from __future__ import annotations
 from torch import fx
 
 from adaptc.ir.edit import Result
-from adaptc.passes.contract import Context, Contract, everywhere
+from adaptc.passes.contract import Context, Contract
 from adaptc.passes.share.dora import split_dora_linear
 from adaptc.passes.share.factors import share_factors
 from adaptc.passes.share.inputs import share_inputs
 from adaptc.passes.share.seeds import share_seeds
 from adaptc.passes.share.shrink import share_shrink
+from adaptc.passes.walk import everywhere
 
 CONTRACT = Contract(
     level="joint", numerics="reassociates", provides=frozenset({"shared"}), conflicts=frozenset({"aten"})

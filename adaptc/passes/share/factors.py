@@ -17,6 +17,8 @@ where the last of the old ones did; a gradient that something reads before that 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import cast
 
 import torch
@@ -24,11 +26,12 @@ from torch import fx
 
 from adaptc.codegen.ops.lora_split import is_made_again, is_made_alone
 from adaptc.ir import dialect
-from adaptc.ir.edit import Edit, Result
+from adaptc.ir.edit import Edit
 from adaptc.ir.products import VIEWS
-from adaptc.ir.sites import site_of
+from adaptc.ir.sites import calls_of, site_of
 from adaptc.passes.contract import Context
 from adaptc.passes.share.dropped import Dropped, dropouts_of, dropped, seeds_of
+from adaptc.passes.walk import Match, Refusal, Together
 from adaptc.torch_internals import OpOverload, is_backward, keeps_inputs, mark_recomputed, node_value
 
 aten = torch.ops.aten
@@ -36,15 +39,13 @@ aten = torch.ops.aten
 _SAME = (*VIEWS, aten.alias.default, aten.detach.default)
 
 
-def share_factors(gm: fx.GraphModule, context: Context, result: Result) -> None:
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+def share_factors(gm: fx.GraphModule, context: Context) -> Iterator[Refusal | Together]:
     # What makes %x again in the backward may read an input of the graph.
     may_read_again = keeps_inputs(gm)
     for products in _groups(gm):
-        last = order[products[-1]]
-        late = [node for node in products if all(order[user] > last for user in node.users)]
-        for node in (n for n in products if n not in late):
-            result.refuse(site_of(node), "the gradient of its first factor is read before the others are known")
+        late = [node for node in products if all(products[-1] < user for user in node.users)]
+        reason = "the gradient of its first factor is read before the others are known"
+        yield from (Refusal(site_of(node), reason) for node in products if node not in late)
         values = [cast(Dropped, dropped(node.args[1])) for node in late]
         seeds = seeds_of(values)
         x = values[0].source
@@ -52,16 +53,16 @@ def share_factors(gm: fx.GraphModule, context: Context, result: Result) -> None:
         if again and _is_cheap(x) and not _is_read_by_others(x):
             mark_recomputed(x)
         alone_too = bool(seeds[0]) or _has_kernel(late[0])
-        if len(late) < (1 if alone_too else 2) or products[-1] not in late:
-            continue
-        if not context.spend():
-            result.refused += [(site_of(node), "limit reached") for node in late]
-            continue
-        matched = sorted({*dropouts_of(values), *late}, key=order.__getitem__)
-        edit = Edit(gm, site_of(late[0]), matched, late, record=context.record)
-        left, dtype = [node.args[0] for node in late], late[0].args[2]
-        wide = edit.call(dialect.get("lora_factor_grads").overload, left, x, dtype, *seeds)
-        result.applied.append(edit.finish(*(edit.item(wide, i) for i in range(len(late)))))
+        if len(late) >= (1 if alone_too else 2) and products[-1] in late:
+            sites = [site_of(node) for node in late]
+            matched = sorted({*dropouts_of(values), *late})
+            yield Together(sites, [Match(late[-1], partial(_write, late, values), matched, late, sites[0])])
+
+
+def _write(products: list[fx.Node], values: list[Dropped], edit: Edit) -> list[fx.Node]:
+    left, dtype = [node.args[0] for node in products], products[0].args[2]
+    wide = edit.op("lora_factor_grads", left, values[0].source, dtype, *seeds_of(values))
+    return [edit.item(wide, i) for i in range(len(products))]
 
 
 def _has_kernel(product: fx.Node) -> bool:
@@ -76,8 +77,7 @@ def _has_kernel(product: fx.Node) -> bool:
 def _groups(gm: fx.GraphModule) -> list[list[fx.Node]]:
     """The products with one right operand and dtype, in graph order."""
     found: dict[tuple[object, ...], list[fx.Node]] = {}
-    target = dialect.get("lora_factor_grad").overload
-    for node in gm.graph.find_nodes(op="call_function", target=target):
+    for node in calls_of(gm, "lora_factor_grad"):
         if (x := dropped(node.args[1])) is not None:
             found.setdefault((x.dropout is not None, x.source, node.args[2]), []).append(node)
     return list(found.values())
