@@ -29,6 +29,7 @@ from adaptc.ir.edit import Result
 from adaptc.passes.accumulate.gradients import scale_gradients
 from adaptc.passes.accumulate.sums import add_products, sum_products
 from adaptc.passes.contract import Context, Contract
+from adaptc.passes.walk import walk
 
 CONTRACT = Contract(level="final", numerics="reassociates")
 REWRITES = (sum_products, add_products, scale_gradients)
@@ -37,5 +38,5 @@ REWRITES = (sum_products, add_products, scale_gradients)
 def accumulate(gm: fx.GraphModule, context: Context) -> Result:
     result = Result()
     for rewrite in REWRITES:
-        rewrite(gm, context, result)
+        walk(gm, rewrite, context, result)
     return result

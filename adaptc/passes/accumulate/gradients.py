@@ -9,10 +9,11 @@ from torch import fx
 
 from adaptc.codegen.ops.in_place import OUTPUT_GRADS, RESCALE_GRAD
 from adaptc.ir import dialect
-from adaptc.ir.edit import Result, Rewrite
-from adaptc.ir.sites import site_of
-from adaptc.passes.accumulate.memory import Change, is_dense, is_new, owned
-from adaptc.passes.contract import Context
+from adaptc.ir.edit import Edit
+from adaptc.ir.products import views_down_to
+from adaptc.ir.sites import items_of
+from adaptc.passes.accumulate.memory import add, call, is_dense, is_new, owned, view
+from adaptc.passes.walk import Match, each
 from adaptc.torch_internals import OpOverload, node_value
 
 #: Op -> the same in place, and which of its results that one leaves in the memory of the gradient.
@@ -22,33 +23,24 @@ _SCALED = {
 }
 
 
-def scale_gradients(gm: fx.GraphModule, context: Context, result: Result) -> None:
-    for node in [n for n in gm.graph.nodes if n.target in _SCALED]:
-        grad, *rest = cast(tuple[Any, ...], node.args)
-        memory = owned(grad, is_new)
-        if memory is None or grad in rest or not is_dense(memory):
-            continue
-        if not context.spend():
-            result.refuse(site_of(node), "limit reached")
-            continue
-        result.applied.append(_scale_in_place(gm, node, memory))
+@each(lambda gm: [node for node in gm.graph.nodes if node.target in _SCALED])
+def scale_gradients(node: fx.Node) -> Match | None:
+    grad, *rest = cast(tuple[Any, ...], node.args)
+    memory = owned(grad, is_new)
+    if memory is None or grad in rest or not is_dense(memory):
+        return None
+    outputs = items_of(node)
 
-
-def _scale_in_place(gm: fx.GraphModule, node: fx.Node, memory: fx.Node) -> Rewrite:
-    grad, values = cast(fx.Node, node.args[0]), node_value(node)
-    outputs = {cast(int, user.args[1]): user for user in node.users if user.target is operator.getitem}
-    op, scaled = _SCALED[cast(OpOverload, node.target)]
-    others = [i for i in range(len(values)) if i != scaled]
-    change = Change(gm, node)
-    with gm.graph.inserting_before(node):
+    def write(edit: Edit) -> list[fx.Node]:
+        values = node_value(node)
+        op, scaled = _SCALED[cast(OpOverload, node.target)]
+        others = [i for i in range(len(values)) if i != scaled]
         value = tuple(values[i] for i in others) if len(others) > 1 else values[others[0]]
-        made = change.call(op, (memory, *node.args[1:]), node, value)
-        results = {scaled: change.view(memory, grad)}
+        made = call(edit, op, (memory, *node.args[1:]), node, value)
+        results = {scaled: view(edit, memory, grad)}
         for place, index in enumerate(others):
             meta = {**made.meta, "val": values[index]}
-            results[index] = change.add(operator.getitem, (made, place), meta) if len(others) > 1 else made
-    for index, output in outputs.items():
-        change.replace(output, results[index])
-    change.erase(node)
-    change.erase_views(grad, memory)
-    return change.finish()
+            results[index] = add(edit, operator.getitem, (made, place), meta) if len(others) > 1 else made
+        return [results[cast(int, output.args[1])] for output in outputs]
+
+    return Match(node, write, [*views_down_to(grad, memory), node, *outputs], outputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -12,8 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from adaptc.codegen.ops.in_place import ADD_PRODUCT, ADD_PRODUCTS
 from adaptc.ir import dialect
-from adaptc.ir.edit import Rewrite
-from adaptc.ir.sites import site_of
+from adaptc.ir.edit import Edit
 from adaptc.torch_internals import OpOverload, demand_layouts, node_value, size_hint, tree_leaves, writes_products
 
 aten = torch.ops.aten
@@ -24,50 +23,25 @@ _WORTH_A_CALL = 1 << 24
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
-class Change:
-    """One rewrite of ``gm`` in the making, which takes away ``node``: what is added, replaced and erased."""
+def add(edit: Edit, op: Callable[..., Any], args: tuple[Any, ...], meta: Mapping[str, Any]) -> fx.Node:
+    """Add a call of which ``meta`` says everything."""
+    with edit.gm.graph.inserting_before(edit.position):
+        node = edit.gm.graph.call_function(op, args)
+    node.meta = dict(meta)
+    edit.new_nodes.append(node)
+    return node
 
-    def __init__(self, gm: fx.GraphModule, node: fx.Node) -> None:
-        self.gm, self.graph, self.site = gm, gm.graph, site_of(node)
-        self.added: list[str] = []
-        self.removed: list[str] = []
-        self.replaced: list[tuple[fx.Node, fx.Node]] = []
 
-    def add(self, op: Callable[..., Any], args: tuple[Any, ...], meta: dict[str, Any]) -> fx.Node:
-        node = self.graph.call_function(op, args)
-        node.meta = dict(meta)
-        self.added.append(node.name)
-        return node
+def call(edit: Edit, op: OpOverload, args: tuple[Any, ...], instead_of: fx.Node, value: Any) -> fx.Node:
+    """Add a call of ``op`` that knows what ``instead_of`` does, with the layouts of its own arguments."""
+    node = add(edit, op, args, {**instead_of.meta, "val": value})
+    demand_layouts(node)
+    return node
 
-    def call(self, op: OpOverload, args: tuple[Any, ...], instead_of: fx.Node, value: Any) -> fx.Node:
-        """A call of ``op`` that knows what ``instead_of`` does, with the layouts of its own arguments."""
-        node = self.add(op, args, {**instead_of.meta, "val": value})
-        demand_layouts(node)
-        return node
 
-    def view(self, memory: fx.Node, views: fx.Node) -> fx.Node:
-        """``memory`` in the shape of ``views``: who reads it reads what was left there."""
-        return memory if views is memory else self.add(aten.view.default, (memory, *views.args[1:]), views.meta)
-
-    def replace(self, old: fx.Node, new: fx.Node) -> None:
-        """Have the readers of ``old`` read ``new``."""
-        old.replace_all_uses_with(new)
-        self.replaced.append((old, new))
-        self.erase(old)
-
-    def erase(self, node: fx.Node) -> None:
-        self.removed.append(node.name)
-        self.graph.erase_node(node)
-
-    def erase_views(self, last: fx.Node, source: fx.Node) -> None:
-        while last is not source and not last.users:
-            last, dead = cast(fx.Node, last.args[0]), last
-            self.erase(dead)
-
-    def finish(self) -> Rewrite:
-        return Rewrite(
-            self.site, tuple(self.removed), tuple(self.added), owner=self.gm, replaced=tuple(self.replaced)
-        )
+def view(edit: Edit, memory: fx.Node, views: fx.Node) -> fx.Node:
+    """``memory`` in the shape of ``views``: who reads it reads what was left there."""
+    return memory if views is memory else add(edit, aten.view.default, (memory, *views.args[1:]), views.meta)
 
 
 def owned(node: fx.Node, makes: Callable[[fx.Node], bool]) -> fx.Node | None:
