@@ -51,9 +51,6 @@ class Result:
     applied: list[Rewrite] = dataclasses.field(default_factory=list)
     refused: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
-    def refuse(self, site: str, reason: str) -> None:
-        self.refused.append((site, reason))
-
 
 class Edit:
     """Replaces ``matched`` nodes of a graph, whose ``results`` others read, by nodes that it adds.
