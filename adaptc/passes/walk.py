@@ -75,15 +75,15 @@ def each(nodes: str | Callable[[fx.GraphModule], Iterable[fx.Node]]) -> Callable
     return rewriting_of
 
 
-def everywhere(gm: fx.GraphModule, rewrites: Sequence[Rewriting], context: Context) -> Result:
-    """Make ``rewrites`` in order in a graph, and then in each body of its higher-order ops."""
-    result = Result()
+def everywhere(
+    gm: fx.GraphModule, rewrites: Sequence[Rewriting], context: Context, result: Result | None = None
+) -> Result:
+    """Make ``rewrites`` in order in a graph, and then in each body of its higher-order ops; adds to ``result``."""
+    result = Result() if result is None else result
     for rewrite in rewrites:
         walk(gm, rewrite, context, result)
     for _, body, _ in nested(gm):
-        inner = everywhere(body, rewrites, context)
-        result.applied += inner.applied
-        result.refused += inner.refused
+        everywhere(body, rewrites, context, result)
     gm.recompile()
     return result
 
@@ -94,13 +94,11 @@ def walk(gm: fx.GraphModule, rewrite: Rewriting, context: Context, result: Resul
         if isinstance(found, Refusal):
             result.refused.append(found)
             continue
-        if isinstance(found, Match):
-            found = Together([_site(found)], [found])
-        if context.spend(found.cost):
-            for match in found.matches:
-                result.applied.append(_make(gm, match, record=context.record))
+        group = Together([_site(found)], [found]) if isinstance(found, Match) else found
+        if context.spend(group.cost):
+            result.applied.extend(_make(gm, match, record=context.record) for match in group.matches)
         else:
-            result.refused += [(site, "limit reached") for site in found.sites]
+            result.refused += [(site, "limit reached") for site in group.sites]
 
 
 def _make(gm: fx.GraphModule, match: Match, *, record: bool) -> Rewrite:

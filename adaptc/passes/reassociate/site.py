@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Iterable
 from typing import cast
 
@@ -11,6 +10,7 @@ from torch import fx
 
 from adaptc.ir import dialect
 from adaptc.ir.products import Product, frozen_product, without_views
+from adaptc.ir.sites import items_of
 from adaptc.ir.sums import flatten, root_of
 from adaptc.torch_internals import node_value, size_hint
 
@@ -63,7 +63,7 @@ class Site:
         return self.call.args[:4]  # type: ignore[return-value]
 
     def output(self, index: int) -> fx.Node | None:
-        return _only(user for user in self.call.users if user.target is operator.getitem and user.args[1] == index)
+        return _only(item for item in items_of(self.call) if item.args[1] == index)
 
 
 def read(call: fx.Node) -> Site | str:
