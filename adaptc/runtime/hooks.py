@@ -163,6 +163,10 @@ def run_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return inside[0].run_inside(module, inside, *args, **kwargs)
 
 
+#: The hooks that adaptc puts on modules.
+OURS = frozenset({run_site, run_tap, run_before_site})
+
+
 class SiteForward(functools.partial[Any]):
     """What replaces a module's forward, with the signature that it had: generation and trainers ask for it."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import types
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -20,9 +21,17 @@ TORCH = Version(torch.__version__.split("+")[0])
 
 
 def compile_isolated(
-    fn: Callable[..., Any], *, backend: Callable[..., Any], recompile_limit: int, **options: Any
+    fn: Callable[..., Any],
+    *,
+    backend: Callable[..., Any],
+    recompile_limit: int,
+    unneeded: Callable[[list[tuple[str, str]]], list[bool]],
+    **options: Any,
 ) -> Callable[..., Any]:
     """``torch.compile`` with cache entries of its own: equal code elsewhere does not use up the limit.
+
+    ``unneeded``: of each guard, by its kind (``TYPE_MATCH``) and its source as Python text, whether the outermost frame
+    does without it.
 
     2.13 has arguments for it. Before, a fresh code object isolates the outermost frame, and for the frames behind graph
     breaks the limit is raised around each call. On any version a fresh code object is a frame of its own in Dynamo's
@@ -35,7 +44,7 @@ def compile_isolated(
     fresh = types.FunctionType(
         fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__
     )
-    behind = _BehindBreaks(fresh.__code__, backend)
+    behind = _BehindBreaks(fresh.__code__, backend, unneeded)
     if Version("2.13") <= TORCH:
         options = {"recompile_limit": recompile_limit, "isolate_recompiles": True, **options}
     else:
@@ -51,10 +60,16 @@ def compile_isolated(
 
 
 class _BehindBreaks:
-    """A backend that lets Dynamo guard on hooks that are not there, in all frames but the outermost."""
+    """A backend that lets Dynamo guard on hooks that are not there, in all frames but the outermost; from that one it
+    takes the guards that it does without."""
 
-    def __init__(self, outermost: types.CodeType, backend: Callable[..., Any]) -> None:
-        self.outermost, self.backend = outermost, backend
+    def __init__(
+        self,
+        outermost: types.CodeType,
+        backend: Callable[..., Any],
+        unneeded: Callable[[list[tuple[str, str]]], list[bool]],
+    ) -> None:
+        self.outermost, self.backend, self.unneeded = outermost, backend, unneeded
         #: Dynamo's settings around each call, once there are such frames.
         self.settings: dict[str, Any] = {}
         self._now = contextlib.ExitStack()
@@ -63,15 +78,27 @@ class _BehindBreaks:
         self.settings = {"skip_nnmodule_hook_guards": False, **settings}
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        if not self.settings and _frame_in_progress() is not self.outermost:
+        # Dynamo makes the guards of this frame when its backend has returned.
+        if _frame_in_progress() is self.outermost:
+            _drop_guards(self.unneeded)
+        elif not self.settings:
             self.expect()
-            # Dynamo makes the guards of this frame when its backend has returned.
             self._now.enter_context(torch._dynamo.config.patch(self.settings))
         return self.backend(gm, inputs)  # type: ignore[no-any-return]
 
     def guards(self) -> Any:
         """A context for a call of the outermost frame."""
         return torch._dynamo.config.patch(self.settings) if self.settings else self._now
+
+
+def _drop_guards(unneeded: Callable[[list[tuple[str, str]]], list[bool]]) -> None:
+    """Take from the guards of the frame that Dynamo is compiling those that it does without. 2.11 to 2.15."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    guards = InstructionTranslator.current_tx().output.guards.inner
+    every = list(guards)
+    drops = unneeded([(guard.create_fn_name(), str(guard.name)) for guard in every])
+    guards.difference_update(itertools.compress(every, drops))
 
 
 def _frame_in_progress() -> types.CodeType:

@@ -19,11 +19,11 @@ from adaptc.errors import RecompileLimitWarning, UnsupportedError
 from adaptc.methods import quantised
 from adaptc.runtime.calls import output_hooks, regions, warmup
 from adaptc.runtime.calls.alike import Copies
+from adaptc.runtime.calls.guards import unneeded
 from adaptc.runtime.calls.lifts import lifts_of
 from adaptc.runtime.calls.lint import Lint
 from adaptc.runtime.calls.state import Calls, Epoch
 from adaptc.runtime.calls.watch import Watch
-from adaptc.runtime.options import CompileOptions
 from adaptc.runtime.processes import DataParallelCheck
 from adaptc.runtime.site_adapters import adapters_of
 from adaptc.torch_internals import RecompileLimitWatch, compile_isolated, state_across_modules, without_size_memory
@@ -36,14 +36,20 @@ _KEPT = 8
 
 
 def compiled(
-    options: CompileOptions, run: Callable[..., Any], backend: Callable[..., Any], *, copies: int = 0
+    calls: Calls, run: Callable[..., Any], backend: Callable[..., Any], *, copies: int = 0
 ) -> Callable[..., Any]:
     """``run``, a function, captured as the options say; for so many ``copies`` of a block, which may turn out to need
     a graph or two of their own."""
+    options, epoch = calls.options, calls.epoch
+
+    def without(guards: list[tuple[str, str]]) -> list[bool]:
+        return unneeded(guards, hooked=epoch.watch is None or epoch.watch.sites_are_hooked)
+
     return compile_isolated(
         run,
         backend=backend,
         recompile_limit=RECOMPILE_LIMIT + 2 * copies,
+        unneeded=without,
         fullgraph=options.fullgraph,
         dynamic=options.dynamic,
     )
@@ -64,7 +70,7 @@ class Capture:
             return function(*args, **kwargs)
 
         self.whole = backend is not None
-        self.run = run if backend is None else compiled(calls.options, run, backend)
+        self.run = run if backend is None else compiled(calls, run, backend)
 
     def __call__(self, kind: tuple[object, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The call of a kind (of which blocks may find that it is to be captured whole)."""
@@ -147,7 +153,7 @@ class Captures(Calls):
             if self.options.regional == "auto":
                 # The first block's input may need no gradient.
                 capture = Copies(self, capture, blocks, kinds + 1)
-            found = epoch.blocks[name] = compiled(self.options, regions.run_block, capture, copies=len(blocks))
+            found = epoch.blocks[name] = compiled(self, regions.run_block, capture, copies=len(blocks))
         return found
 
     def _open(self) -> Epoch:

@@ -1,10 +1,10 @@
-"""What captured code takes for given and Dynamo does not guard on: which modules have hooks, and methods of classes.
+"""What captured code takes for given and is not guarded on: which modules have hooks, and methods of classes.
 
 Of a module that has hooks Dynamo guards on all of them (how many of each kind, their code, what they close over), and
 on a ``forward`` of an instance and the modules of the tree. It guards on no hook of a module that has none, nor on a
-method of a class. So a model is looked at before each call. Where something of this kind differs, other captured code
-is used: that of a call in which it was the same, or new one. Hooks that are set and removed around calls thus cost two
-captures, not one a call.
+method of a class; guards on hooks that are adaptc's own are left out (``guards``). So a model is looked at before each
+call. Where something of this kind differs, other captured code is used: that of a call in which it was the same, or new
+one. Hooks that are set and removed around calls thus cost two captures, not one a call.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from adaptc.runtime.hooks import OURS
 from adaptc.runtime.site_adapters import adapters_of
 from adaptc.torch_internals import global_module_hooks
 
@@ -29,8 +30,8 @@ _held_by = {name: operator.itemgetter(name) for name in _HOOKS}
 
 
 class Given:
-    """What captured code took for given: paths of the modules with hooks, names of torch's dicts of hooks for every
-    module that were not empty, and the methods of the modules' classes."""
+    """What captured code took for given: paths of the modules with hooks of the user, names of torch's dicts of hooks
+    for every module that were not empty, and the methods of the modules' classes."""
 
     def __init__(self, hooked: frozenset[str], methods: dict[type, Any]) -> None:
         self.hooked, self.methods = hooked, methods
@@ -54,8 +55,13 @@ class Watch:
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(_modules_of("", model, set()))
-        hooked = {path: (name, m.__dict__) for path, m in modules if (name := _hooks_in(m)) is not None}
-        self._bare = [m.__dict__ for path, m in modules if path not in hooked]
+        hooked = {path: (name, m.__dict__) for path, m in modules if (name := _users_hooks_in(m)) is not None}
+        others = [m for path, m in modules if path not in hooked]
+        self._bare = [m.__dict__ for m in others if not any(m.__dict__[name] for name in _HOOKS)]
+        self._own = [m.__dict__ for m in others if any(m.__dict__[name] for name in _HOOKS)]
+        self._own_hooks = self._read_hooks()
+        #: Whether the user has hooks on an adapted module.
+        self.sites_are_hooked = any(adapters_of(m) is not None for path, m in modules if path in hooked)
         # Of several kinds of hooks one is enough: while it is there, Dynamo guards on the others.
         self._hooked = [(_held_by[name], [s for n, s in hooked.values() if n == name]) for name in _HOOKS]
         everywhere = global_module_hooks()
@@ -80,6 +86,7 @@ class Watch:
                 any(self._empty)
                 or not all(self._filled)
                 or any(any(map(held_by, self._bare)) for held_by in _held_by.values())
+                or self._read_hooks() != self._own_hooks
                 or not all(all(map(held_by, states)) for held_by, states in self._hooked)
                 or self._read_children() != self._children
                 or list(map(len, self._kinds)) != self._sizes
@@ -87,6 +94,9 @@ class Watch:
             )
         except KeyError:  # a method is gone
             return True
+
+    def _read_hooks(self) -> list[Any]:
+        return [list(chain.from_iterable(map(dict.values, map(held, self._own)))) for held in _held_by.values()]
 
     def _read_children(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, map(_children_of, self._parents))))
@@ -104,9 +114,10 @@ def _modules_of(path: str, module: nn.Module, seen: set[int]) -> Iterator[tuple[
             yield from _modules_of(f"{path}.{name}".lstrip("."), child, seen)
 
 
-def _hooks_in(module: nn.Module) -> str | None:
-    """Where a module has hooks, or None."""
-    return next((name for name in _HOOKS if module.__dict__[name]), None)
+def _users_hooks_in(module: nn.Module) -> str | None:
+    """Where a module has hooks other than adaptc's, or None."""
+    held = module.__dict__
+    return next((name for name in _HOOKS if any(hook not in OURS for hook in held[name].values())), None)
 
 
 def _reader_of(kind: type) -> Callable[[Mapping[str, Any]], Any]:
