@@ -27,7 +27,7 @@ from tests.reference import (
     step,
 )
 
-BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])]
 
 
 def lora(**options):

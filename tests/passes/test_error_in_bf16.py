@@ -55,7 +55,7 @@ def error(found, wanted):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
-@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_a_model_with_dropout(backend, adapter_dtype):
     base = hosts.build("llama").to(torch.bfloat16)
     batch = hosts.batch("llama", rows=8, length=64)

@@ -332,7 +332,7 @@ def test_a_step_is_the_formula(plan, options, chosen):
 
 SLOW = pytest.mark.slow
 REAL = [
-    ("llama", "merge", "aot_eager"), pytest.param("llama", "dense", "aot_eager", marks=SLOW),
+    ("llama", "dense", "aot_eager"), pytest.param("llama", "merge", "aot_eager", marks=SLOW),
     pytest.param("llama", "merge", "inductor", marks=[SLOW, pytest.mark.inductor]),
     pytest.param("gpt2", "dense", "inductor", marks=[SLOW, pytest.mark.inductor]),
 ]  # fmt: skip

@@ -217,8 +217,11 @@ def test_neither_mask_nor_dropped_input_is_kept():
     assert sizes[1] <= sizes[0] + 2 * 8 < sizes[2]
 
 
-@pytest.mark.parametrize("options", [{}, {"dora": True}], ids=["", "dora"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype, options", [
+    pytest.param(torch.float32, {"dora": True}, id="fp32-dora"), pytest.param(torch.bfloat16, {}, id="bf16-lora"),
+    pytest.param(torch.float32, {}, id="fp32-lora", marks=pytest.mark.slow),
+    pytest.param(torch.bfloat16, {"dora": True}, id="bf16-dora", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_block_that_is_computed_again_has_the_same_masks(dtype, options):
     plan = adaptc.LoRA(r=3, alpha=6, dropout=0.1, init="random", targets="all-linear", **options)
     base = hosts.short("llama", train=True).to(dtype)

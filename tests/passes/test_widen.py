@@ -73,8 +73,9 @@ def test_a_limit_is_kept():
     assert product_dtypes(gm)[True, torch.float32] == 3
 
 
-@pytest.mark.parametrize("dora", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_step_is_as_near_to_fp64_as_without(dora, dtype):
     """Loss and gradients; every rewrite is checked in fp64 as well."""
     torch.manual_seed(0)

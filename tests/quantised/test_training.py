@@ -75,7 +75,7 @@ def peft_step(twin, batch):
     return loss, found
 
 
-QUICK = {("nf4", "lora"), ("int8", "ia3"), ("torchao", "lora")}
+QUICK = {("nf4", "lora"), ("int8", "ia3")}
 CASES = [
     pytest.param(kind, method, marks=() if (kind, method) in QUICK else pytest.mark.slow)
     for kind in bases.KINDS for method in PLANS

@@ -74,7 +74,9 @@ def test_costs_over_the_frozen_base():
     assert f"{m * 10 * 4} B + {2 * m * r * 4} B" in saved
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])]
+)
 def test_bytes_kept_before_and_after(backend):
     """With dropout torch keeps for each site the bottleneck and what the mask left of the input; the passes keep the
     bottleneck and a seed."""

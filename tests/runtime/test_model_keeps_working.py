@@ -130,7 +130,7 @@ SAVING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("checkpointed", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     "backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])]
 )
@@ -198,6 +198,7 @@ def test_the_encoder_that_generate_calls_by_itself_is_captured():
     torch.testing.assert_close(got, base.get_encoder()(batch["input_ids"])[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_towers_of_clip_are_captured():
     base, model = compiled("clip", train=False)
     batch = hosts.batch("clip")

@@ -113,6 +113,7 @@ def test_layers_have_seeds_of_their_own_and_repeat_with_torchs(monkeypatch):
     assert not set(first) & set(other)
 
 
+@pytest.mark.slow
 def test_checkpointed_blocks_drop_what_they_dropped():
     lora = adaptc.LoRA(r=3, alpha=6, init="random", dropout=0.4, targets="all-linear")
     plain = regional(llama(), lora)
@@ -218,7 +219,8 @@ def test_layers_that_differ_have_graphs_of_their_own():
     assert sorted((len(g.sites), len(g.ran)) for g in model.adaptc.graphs) == [(1, 1), (1, 1), (2, 4)]
 
 
-@pytest.mark.parametrize("layers", [pytest.param("0-1", marks=pytest.mark.slow), "2-3"])
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", ["0-1", "2-3"])
 def test_layers_without_adapters_have_graphs_of_their_own(layers):
     """Of equal ranks and shapes: Dynamo does not guard on hooks that are not there."""
     base = llama(4)
