@@ -38,6 +38,7 @@ def run(
     if others or not names:
         raise BenchError(f"--against compares builds of adaptc: --contenders of {', '.join(OURS)}, not {others}")
     rows: list[dict[str, Any]] = []
+    written: list[Path] = []
     with opened(None) as ours, opened(source) as other:
         results = head("train", settings, (ours, other))
         for case, name in itertools.product(cases, names):
@@ -45,11 +46,19 @@ def run(
             arguments = {"settings": dataclasses.asdict(settings), "case": dataclasses.asdict(case)}
             row = measure((ours, other), settings.rounds, settings.seed, "train", contender=name, **arguments)
             rows.append({"dtype": case.dtype, "dropout": case.dropout, "contender": name, **row})
-    results["rows"] = rows
+            # A row takes minutes: what was measured stands even if the rest is not.
+            written = _write_rows(results, rows, settings, out, stem)
+    return written
+
+
+def _write_rows(
+    results: dict[str, Any], rows: Sequence[dict[str, Any]], settings: Settings, out: Path | None, stem: str
+) -> list[Path]:
     title = f"Training step of two builds, {report.method_name(results['flags'])} r = {settings.rank}"
     keys = [f"{row['dtype']}, p = {row['dropout']:g}: {report.LABELS[row['contender']]}" for row in rows]
     where = out or results_folder(torch.device(settings.device))
-    return write(results, dict(zip(keys, rows, strict=True)), title, where, f"{stem}-against-{settings.device}")
+    table = dict(zip(keys, rows, strict=True))
+    return write({**results, "rows": list(rows)}, table, title, where, f"{stem}-against-{settings.device}")
 
 
 def head(table: str, settings: Settings, builds: Sequence[Build]) -> dict[str, Any]:
