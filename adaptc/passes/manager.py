@@ -325,7 +325,7 @@ def package_hash() -> str:
     """A hash of the package's source files: any edit of adaptc invalidates cached code."""
     root = pathlib.Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(path for kind in ("py", "h", "cpp") for path in root.rglob(f"*.{kind}")):
         digest.update(path.relative_to(root).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -19,7 +19,8 @@ from torch._inductor.codecache import CppCodeCache
 import adaptc
 from adaptc import torch_internals
 from adaptc.codegen import choices
-from adaptc.codegen.cpp import build, onednn, pairs_source, products, skinny_source
+from adaptc.codegen.cpp import build
+from adaptc.codegen.cpp.sources import text_of
 from adaptc.errors import AdaptcWarning
 from adaptc.passes.manager import Pipeline
 
@@ -167,11 +168,11 @@ def test_kernels_of_the_largest_parameters_dtype_are_begun_with_once(line, monke
     norm = torch.zeros(8)
     wide, half = torch.zeros(8, 8), torch.zeros(8, 8, dtype=torch.bfloat16)
     plain = {"may_call_onednn": False, "has_avx512_bf16": False}
-    both = [products.source(), skinny_source.SOURCE]
+    both = [text_of("products.cpp"), text_of("skinny.cpp")]
     assert begun_with(monkeypatch, [norm, half, nn.UninitializedParameter()], **plain) == both
     assert begun_with(monkeypatch, [norm, half], **plain) == []
-    assert begun_with(monkeypatch, [wide, half[0]], may_call_onednn=True) == [onednn.SOURCE]
-    assert begun_with(monkeypatch, [half], has_avx512_bf16=True) == [pairs_source.SOURCE]
+    assert begun_with(monkeypatch, [wide, half[0]], may_call_onednn=True) == [text_of("onednn.cpp")]
+    assert begun_with(monkeypatch, [half], has_avx512_bf16=True) == [text_of("pairs.cpp")]
     assert begun_with(monkeypatch, [wide.half()]) == []
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pathlib
 import re
+import shutil
 
 import pytest
 import torch
@@ -371,6 +373,18 @@ def test_the_key_changes_with_what_the_cpu_multiplies(monkeypatch):
             monkeypatch.setattr(manager, "has_avx512_bf16", lambda pairs=pairs: pairs)
             keys.add(Pipeline.from_options().uuid())
     assert len(keys) == 6
+
+
+def test_the_key_changes_with_a_source_file_in_either_language(monkeypatch, tmp_path):
+    package = pathlib.Path(adaptc.__file__).parent
+    shutil.copytree(package / "codegen/cpp", tmp_path / "codegen/cpp")
+    monkeypatch.setattr(manager, "__file__", str(tmp_path / "passes/manager.py"))
+    hashes = {manager.package_hash.__wrapped__()}
+    for name in ("skinny.py", "skinny.cpp", "skinny.h"):
+        with (tmp_path / "codegen/cpp" / name).open("a") as file:
+            file.write("\n")
+        hashes.add(manager.package_hash.__wrapped__())
+    assert len(hashes) == 4
 
 
 def test_the_key_changes_with_the_version_of_torch(monkeypatch):

@@ -1,1 +1,1 @@
-"""Kernels in C++ for ops that neither a library nor Inductor's generated code does well on a CPU, one a file."""
+"""Kernels in C++ for ops that neither a library nor Inductor's generated code does well on a CPU."""

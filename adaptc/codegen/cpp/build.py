@@ -19,7 +19,8 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from adaptc import torch_internals
-from adaptc.codegen.cpp import onednn, pairs_source, products, skinny, skinny_source
+from adaptc.codegen.cpp import skinny
+from adaptc.codegen.cpp.sources import text_of
 
 Work = Callable[[], object]
 
@@ -114,12 +115,12 @@ def _pieces(dtype: torch.dtype) -> Iterator[tuple[str, Work]]:
 
 def _sources(dtype: torch.dtype) -> Iterator[str]:
     if dtype == torch.float32 and torch_internals.may_call_onednn():
-        yield onednn.SOURCE
+        yield text_of("onednn.cpp")
     if dtype == torch.bfloat16 and torch_internals.has_avx512_bf16():
-        yield pairs_source.SOURCE
+        yield text_of("pairs.cpp")
     if dtype in skinny.DTYPES:
-        yield products.source()
-        yield skinny_source.SOURCE
+        yield text_of("products.cpp")
+        yield text_of("skinny.cpp")
 
 
 def _forget_the_thread() -> None:

@@ -24,7 +24,7 @@ import torch
 
 from adaptc import torch_internals
 from adaptc.codegen.cpp import products
-from adaptc.codegen.cpp.pairs_source import SOURCE
+from adaptc.codegen.cpp.sources import text_of
 
 #: By which ``takes`` calls the kernels. They do not drop: seeds and rates are empty.
 NAME = "pairs"
@@ -37,7 +37,7 @@ def library() -> Any:
     """The ops of the kernels; None without a C++ compiler, or for a CPU that lacks the instructions."""
     if not torch_internals.has_avx512_bf16():
         return None
-    found = torch_internals.load_cpp(SOURCE)
+    found = torch_internals.load_cpp(text_of("pairs.cpp"))
     if found is None or not found.lanes():
         return None
     products.found(NAME, found)

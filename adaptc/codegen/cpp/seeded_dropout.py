@@ -12,52 +12,15 @@ import functools
 import torch
 
 from adaptc import torch_internals
-from adaptc.codegen.cpp.elements import ELEMENTS, hashing
+from adaptc.codegen.cpp.sources import GRAIN_ELEMENTS, text_of
 from adaptc.ir.ops.dropout import kept_scale, threshold
 
-SOURCE = ELEMENTS + hashing(r"""
-
-
-template <typename T>
-static void drop(const T* x, T* y, int64_t rows, int64_t width, uint64_t seed, uint32_t least, float scale,
-                 int threads) {
-    const uint32_t high = static_cast<uint32_t>(seed >> 32);
-    const uint32_t start = static_cast<uint32_t>(seed) + high * @JOIN@;
-    #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < rows; ++i) {
-        const uint32_t row = static_cast<uint32_t>(i);
-        const uint32_t first = row * @ROW@ + start, second = row * @OTHER_ROW@ + high;
-        const T* from = x + i * width;
-        T* to = y + i * width;
-        for (int64_t j = 0; j < width; ++j) {
-            uint32_t h = static_cast<uint32_t>(j) * @COLUMN@ + first;
-            h = ((h ^ (h >> 16)) * @FIRST@) ^ second;
-            h = (h ^ (h >> 15)) * @SECOND@;
-            const float v = load(from + j) * scale;
-            store(to + j, (h ^ 0x80000000u) >= least ? v : 0.0f);
-        }
-    }
-}
-
-extern "C" void drop_f32(const void* x, void* y, int64_t rows, int64_t width, const int64_t* seed, uint32_t least,
-                         float scale, int threads) {
-    drop(static_cast<const float*>(x), static_cast<float*>(y), rows, width, static_cast<uint64_t>(*seed), least, scale,
-         threads);
-}
-extern "C" void drop_bf16(const void* x, void* y, int64_t rows, int64_t width, const int64_t* seed, uint32_t least,
-                          float scale, int threads) {
-    drop(static_cast<const bf16*>(x), static_cast<bf16*>(y), rows, width, static_cast<uint64_t>(*seed), least, scale,
-         threads);
-}
-""")
 _NAMES = {torch.float32: "drop_f32", torch.bfloat16: "drop_bf16"}
-#: Elements below which a second thread costs more than it does.
-_GRAIN = 1 << 15
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    library: ctypes.CDLL | None = torch_internals.load_cpp(SOURCE)
+    library: ctypes.CDLL | None = torch_internals.load_cpp(text_of("seeded_dropout.cpp"))
     for name in _NAMES.values() if library is not None else ():
         function = getattr(library, name)
         pointer, size = ctypes.c_void_p, ctypes.c_int64
@@ -82,7 +45,7 @@ def seeded_dropout(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tenso
     x = x.detach().contiguous()
     y = torch.empty_like(x)
     width = x.shape[-1]
-    threads = torch.get_num_threads() if x.numel() > _GRAIN else 1
+    threads = torch.get_num_threads() if x.numel() > GRAIN_ELEMENTS else 1
     getattr(_library(), _NAMES[x.dtype])(
         x.data_ptr(), y.data_ptr(), x.numel() // width if width else 0, width, seed.data_ptr(),
         threshold(p), kept_scale(p), threads,

@@ -22,7 +22,7 @@ import torch
 
 from adaptc import torch_internals
 from adaptc.codegen.cpp import products
-from adaptc.codegen.cpp.skinny_source import SOURCE
+from adaptc.codegen.cpp.sources import text_of
 
 #: By which ``takes`` calls the kernels.
 NAME = "skinny"
@@ -34,7 +34,7 @@ Tensors = Sequence[torch.Tensor]
 @functools.cache
 def library() -> Any:
     """The ops of the kernels; None without a C++ compiler, or with one that has no vector types."""
-    found = torch_internals.load_cpp(SOURCE)
+    found = torch_internals.load_cpp(text_of("skinny.cpp"))
     if found is None:
         return None
     products.found(NAME, found)

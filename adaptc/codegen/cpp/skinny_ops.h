@@ -1,8 +1,8 @@
-"""The C++ that makes the products with one small side ops of torch."""
+// The products with one small side as ops of torch.
+#pragma once
+#include "skinny.h"
+#include "products.h"
 
-from __future__ import annotations
-
-OPS = r"""
 // How many rows a thread has at least where each sums up by itself what it reads.
 constexpr int64_t ROWS_OF_A_THREAD = 96;
 
@@ -17,8 +17,8 @@ struct Call {
         const Factor& last = factors.all.back();
         const Tensor scales = scale ? scales_of(*scale, last.rank) : factor;
         held.push_back(scales);
-        groups.push_back({last, 0, nullptr, 0, 0.0f, scale ? data_of<double>(scales) : nullptr,
-                          scale ? scales.numel() : 0, part});
+        groups.push_back(
+            {last, 0, nullptr, 0, 0.0f, scale ? data_of<double>(scales) : nullptr, scale ? scales.numel() : 0, part});
     }
     void drop(const Tensors& seeds, const Rates& p) {
         STD_TORCH_CHECK(seeds.empty() || (seeds.size() == groups.size() && p.size() == groups.size()), "expected ",
@@ -100,8 +100,9 @@ static void update_op(const Tensor& total, const Tensors& q, const Tensors& A, c
         for (size_t g = 0; g < A.size(); ++g) {
             call.add(A[g], 0, to.width, nullptr);
             left.add(q.at(g), 1, to.rows);
-            STD_TORCH_CHECK(left.all[g].rank == call.groups[g].factor.rank, "factors of one product: expected one rank,"
-                            " found ", left.all[g].rank, " and ", call.groups[g].factor.rank);
+            STD_TORCH_CHECK(left.all[g].rank == call.groups[g].factor.rank,
+                            "factors of one product: expected one rank, found ", left.all[g].rank, " and ",
+                            call.groups[g].factor.rank);
         }
         call.drop(seeds, p);
         update(to.data, to.rows, to.width, call.groups, left.all, call.threads(total.numel()));
@@ -124,4 +125,3 @@ STABLE_TORCH_LIBRARY_IMPL(adaptc_skinny, CPU, m) {
     m.impl("both", TORCH_BOX(&both_op));
     m.impl("update", TORCH_BOX(&update_op));
 }
-"""

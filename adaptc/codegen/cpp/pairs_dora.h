@@ -1,12 +1,10 @@
-"""The C++ of what is made of a DoRA site's output and of its gradient, part of that of the products of bf16."""
+// What is made of a DoRA site's output and of its gradient.
+#pragma once
+#include "pairs.h"
 
-from __future__ import annotations
-
-DORA = r"""
 // y (rows, width) + (c - 1) z + c (h B^T), where c = magnitude / norm, and z is ``base``, or y - bias without one.
-static void dora_expand(const half* y, half* out, int64_t rows, int64_t width, const Factor* factors,
-                        const half* base, const float* bias, const float* magnitude, const float* norm,
-                        int threads) {
+static void dora_expand(const half* y, half* out, int64_t rows, int64_t width, const Factor* factors, const half* base,
+                        const float* bias, const float* magnitude, const float* norm, int threads) {
     float* c = scratch<4, float>(width);
     for (int64_t j = 0; j < width; ++j) c[j] = magnitude[j] / norm[j];
     update_all<true>(y, out, rows, width, 1, factors, {base, bias, c}, threads);
@@ -104,4 +102,3 @@ static void dora_output_grads(const half* g, const half* z, const float* bias, c
         }
     }
 }
-"""

@@ -1,40 +1,7 @@
-"""What the kernels share: numbers of 16 bits, rows of numbers, and the constants of the dropout's hash."""
+// Rows of numbers, W at a time, in fp32. To be included first: what is before the pragma may not be inlined behind it.
+#pragma once
+#include "elements.h"
 
-from __future__ import annotations
-
-from adaptc.ir.ops import dropout
-
-#: C++: ``load`` and ``store`` of float and bf16, and ``UNROLLED``.
-ELEMENTS = r"""
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-
-// Before a loop over an array that registers hold: gcc unrolls it before it looks for such arrays, and not only after.
-#define UNROLLED _Pragma("GCC unroll 32")
-
-static inline float load(const float* p) { return *p; }
-static inline void store(float* p, float v) { *p = v; }
-struct bf16 { uint16_t bits; };
-static inline float load(const bf16* p) {
-    uint32_t word = static_cast<uint32_t>(p->bits) << 16;
-    float v;
-    std::memcpy(&v, &word, 4);
-    return v;
-}
-static inline void store(bf16* p, float v) {  // to nearest, ties to even; NaN stays NaN
-    uint32_t word;
-    std::memcpy(&word, &v, 4);
-    uint32_t rounded = (word + 0x7FFFu + ((word >> 16) & 1u)) >> 16;
-    p->bits = static_cast<uint16_t>(v != v ? 0x7FC0u : rounded);
-}
-"""
-#: And rows of them, W numbers at a time, in fp32.
-VECTORS = (
-    ELEMENTS
-    + r"""
 // A sum of products is one instruction and rounds once.
 #if defined(__clang__)
 #pragma clang fp contract(fast)
@@ -81,12 +48,3 @@ template <typename T> static inline void store_row(const float* from, T* to, int
     for (; j < count; ++j) store(to + j, from[j]);
 }
 static inline vec splat(float v) { return v - vec{}; }  // v + 0 is not v where v is -0: an instruction more
-"""
-)
-
-
-def hashing(source: str) -> str:
-    """``source`` with the constants of the dropout's hash, as it names them: @ROW@."""
-    for name, value in dropout.HASH.items():
-        source = source.replace(f"@{name}@", f"0x{value & 0xFFFFFFFF:X}u")
-    return source

@@ -1,14 +1,9 @@
-"""The C++ of the products with one small side; ``adaptc.codegen.cpp.skinny`` says what each computes."""
+// The kernels of the products with one small side; skinny.py says what each computes.
+#pragma once
+#include "vectors.h"
+#include "constants.h"
+#include "operands.h"
 
-from __future__ import annotations
-
-from adaptc.codegen.cpp.elements import VECTORS, hashing
-from adaptc.codegen.cpp.native_source import NATIVE, OPERANDS
-from adaptc.codegen.cpp.row_norms_source import ROW_NORMS
-from adaptc.codegen.cpp.skinny_ops_source import OPS
-
-#: The constants of the hash are those of ``adaptc.ir.ops.dropout``.
-KERNELS = r"""
 constexpr int ROWS = W == 16 ? 12 : 6, TALL = W == 16 ? 8 : 6;
 // Rows that are summed into what stays in the second cache, and how many columns of them the first one holds.
 constexpr int64_t BLOCK = 24, STRIP = 256;
@@ -47,8 +42,7 @@ static int64_t place(Groups& groups, int64_t multiple) {
 
 // to[i * columns + r] = f(r, first + i) for i below ``count``, zero from its rank on to a multiple of ``multiple``.
 static void pack_columns(const Factor& f, int64_t first, int64_t count, float* to, int64_t columns, int64_t multiple) {
-    for (int64_t i = 0; i < count; ++i)
-        std::fill_n(to + i * columns + f.rank, padded(f.rank, multiple) - f.rank, 0.0f);
+    for (int64_t i = 0; i < count; ++i) std::fill_n(to + i * columns + f.rank, padded(f.rank, multiple) - f.rank, 0.0f);
     if (f.along == 1 && !f.is_bf16) {
         const float* from = static_cast<const float*>(f.data) + first * f.across;
         for (int64_t i = 0; i < count; ++i) load_row(from + i * f.across, to + i * columns, f.rank);
@@ -76,13 +70,13 @@ static void pack_rows(const Factor& f, int64_t first, int64_t count, float* to, 
     }
 }
 
-constexpr uint32_t STEP = @COLUMN@;  // from one column to the next
+constexpr uint32_t STEP = HASH_COLUMN;  // from one column to the next
 struct Row { uint32_t first, second; };
 static inline Row row_keys(const Group& g, int64_t row) {
     const uint64_t seed = static_cast<uint64_t>(*g.seed);
     const uint32_t high = static_cast<uint32_t>(seed >> 32), low = static_cast<uint32_t>(seed);
     const uint32_t r = static_cast<uint32_t>(row);
-    return {r * @ROW@ + (low + high * @JOIN@), r * @OTHER_ROW@ + high};
+    return {r * HASH_ROW + (low + high * HASH_JOIN), r * HASH_OTHER_ROW + high};
 }
 // What the hashes of W columns from one on begin with.
 static inline words begun(Row k, int64_t column) {
@@ -92,8 +86,8 @@ static inline words begun(Row k, int64_t column) {
 }
 // v * keep where an element is kept, else 0.
 static inline vec kept(vec v, words h, uint32_t second, int32_t least, float keep) {
-    h = ((h ^ (h >> 16)) * @FIRST@) ^ second;
-    h = (h ^ (h >> 15)) * @SECOND@;
+    h = ((h ^ (h >> 16)) * HASH_FIRST) ^ second;
+    h = (h ^ (h >> 15)) * HASH_SECOND;
     return (ints)h >= least ? v * splat(keep) : vec{};
 }
 
@@ -125,10 +119,10 @@ static inline void add_product(vec (&sum)[N][V], const float* left, int64_t left
                                const float* right, int64_t right_row, int64_t depth) {
     for (int64_t k = 0; k < depth; ++k) {
         vec b[V];
-        UNROLLED for (int v = 0; v < V; ++v) b[v] = read(right + k * right_row + v * W);
-        UNROLLED for (int i = 0; i < N; ++i) {
+        UNROLLED_FOR (int v = 0; v < V; ++v) b[v] = read(right + k * right_row + v * W);
+        UNROLLED_FOR (int i = 0; i < N; ++i) {
             const vec a = splat(left[i * left_row + k * left_step]);
-            UNROLLED for (int v = 0; v < V; ++v) sum[i][v] += a * b[v];
+            UNROLLED_FOR (int v = 0; v < V; ++v) sum[i][v] += a * b[v];
         }
     }
 }
@@ -136,11 +130,11 @@ template <int N, int V>
 static inline void tile(const float* left, int64_t left_row, int64_t left_step, const float* right, int64_t right_row,
                         float* out, int64_t out_row, int64_t depth) {
     vec sum[N][V];
-    UNROLLED for (int i = 0; i < N; ++i)
-        UNROLLED for (int v = 0; v < V; ++v) sum[i][v] = read(out + i * out_row + v * W);
+    UNROLLED_FOR (int i = 0; i < N; ++i)
+        UNROLLED_FOR (int v = 0; v < V; ++v) sum[i][v] = read(out + i * out_row + v * W);
     add_product(sum, left, left_row, left_step, right, right_row, depth);
-    UNROLLED for (int i = 0; i < N; ++i)
-        UNROLLED for (int v = 0; v < V; ++v) write(out + i * out_row + v * W, sum[i][v]);
+    UNROLLED_FOR (int i = 0; i < N; ++i)
+        UNROLLED_FOR (int v = 0; v < V; ++v) write(out + i * out_row + v * W, sum[i][v]);
 }
 // out[N, V*W] += D . (left right), for the elements of the mask from (row, column) on
 template <int N, int V>
@@ -149,11 +143,11 @@ static inline void dropped_tile(const float* left, int64_t left_row, const float
     vec sum[N][V] = {};
     add_product(sum, left, left_row, 1, right, right_row, g.factor.rank);
     // With 16 registers the hashes of several rows at once are too many.
-    #pragma GCC unroll (W == 16 ? 32 : 1)
+    #pragma GCC unroll(W == 16 ? 32 : 1)
     for (int i = 0; i < N; ++i) {
         const Row keys = row_keys(g, row + i);
         words h = begun(keys, column);
-        UNROLLED for (int v = 0; v < V; ++v, h += W * STEP) {
+        UNROLLED_FOR (int v = 0; v < V; ++v, h += W * STEP) {
             float* to = out + i * out_row + v * W;
             write(to, read(to) + kept(sum[i][v], h, keys.second, g.least, g.keep));
         }
@@ -172,7 +166,7 @@ static void tiles(const float* left, int64_t left_row, int64_t left_step, const 
 }
 // The same for any multiple of W columns.
 static void multiply(const float* left, int64_t left_row, int64_t left_step, const float* right, int64_t right_row,
-                  float* out, int64_t out_row, int64_t depth, int64_t rows, int64_t columns) {
+                     float* out, int64_t out_row, int64_t depth, int64_t rows, int64_t columns) {
     int64_t c = 0;
     for (; c + 2 * W <= columns; c += 2 * W)
         tiles<ROWS, 2>(left, left_row, left_step, right + c, right_row, out + c, out_row, depth, rows);
@@ -215,8 +209,7 @@ static void shrink(const T* x, int64_t rows, int64_t width, int64_t ldx, Groups&
     #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         #pragma omp for schedule(static)
-        for (int part = 0; part < threads; ++part)
-            pack_share(groups, width, a, columns, W, part, threads);
+        for (int part = 0; part < threads; ++part) pack_share(groups, width, a, columns, W, part, threads);
         float *copy = scratch<1>(ROWS * COPY), *sums = scratch<2>(ROWS * columns), *h = scratch<3>(ROWS * columns);
         #pragma omp for schedule(static)
         for (int64_t b = 0; b < blocks; ++b) {
@@ -230,8 +223,8 @@ static void shrink(const T* x, int64_t rows, int64_t width, int64_t ldx, Groups&
                     for (int64_t i = 0; i < n && !direct; ++i)
                         copy_row(from + i * ldx, copy + i * COPY, i0 + i, k0, depth, dropped ? &g : nullptr);
                     const float* left = direct ? reinterpret_cast<const float*>(from) : copy;
-                    multiply(left, direct ? ldx : COPY, 1, a + k0 * columns + g.first, columns, sums + g.first,
-                             columns, depth, n, dropped ? padded(g.factor.rank, W) : columns);
+                    multiply(left, direct ? ldx : COPY, 1, a + k0 * columns + g.first, columns, sums + g.first, columns,
+                             depth, n, dropped ? padded(g.factor.rank, W) : columns);
                     if (!dropped) break;  // one copy, and all groups' columns at once
                 }
                 add(sums, h, n * columns);
@@ -312,8 +305,7 @@ static void both(const T* g, int64_t rows, int64_t width, int64_t ldg, Groups& g
     #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         #pragma omp for schedule(static)
-        for (int part = 0; part < threads; ++part)
-            pack_share(groups, width, a, columns, W, part, threads);
+        for (int part = 0; part < threads; ++part) pack_share(groups, width, a, columns, W, part, threads);
         float *left = scratch<2>(BLOCK * columns), *q = scratch<3>(BLOCK * columns);
         float *copy = scratch<4>(BLOCK * COPY), *part_of_q = scratch<5>(BLOCK * columns);
         std::fill_n(part_of_q, BLOCK * columns, 0.0f);
@@ -399,5 +391,3 @@ static void update(T* total, int64_t rows, int64_t width, Groups& groups, const 
         }
     }
 }
-"""
-SOURCE = VECTORS + NATIVE + OPERANDS + hashing(KERNELS) + OPS + ROW_NORMS

@@ -1,24 +1,9 @@
-"""The C++ of the products of bf16 with one small side; ``adaptc.codegen.cpp.pairs`` says what each computes."""
-
-from __future__ import annotations
-
-from adaptc.codegen.cpp.elements import ELEMENTS
-from adaptc.codegen.cpp.native_source import NATIVE, OPERANDS
-from adaptc.codegen.cpp.pairs_dora_source import DORA
-from adaptc.codegen.cpp.pairs_ops_source import OPS
-
-#: Without the instructions ``lanes`` is 0 and nothing else is there.
-SOURCE = (
-    ELEMENTS
-    + r"""
-#if !(defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__))
-extern "C" int lanes() { return 0; }
-#else
+// The kernels of the products of bf16 with one small side; pairs.py says what each computes.
+#pragma once
+#include "elements.h"
+#include "operands.h"
 #include <immintrin.h>
-"""
-    + NATIVE
-    + OPERANDS
-    + r"""
+
 typedef uint16_t half;  // the bits of a bf16
 typedef uint32_t pair;  // two of them, the first in the low bits
 constexpr int W = 16;
@@ -47,9 +32,7 @@ static inline half element(const Factor& f, int64_t rank, int64_t other) {
     return f.is_bf16 ? static_cast<const half*>(f.data)[at] : rounded(static_cast<const float*>(f.data)[at]);
 }
 static inline pair joined(half low, half high) { return low | static_cast<pair>(high) << 16; }
-static inline __m512 widened(__m256i v) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
-}
+static inline __m512 widened(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
 // As store, but for numbers below the smallest normal one: they become zero, as in the products.
 static inline __m256i narrowed(__m512 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
 static inline __m512 summed(__m512 sum, pair a, __m512i b) {
@@ -121,23 +104,23 @@ template <int R, int V>
 static inline void shrink_tile(const half* x, int64_t ldx, int64_t width, const pair* p, int64_t columns, float* out,
                                int64_t ldo, const half* ahead) {
     __m512 sum[R][V];
-    UNROLLED for (int i = 0; i < R; ++i)
-        UNROLLED for (int v = 0; v < V; ++v) sum[i][v] = _mm512_setzero_ps();
+    UNROLLED_FOR (int i = 0; i < R; ++i)
+        UNROLLED_FOR (int v = 0; v < V; ++v) sum[i][v] = _mm512_setzero_ps();
     const int64_t pairs = width / 2;
     for (int64_t k = 0; k < pairs; ++k) {
         if (ahead != nullptr && k % W == 0)
             for (int i = 0; i < R; ++i) _mm_prefetch((const char*)(ahead + i * ldx + 2 * k), _MM_HINT_T0);
-        UNROLLED for (int v = 0; v < V; ++v) {
+        UNROLLED_FOR (int v = 0; v < V; ++v) {
             const __m512i b = _mm512_loadu_si512(p + k * columns + v * W);
-            UNROLLED for (int i = 0; i < R; ++i) sum[i][v] = summed(sum[i][v], two(x + i * ldx + 2 * k), b);
+            UNROLLED_FOR (int i = 0; i < R; ++i) sum[i][v] = summed(sum[i][v], two(x + i * ldx + 2 * k), b);
         }
     }
-    UNROLLED for (int v = 0; v < V && width % 2; ++v) {
+    UNROLLED_FOR (int v = 0; v < V && width % 2; ++v) {
         const __m512i b = _mm512_loadu_si512(p + pairs * columns + v * W);
-        UNROLLED for (int i = 0; i < R; ++i) sum[i][v] = summed(sum[i][v], x[i * ldx + width - 1], b);
+        UNROLLED_FOR (int i = 0; i < R; ++i) sum[i][v] = summed(sum[i][v], x[i * ldx + width - 1], b);
     }
-    UNROLLED for (int i = 0; i < R; ++i)
-        UNROLLED for (int v = 0; v < V; ++v) _mm512_storeu_ps(out + i * ldo + v * W, sum[i][v]);
+    UNROLLED_FOR (int i = 0; i < R; ++i)
+        UNROLLED_FOR (int v = 0; v < V; ++v) _mm512_storeu_ps(out + i * ldo + v * W, sum[i][v]);
 }
 template <int V>
 static void shrink_rows(const half* x, int64_t ldx, int64_t width, const pair* p, int64_t columns, float* out,
@@ -189,14 +172,14 @@ static void gradient_block(const half* x, int64_t ldx, int64_t width, int64_t ro
         for (int64_t r = 0; r < columns; r += TILE) {
             float* to = sums + r * stride + c;
             __m512 sum[TILE][2];
-            UNROLLED for (int i = 0; i < TILE; ++i)
-                UNROLLED for (int v = 0; v < 2; ++v) sum[i][v] = _mm512_loadu_ps(to + i * stride + v * W);
+            UNROLLED_FOR (int i = 0; i < TILE; ++i)
+                UNROLLED_FOR (int v = 0; v < 2; ++v) sum[i][v] = _mm512_loadu_ps(to + i * stride + v * W);
             for (int64_t k = 0; k < pairs; ++k)
-                UNROLLED for (int i = 0; i < TILE; ++i)
-                    UNROLLED for (int v = 0; v < 2; ++v)
+                UNROLLED_FOR (int i = 0; i < TILE; ++i)
+                    UNROLLED_FOR (int v = 0; v < 2; ++v)
                         sum[i][v] = summed(sum[i][v], h[k * columns + r + i], strip[k][v]);
-            UNROLLED for (int i = 0; i < TILE; ++i)
-                UNROLLED for (int v = 0; v < 2; ++v) _mm512_storeu_ps(to + i * stride + v * W, sum[i][v]);
+            UNROLLED_FOR (int i = 0; i < TILE; ++i)
+                UNROLLED_FOR (int v = 0; v < 2; ++v) _mm512_storeu_ps(to + i * stride + v * W, sum[i][v]);
         }
     }
 }
@@ -332,26 +315,26 @@ template <int R, bool RESCALES>
 static inline void update_tile(const half* from, half* out, int64_t ld, const pair* q, int64_t depth, const pair* a,
                                int64_t lda, __mmask32 mask, const Columns& at) {
     __m512 sum[R][2];
-    UNROLLED for (int i = 0; i < R; ++i) {
+    UNROLLED_FOR (int i = 0; i < R; ++i) {
         const __m512i row = RESCALES ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(mask, from + i * ld);
-        UNROLLED for (int v = 0; v < 2; ++v) sum[i][v] = wide_half(row, v);
+        UNROLLED_FOR (int v = 0; v < 2; ++v) sum[i][v] = wide_half(row, v);
     }
     for (int64_t k = 0; k < depth; ++k)
-        UNROLLED for (int v = 0; v < 2; ++v) {
+        UNROLLED_FOR (int v = 0; v < 2; ++v) {
             const __m512i b = _mm512_loadu_si512(a + k * lda + v * W);
-            UNROLLED for (int i = 0; i < R; ++i) sum[i][v] = summed(sum[i][v], q[i * depth + k], b);
+            UNROLLED_FOR (int i = 0; i < R; ++i) sum[i][v] = summed(sum[i][v], q[i * depth + k], b);
         }
     __m512 c[2], bias[2];
-    UNROLLED for (int v = 0; v < 2 && RESCALES; ++v) {
+    UNROLLED_FOR (int v = 0; v < 2 && RESCALES; ++v) {
         const __mmask16 columns = static_cast<__mmask16>(mask >> v * W);
         c[v] = _mm512_maskz_loadu_ps(columns, at.c + v * W);
         bias[v] = at.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(columns, at.bias + v * W);
     }
-    UNROLLED for (int i = 0; i < R; ++i) {
+    UNROLLED_FOR (int i = 0; i < R; ++i) {
         if (RESCALES) {
             const __m512i y = _mm512_maskz_loadu_epi16(mask, from + i * ld);
             const __m512i z = at.z == nullptr ? y : _mm512_maskz_loadu_epi16(mask, at.z + i * ld);
-            UNROLLED for (int v = 0; v < 2; ++v)
+            UNROLLED_FOR (int v = 0; v < 2; ++v)
                 sum[i][v] = finished(sum[i][v], wide_half(y, v), wide_half(z, v), bias[v], c[v]);
         }
         const __m512i row = _mm512_castsi256_si512(narrowed(sum[i][0]));
@@ -403,11 +386,3 @@ static void update_all(const half* from, half* out, int64_t rows, int64_t width,
         }
     }
 }
-"""
-    + DORA
-    + OPS
-    + """
-extern "C" int lanes() { return W; }
-#endif
-"""
-)

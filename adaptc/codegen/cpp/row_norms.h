@@ -1,9 +1,7 @@
-"""The C++ of DoRA's row norms; ``adaptc.codegen.cpp.skinny`` says what it computes."""
+// DoRA's row norms; skinny.py says what they are.
+#pragma once
+#include "skinny.h"
 
-from __future__ import annotations
-
-#: Behind the kernels of ``adaptc.codegen.cpp.skinny_source`` and the C++ of ``adaptc.codegen.cpp.native_source``.
-ROW_NORMS = r"""
 // A sum of squares that is not finished: each lane adds few of them, so that it rounds little.
 struct Squares {
     vec parts[4] = {};
@@ -22,7 +20,7 @@ template <typename T> static inline void add_squares(const T* p, float* to, int6
     Squares sum = squares;
     int64_t j = 0;
     for (; j + 4 * W <= n; j += 4 * W)
-        UNROLLED for (int v = 0; v < 4; ++v) {
+        UNROLLED_FOR (int v = 0; v < 4; ++v) {
             const vec wide = widened(p + j + v * W);
             write(to + j + v * W, wide);
             sum.parts[v] += wide * wide;
@@ -146,4 +144,3 @@ STABLE_TORCH_LIBRARY_FRAGMENT(adaptc_skinny, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(adaptc_skinny, CPU, m) { m.impl("row_norms", TORCH_BOX(&row_norms)); }
 STABLE_TORCH_LIBRARY_IMPL(adaptc, CPU, m) { m.impl("dora_row_norm", TORCH_BOX(&dora_row_norm)); }
-"""

@@ -1,11 +1,10 @@
-"""The C++ that makes the products of bf16 ops of torch, and has the dialect's ops call them."""
+// The products of bf16 as ops of torch, which the dialect's ops call.
+#pragma once
+#include "constants.h"
+#include "pairs.h"
+#include "pairs_dora.h"
+#include "products.h"
 
-from __future__ import annotations
-
-from adaptc.codegen.cpp.takes import MOST_RANKS
-
-OPS = r"""
-constexpr int64_t MOST_RANKS = @MOST_RANKS@;
 // How many rows a thread has at least where each sums up by itself what it reads.
 constexpr int64_t ROWS_OF_A_THREAD = 96;
 
@@ -166,8 +165,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> op_dora_output_grads(
         const auto [q, dB, dm] = dora_grads(g, z, bias, h, B, magnitude, norm, scale, of_base, dz);
         return {q, dB, dz, dm};
     }
-    const auto found =
-        in_python("adaptc_python::dora_output_grads", g, z, bias, h, B, magnitude, norm, scale, of_base);
+    const auto found = in_python("adaptc_python::dora_output_grads", g, z, bias, h, B, magnitude, norm, scale, of_base);
     return {taken<Tensor>(found[0]), taken<Tensor>(found[1]), taken<Tensor>(found[2]), taken<Tensor>(found[3])};
 }
 static std::tuple<Tensor, Tensor, Tensor> op_dora_output_grads_in_place(
@@ -187,4 +185,3 @@ STABLE_TORCH_LIBRARY_IMPL(adaptc, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(adaptc_lowered, CPU, m) {
     m.impl("dora_output_grads_", TORCH_BOX(&op_dora_output_grads_in_place));
 }
-""".replace("@MOST_RANKS@", str(MOST_RANKS))
