@@ -50,6 +50,10 @@ class UnsupportedError(AdaptcError, NotImplementedError):
     """A request that this version does not implement; the message names what is missing."""
 
 
+class MergeError(AdaptcError, RuntimeError):
+    """A merge that failed half-way; the base has its own weights again."""
+
+
 class PipelineError(AdaptcError, ValueError):
     """A pass list whose contracts do not hold, or that names an unknown pass."""
 

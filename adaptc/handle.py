@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +10,17 @@ import torch
 from torch import nn
 
 from adaptc.capture.graphs import CapturedGraph
-from adaptc.errors import AdapterNameError, NewSignatureWarning, UnsupportedError
-from adaptc.files import folder, save_pretrained
+from adaptc.errors import AdapterNameError, UnsupportedError
+from adaptc.files import base_files, folder, save_pretrained
 from adaptc.methods import quantised
 from adaptc.runtime import processes
+from adaptc.runtime.acting import Acting
 from adaptc.runtime.adapters import AdapterRecord, AdapterSet, Site
 from adaptc.runtime.calls import prologue
 from adaptc.runtime.calls.captures import Captures
 from adaptc.runtime.options import CompileOptions, pipeline_of
+from adaptc.runtime.weights.keep import Keep
+from adaptc.runtime.weights.report import MergeReport
 
 if TYPE_CHECKING:
     from adaptc.report.explain import Explanation
@@ -31,12 +33,14 @@ _LATER = {
     "batch": "one adapter per row of a batch",
     "pin": "keeping adapters in device memory",
     "prefetch": "loading adapters ahead of use",
-    "merge": "folding adapters into the base weights",
-    "unmerge": "undoing a merge",
     "compose": "combining adapters",
     "convert": "converting an adapter to another kind",
     "export": "other file formats",
 }
+
+
+def _names(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 class Handle:
@@ -61,6 +65,10 @@ class Handle:
         """The adapters with what changes them; captured graphs do not hear of it."""
         return self.captures.adapters
 
+    @property
+    def _acting(self) -> Acting:
+        return Acting(self.captures, base_files.Finder(self.model))
+
     # -- reading ---------------------------------------------------------------------------------------
 
     @property
@@ -75,8 +83,8 @@ class Handle:
 
     @property
     def live(self) -> tuple[str, ...]:
-        """The names of the adapters that act, in order."""
-        return self.adapters.live
+        """The names of the adapters that act, in order: merged ones too."""
+        return self.adapters.acting
 
     @property
     def graphs(self) -> list[CapturedGraph]:
@@ -98,13 +106,17 @@ class Handle:
 
     def metrics(self) -> dict[str, int]:
         """Counters. ``graphs`` and ``recompiles`` are those of this epoch (since the set of sites changed):
-        a recompile is a graph of a frame that had been compiled before, for sites that it had been compiled for."""
+        a recompile is a graph of a frame that had been compiled before, for sites that it had been compiled for.
+        ``kept_bytes``: what the kept base of a merge takes, in memory or on disk."""
+        merged = self.adapters.merged
         return {
             **self.captures.counts,
             "graphs": len(self.graphs),
             "recompiles": sum(g.is_recompile for g in self.graphs),
             "sites": len(self.sites),
             "eager_sites": len(self.eager_sites()),
+            "merged": 0 if merged is None else len(merged.names),
+            "kept_bytes": 0 if merged is None else merged.patch.bytes_kept,
         }
 
     def eager_sites(self) -> list[str]:
@@ -213,14 +225,47 @@ class Handle:
             AdapterNameError: an unknown name, or one given twice.
             SiteError: two of them replace one module.
         """
-        self.adapters.set_live(() if names is None else (names,) if isinstance(names, str) else tuple(names))
-        outdated = bool(self.live) and self.captures.lifts_changed()
-        if outdated:
-            self.captures.new_epoch()
-        if self.captures.note_signature() or outdated:
-            live = ", ".join(map(repr, self.live)) or "no adapter"
-            message = f"{live}: kinds, shapes or dtypes not seen before; the next call compiles once"
-            warnings.warn(NewSignatureWarning(message), stacklevel=2)
+        self._acting.switch(() if names is None else _names(names))
+
+    # -- merging ---------------------------------------------------------------------------------------
+
+    def merge(
+        self, names: str | Sequence[str] | None = None, keep: Keep = "memory", *, example_inputs: Any = None
+    ) -> MergeReport:
+        """Fold adapters into the base's weights, in fp64 and rounded once, until ``unmerge``. They act by the weights
+        alone then, and the model's graphs are those of no adapter.
+
+        What the base had is kept, and comes back to the bit. Meanwhile parameters keep their names and objects and have
+        the merged values; ``state_dict``, ``save`` and ``save_pretrained`` give the base and the adapters apart.
+        ``switch``, ``batch``, ``load``, ``load_state_dict``, ``remove`` and ``detach`` unmerge first; merging others
+        begins from the base again; merging the same ones does nothing.
+
+        Args:
+            names: which adapters, in any order; default: the live ones. They act in the order of their names.
+            keep: where the base's own weights are kept: "memory" (on their devices), "disk" (a file in the directory
+                for temporary files), or None: nowhere but in the safetensors files that the base was read from.
+            example_inputs: if given, the model is run on them before and after.
+
+        Returns:
+            How far the rounded weights are from the exact ones, as an error of the output.
+
+        Raises:
+            AdapterNameError, SiteError: unknown names, or such as cannot act together.
+            UnsupportedError: an adapter or a weight that cannot be merged, a backward that is still to come, training
+                mode with gradients on, or not enough memory; nothing has changed then.
+            MergeError: it failed half-way and was undone; none is merged then.
+        """
+        chosen = self.live if names is None else _names(names)
+        return self._acting.merge(chosen, keep, example_inputs)
+
+    def unmerge(self) -> None:
+        """Put the base's own weights back, bit for bit; the adapters that were live before the merge are live again.
+        After ``.to(dtype)`` they are what it makes of the base's own. Without a merge nothing happens.
+
+        Raises:
+            UnsupportedError: a backward that is still to come, or a weight that has another shape now.
+        """
+        self._acting.unmerge()
 
     def warmup(self, names: str | Sequence[str] | None = None, *, example_inputs: Any = None) -> None:
         """Compile ahead for each adapter in ``names`` (default: all): one forward, and a backward in training
@@ -235,16 +280,10 @@ class Handle:
                 "no example inputs: pass example_inputs=, here or to adaptc.compile"
                 f" ({type(self.model).__name__} has no dummy_inputs)"
             )
-        before = self.live
-        chosen = list(self.records) if names is None else [names] if isinstance(names, str) else list(names)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NewSignatureWarning)
-            try:
-                for name in chosen:
-                    self.switch(name)
-                    self.captures.run_ahead(inputs)
-            finally:
-                self._switch_back(before)
+        with self._acting.as_before():
+            for name in self.records if names is None else _names(names):
+                self.switch(name)
+                self.captures.run_ahead(inputs)
 
     def example_inputs(self, given: Any = None) -> Any:
         """Inputs of one call: ``given``, those of ``adaptc.compile``, the model's ``dummy_inputs``, or None."""
@@ -254,19 +293,10 @@ class Handle:
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within the block the base model computes alone; afterwards the same adapters are live again."""
-        before = self.live
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NewSignatureWarning)
+        """Within the block the base model computes alone; afterwards the same adapters are live, or merged, again."""
+        with self._acting.as_before():
             self.switch(None)
-            try:
-                yield
-            finally:
-                self._switch_back(before)
-
-    def _switch_back(self, names: Sequence[str]) -> None:
-        """Make ``names`` live again, but for those that were removed meanwhile."""
-        self.switch([name for name in names if name in self.records])
+            yield
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained, of how many, as PEFT does."""
@@ -276,17 +306,15 @@ class Handle:
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
     def merge_and_unload(self) -> nn.Module:
-        """Fold the live adapters into the base's weights, in fp64 and rounded once, and detach; cannot be undone.
+        """Merge the live adapters, or those that are merged, and detach with the merged weights; cannot be undone.
 
-        Adapters that are not live are dropped. Returns the model.
+        Adapters that do not act are dropped. Returns the model.
 
         Raises:
-            UnsupportedError: names the site whose adapter cannot be merged; nothing has changed then.
+            UnsupportedError: as :meth:`merge`; nothing has changed then. MergeError: it failed half-way and was undone.
         """
-        from adaptc.runtime.merging import fold_in
-
-        fold_in(self.adapters)
-        self.adapters.keep_rows()
+        if self.live:
+            self._acting.merge_for_good(self.live)
         return self.detach()
 
     # -- files -----------------------------------------------------------------------------------------

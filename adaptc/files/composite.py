@@ -30,8 +30,8 @@ from adaptc.files.base_files import missing_in_base
 from adaptc.files.folder import Saved
 from adaptc.plan.peft.writing import codec_of_sites, rules_to_config
 from adaptc.runtime.adapters import AdapterSet
-from adaptc.runtime.merging import folded_state
 from adaptc.runtime.site_adapters import adapters_of
+from adaptc.runtime.weights.folding import folded_state
 
 _LIBRARY = "sentence_transformers."
 _CONFIG = "adapter_config.json"
@@ -163,9 +163,8 @@ class _WholeWriter:
 
 
 def _is_live_inside(adapters: AdapterSet, path: str) -> bool:
-    return any(
-        _inside(site.path, path) is not None and any(site.of(name) for name in adapters.live) for site in adapters.sites
-    )
+    sites = [site for site in adapters.sites if _inside(site.path, path) is not None]
+    return any(site.of(name) for site in sites for name in adapters.acting)
 
 
 def _adapter_writer(adapters: AdapterSet, path: str, part: nn.Module) -> Write:
@@ -174,7 +173,7 @@ def _adapter_writer(adapters: AdapterSet, path: str, part: nn.Module) -> Write:
     Raises:
         UnsupportedError: the adapter, or the rest of the model, would not be read back from it as it is.
     """
-    live = adapters.live
+    live = adapters.acting
     if len(live) != 1:
         raise UnsupportedError(f"{path}: an adapter's files hold one adapter", found=f"live: {', '.join(live)}")
     name = live[0]

@@ -216,7 +216,7 @@ def places(adapters: AdapterSet, directory: str | os.PathLike[str]) -> dict[str,
     """
     root = Path(directory)
     names = [*own_names(adapters), *(references(adapters) if _is_checkpoint(root) else [])]
-    alone = adapters.live[0] if len(adapters.live) == 1 else None
+    alone = adapters.acting[0] if len(adapters.acting) == 1 else None
     found = {name: root if name == alone else root / name for name in names}
     for name in names:
         adapter_directory(root, name)  # raises when a link leads out of it
@@ -248,7 +248,7 @@ def save_adapters(adapters: AdapterSet, directory: str | os.PathLike[str]) -> No
         return
     in_checkpoint = _is_checkpoint(root)
     if in_checkpoint or len(own_names(adapters)) > 1:
-        (root / LIST).write_text(json.dumps({"adapters": own_names(adapters), "live": adapters.live}))
+        (root / LIST).write_text(json.dumps({"adapters": own_names(adapters), "live": adapters.acting}))
     if in_checkpoint and root.name != ADAPTERS and not (root / _GUARD_FILE).exists():
         import safetensors.torch
 
@@ -265,7 +265,7 @@ def load_adapters(adapters: AdapterSet, directory: str | os.PathLike[str]) -> No
     directory = Path(directory)
     if (directory / ADAPTERS).is_dir():
         directory = directory / ADAPTERS
-    now = {"adapters": own_names(adapters), "live": list(adapters.live)}
+    now = {"adapters": own_names(adapters), "live": list(adapters.acting)}
     file = directory / LIST
     then = json.loads(file.read_text()) if file.is_file() else None
     if then != now if then is not None else len(now["adapters"]) != 1:
@@ -274,6 +274,7 @@ def load_adapters(adapters: AdapterSet, directory: str | os.PathLike[str]) -> No
             expected=now, found=then or f"no {LIST}: one adapter",
             do="add the same adapters in the same order and make the same ones live before training is taken up",
         )  # fmt: skip
+    adapters.unmerge()
     for name, place in places(adapters, directory).items():
         if place.is_dir() or not adapters.records[name].reference:
             folder.load(adapters, place, name)
@@ -303,6 +304,8 @@ def refuse_guard(
             found="a trainer without the mixin; nothing was loaded",
             do="resume, or load the best model, with the mixin; or model.adaptc.load(checkpoint)",
         )
+    if handle is not None and handle.adapters.merged is not None:
+        handle.unmerge()  # what is read is the base and the adapters, apart
 
 
 def _is_without_adapters(state: Mapping[str, Any]) -> bool:
@@ -340,9 +343,9 @@ def _check_state(state: Mapping[str, torch.Tensor] | None, adapters: AdapterSet)
 
 def save_merged(adapters: AdapterSet, directory: str | os.PathLike[str], write: Any, **options: Any) -> None:
     """Write the whole model with its live adapters folded in, by ``write``, the class's own method."""
-    from adaptc.runtime.merging import folded_state
+    from adaptc.runtime.weights.folding import folded_state
 
-    if not adapters.live:
+    if not adapters.acting:
         raise AdapterNameError("save_pretrained(merge=True): no adapter is live", do="model.adaptc.switch(name)")
     path = Path(directory)
     if (path / WEIGHTS).exists():

@@ -34,6 +34,12 @@ ITEM_BYTES = {
     "F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8,
 }  # fmt: skip
 DOWNLOAD_AGAIN = "copy or download the file again; it cannot be repaired"
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
 _UNSAFE = re.compile(r"[/\\\x00-\x1f]")
 
 
@@ -59,6 +65,24 @@ def read_tensor_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
     for name in sorted(tensors):
         check_finite(name, tensors[name], where=str(path))
     return dict(sorted(tensors.items())), metadata
+
+
+def tensor_rows(path: Path) -> dict[str, tuple[torch.dtype, list[int], int]]:
+    """Name -> dtype, shape and offset in bytes of every tensor of a safetensors file; the tensors are not read.
+
+    Raises:
+        CheckpointError: the file is malformed.
+    """
+    with path.open("rb") as file:
+        check_header(file, path)
+        file.seek(0)
+        header, length = _read_header(file, path, os.fstat(file.fileno()).st_size)
+    header.pop("__metadata__", None)
+    begin = LENGTH_BYTES + length
+    return {
+        name: (DTYPES[entry["dtype"]], entry["shape"], begin + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
 
 
 def check_finite(name: str, tensor: torch.Tensor, *, where: str, do: str | None = None) -> None:

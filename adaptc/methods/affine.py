@@ -40,6 +40,11 @@ def refusal(module: nn.Module, adapters: Sequence[Any]) -> Refusal | None:
     return None
 
 
+def replaced(module: nn.Module) -> tuple[str, ...]:
+    """The names of the tensors that :func:`merged` gives."""
+    return ("weight",) if getattr(module, "bias", None) is None else ("weight", "bias")
+
+
 def merged(module: nn.Module, adapters: Sequence[Any]) -> dict[str, torch.Tensor]:
     """The module's ``weight``, and ``bias`` where it has one, rounded once to their dtypes."""
     run = _map(module, adapters)

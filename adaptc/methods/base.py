@@ -249,6 +249,16 @@ class Adapter(nn.Module):
         """
         return affine.merged(module, (self, *beside))
 
+    def replaced(self, module: nn.Module, beside: Sequence[Adapter] = ()) -> Sequence[str]:
+        """The paths of the tensors that :meth:`merged` replaces; nothing is computed."""
+        return affine.replaced(module)
+
+    @property
+    def adds(self) -> bool:
+        """Whether the adapter adds to the output (or the weights) what does not depend on the adapters that act before
+        or after it, in whatever order."""
+        return False
+
     def weight_update(self) -> torch.Tensor | None:
         """What the adapter adds to the (N, K) weight of a linear layer, in fp64, where that is its correction of
         the weight whatever else acts; None: :meth:`merged` reads the weight off the map."""

@@ -66,6 +66,13 @@ class BiasAdapter(Adapter):
             value = value.double() + (other.bias.double() - frozen)
         return {"bias": rounded(value, module.bias)}
 
+    def replaced(self, module: nn.Module, beside: Sequence[Adapter] = ()) -> Sequence[str]:
+        return ("bias",) if _are_biases(beside) else super().replaced(module, beside)
+
+    @property
+    def adds(self) -> bool:
+        return True
+
     def peft_tensors(self) -> dict[str, nn.Parameter]:
         return {"bias": self.bias}
 

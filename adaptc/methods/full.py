@@ -57,5 +57,8 @@ class FullAdapter(Adapter):
     def merged(self, module: nn.Module, beside: Sequence[Adapter] = ()) -> dict[str, torch.Tensor]:
         return dict(self.copy.state_dict())
 
+    def replaced(self, module: nn.Module, beside: Sequence[Adapter] = ()) -> Sequence[str]:
+        return list(self.copy.state_dict())
+
     def peft_tensors(self) -> dict[str, nn.Parameter]:
         return dict(self.copy.named_parameters())

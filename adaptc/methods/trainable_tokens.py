@@ -126,6 +126,13 @@ class TokensAdapter(Adapter):
             weight = body(weight, adapter.index, adapter.values.detach())
         return {"weight": weight}
 
+    def replaced(self, module: nn.Module, beside: Sequence[Adapter] = ()) -> Sequence[str]:
+        return ("weight",)
+
+    @property
+    def adds(self) -> bool:
+        return True
+
     def merge_key(self) -> object:
         return id(self.values)
 

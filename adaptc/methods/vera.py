@@ -127,6 +127,10 @@ class VeRAAdapter(Adapter):
         A, B = shared.vera_A.to(x.device), shared.vera_B.to(x.device)
         return vera_site(self.site_id, x, y, A, B, self.vera_lambda_d, self.vera_lambda_b)
 
+    @property
+    def adds(self) -> bool:
+        return True
+
     def delta(self) -> torch.Tensor:
         """diag(b) B diag(d) A, the update of the (out, in) weight, in fp64."""
         A = self.projections.vera_A[:, : self.inputs].double()

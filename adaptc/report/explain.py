@@ -91,7 +91,8 @@ def _count(number: int, noun: str) -> str:
 
 def _sites(adapters: AdapterSet) -> Iterator[str]:
     for name, record in adapters.records.items():
-        yield f"adapter {name!r} ({'live' if name in adapters.live else 'not live'})"
+        state = "not live" if name not in adapters.acting else "merged" if adapters.merged else "live"
+        yield f"adapter {name!r} ({state})"
         resolution = record.plan.resolve(adapters.model)
         modules = {path for path, _ in adapters.model.named_modules()}
         shared = [site for site in resolution.sites if site.train is None and not site.method.follows_ties]

@@ -17,11 +17,12 @@ from adaptc.methods.base import Adapter, Method
 from adaptc.methods.bias import Bias
 from adaptc.passes.manager import Pipeline
 from adaptc.plan import Assignment, Plan, Resolution, bypassed
-from adaptc.runtime import attach, embeddings
+from adaptc.runtime import attach, embeddings, together
 from adaptc.runtime.calibrate import covariances
 from adaptc.runtime.names import check_adapter_name
 from adaptc.runtime.options import pipeline_of
 from adaptc.runtime.site_adapters import adapter_name, adapters_of, entry_of
+from adaptc.runtime.weights.patch import Merged, unguard
 
 #: Where a model says which adapter is live, by PEFT's name for it, if it says so at all.
 ACTIVE = "active_adapter"
@@ -77,6 +78,8 @@ class AdapterSet:
         self.dtype = dtype
         self.records: dict[str, AdapterRecord] = {}
         self.live: tuple[str, ...] = ()
+        #: What is folded into the base's weights; no adapter is live then.
+        self.merged: Merged | None = None
         #: path -> (site id, every path of the module), in model order
         self._sites: dict[str, tuple[int, tuple[str, ...]]] = {}
         self._next_site_id = 0
@@ -92,6 +95,11 @@ class AdapterSet:
             message = f"{path} was replaced or removed, and its adapters with it: it is no site any more"
             warnings.warn(AdaptcWarning(message), stacklevel=3)
         return [Site(path, paths, number, modules[path]) for path, (number, paths) in self._sites.items()]
+
+    @property
+    def acting(self) -> tuple[str, ...]:
+        """The adapters that outputs have: the live ones, or those that are merged."""
+        return self.live if self.merged is None else self.merged.names
 
     def record(self, name: str) -> AdapterRecord:
         if name not in self.records:
@@ -237,7 +245,9 @@ class AdapterSet:
             adapter.set_covariance(assignment.path, weight, found.of(assignment.path))
 
     def remove(self, name: str) -> bool:
-        """Take the adapter ``name`` off the model. True when the set of sites shrank."""
+        """Take the adapter ``name`` off the model, and unmerge first. True when the set of sites shrank."""
+        self.record(name)
+        self.unmerge()
         self.set_rows(name, [])
         sites = self.sites
         for site in sites:
@@ -251,8 +261,8 @@ class AdapterSet:
         self.set_live(tuple(n for n in self.live if n != name))
         return shrank
 
-    def set_live(self, names: tuple[str, ...]) -> None:
-        """Make exactly ``names`` live, in this order.
+    def check_together(self, names: tuple[str, ...]) -> None:
+        """Raise unless ``names`` can act together.
 
         Raises:
             AdapterNameError: an unknown name, or one given twice.
@@ -262,32 +272,20 @@ class AdapterSet:
             self.record(name)
         if len(set(names)) != len(names):
             raise AdapterNameError(f"a name is given twice: {', '.join(names)}")
-        for site in self.sites:
-            replacing = [n for n in names if any(a.replaces_forward for a in site.of(n))]
-            if len(replacing) > 1:
-                raise SiteError(
-                    f"{site.path} cannot be replaced by two adapters at once",
-                    found=f"{' and '.join(map(repr, replacing))} train it in full",
-                    do="make one of them live",
-                )
-            inside = [n for n in names if any(a.acts_inside for a in site.of(n))]
-            if replacing and inside:
-                raise SiteError(
-                    f"{site.path} is replaced by {replacing[0]!r}, inside of which {inside[0]!r} cannot act",
-                    do="make one of them live",
-                )
-            kinds = {type(a).run_inside: a.method.kind for n in names for a in site.of(n) if a.acts_inside}
-            if len(kinds) > 1:
-                raise SiteError(
-                    f"{site.path or 'the model'}: {' and '.join(kinds.values())} cannot act inside one module together",
-                    do="make one of them live",
-                )
-            if inside:
-                acting = [a for n in names for a in site.of(n) if a.acts_inside]
-                type(acting[0]).check_together(site.path, acting)
-        self._check_enclosed(names)
-        with self.base_alone():
-            embeddings.check_together(self.model, {name: self.records[name].rows for name in names})
+        together.check({site.path: [(n, a) for n in names for a in site.of(n)] for site in self.sites})
+        groups = {name: rows for name in names if (rows := self.records[name].rows)}
+        if groups:
+            with self.base_alone():
+                embeddings.check_together(self.model, groups)
+
+    def set_live(self, names: tuple[str, ...]) -> None:
+        """Make exactly ``names`` live, in this order; what is merged is undone.
+
+        Raises:
+            AdapterNameError, SiteError: as :meth:`check_together`; nothing has changed then.
+        """
+        self.check_together(names)
+        self._restore()
         for site in self.sites:
             found = adapters_of(site.module)
             assert found is not None  # a site without adapters is none
@@ -297,19 +295,38 @@ class AdapterSet:
         self.live = names
         for rows in self._live_rows():
             rows.put(self.model, True)
+        self.say_active()
+
+    def say_active(self) -> None:
+        """Tell who asks the model as a PEFT model which adapters act."""
         if ACTIVE in self.model.__dict__:
+            names = self.acting
             self.model.__dict__[ACTIVE] = names[0] if len(names) == 1 else list(names)
+
+    def unmerge(self) -> None:
+        """Put the base's own weights back, bit for bit, and make those live that were so before the merge."""
+        if self.merged is not None:
+            self.set_live(tuple(name for name in self.merged.before if name in self.records))
+
+    def _restore(self) -> None:
+        if self.merged is not None:
+            self.merged.patch.restore(self.model)
+            self.merged = None
 
     def _live_rows(self) -> list[embeddings.Rows]:
         return [rows for name in self.live if name in self.records for rows in self.records[name].rows]
 
     def base_alone(self) -> contextlib.AbstractContextManager[None]:
-        """A block in which the base's embeddings are its own."""
+        """A block in which the base has its own weights, and its embeddings their own rows."""
+        if self.merged is not None:  # no adapter is live, nor are its rows
+            return self.merged.patch.lifted(self.model)
         return embeddings.base_alone(self.model, self._live_rows())
 
     def set_rows(self, name: str, rows: list[embeddings.Rows]) -> None:
         """Give the adapter ``name`` other rows of the base's embeddings; they are at work if it is live."""
         record = self.record(name)
+        if name in self.acting:
+            self.unmerge()
         inside = self._live_rows()
         with self.base_alone():
             if name in self.live:
@@ -321,23 +338,12 @@ class AdapterSet:
         for part in self._live_rows():
             part.put(self.model, True)
 
-    def keep_rows(self) -> None:
-        """Leave the rows of the live adapters in the base for good."""
-        for name in self.live:
+    def keep_merged(self) -> None:
+        """Leave what is merged in the base for good: it is part of the base's own weights from here on."""
+        merged, self.merged = self.merged, None
+        unguard(self.model)
+        for name in merged.names if merged is not None else ():
             self.records[name].rows = []
-
-    def _check_enclosed(self, names: tuple[str, ...]) -> None:
-        """A module that is trained in full runs as a copy: what other adapters do inside it would be lost."""
-        acting = {site.path: [(n, a) for n in names for a in site.of(n)] for site in self.sites}
-        replaced = {p: n for p, pairs in acting.items() for n, a in pairs if a.replaces_forward}
-        for path, pairs in acting.items():
-            outer = next((p for p in replaced if path.startswith(f"{p}.")), None)
-            if pairs and outer is not None:
-                raise SiteError(
-                    f"{path} is inside {outer}, of which {replaced[outer]!r} trains a copy:"
-                    f" {pairs[0][0]!r} would be lost",
-                    do="make one of them live",
-                )
 
     def pipeline(self) -> Pipeline:
         """The passes that the live adapters' plans ask for (the first plan that says anything)."""

@@ -10,6 +10,7 @@ from adaptc.errors import SiteError
 from adaptc.methods.base import Adapter
 from adaptc.runtime.hooks import SiteForward, arguments_of, run_before_site, run_forward, run_site, run_tap
 from adaptc.runtime.site_adapters import SiteAdapters, Taps, adapters_of
+from adaptc.runtime.weights.patch import unguard
 
 
 def attach(path: str, module: nn.Module, name: str, adapter: Adapter) -> bool:
@@ -136,7 +137,8 @@ def remove(module: nn.Module, name: str) -> None:
 
 
 def strip(module: nn.Module) -> None:
-    """Take every adapter off ``module`` and what is inside it."""
+    """Take every adapter off ``module`` and what is inside it, and what a merge has put there."""
+    unguard(module)
     for inner in list(module.modules()):
         found = adapters_of(inner)
         for name in list(found or ()):

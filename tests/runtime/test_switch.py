@@ -218,7 +218,7 @@ def test_learning_rate_groups_and_step_hooks(pair):
 
 def test_what_is_not_there_yet_says_so(pair):
     _, model, _ = pair
-    with pytest.raises(UnsupportedError, match=r"model.adaptc.merge is not in this version\n  missing  folding"):
-        model.adaptc.merge()
+    with pytest.raises(UnsupportedError, match=r"model.adaptc.compose is not in this version\n  missing  combining"):
+        model.adaptc.compose()
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         model.adaptc.nonsense()

@@ -59,6 +59,9 @@ class WeightsAdapter(SiteAdapter):
         with reparametrize(module, weights):
             return type(module).forward(module, *args, **kwargs)
 
+    def updated(self) -> Sequence[str]:
+        return list(self.factors())
+
     def deltas(self) -> dict[str, torch.Tensor]:
         return {name: self.scaling * (B.double() @ A.double()) for name, (A, B) in self.factors().items()}
 

@@ -166,6 +166,10 @@ class LoRAAdapter(ScaledAdapter):
         norm: torch.Tensor = torch.linalg.vector_norm(W + update, dim=1)
         return (self.lora_magnitude.double() / norm)[:, None] * (W + update) - W
 
+    @property
+    def adds(self) -> bool:
+        return self.lora_magnitude is None
+
     def weight_update(self) -> torch.Tensor | None:
         return self.delta() if self.lora_magnitude is None else None
 

@@ -35,6 +35,10 @@ class SiteAdapter(ScaledAdapter):
         """Why LoRA with these options cannot adapt ``module``, or None when it can."""
         raise NotImplementedError(f"{cls.__name__}.refusal")
 
+    def updated(self) -> Sequence[str]:
+        """The paths of the weights that ``deltas`` has updates of."""
+        return ("weight",)
+
     def deltas(self) -> dict[str, torch.Tensor]:
         """Path of a weight below the module -> its update, in fp64; only where ``merge_refusal`` is None."""
         raise NotImplementedError(f"{type(self).__name__}.deltas")
@@ -49,6 +53,14 @@ class SiteAdapter(ScaledAdapter):
             for name, update in adapter.deltas().items():
                 total[name] = total.get(name, module.get_parameter(name).detach().double()) + update
         return {name: rounded(value, module.get_parameter(name)) for name, value in total.items()}
+
+    def replaced(self, module: nn.Module, beside: Sequence[Adapter] = ()) -> Sequence[str]:
+        names = [name for a in (self, *beside) if isinstance(a, SiteAdapter) for name in a.updated()]
+        return list(dict.fromkeys(names))
+
+    @property
+    def adds(self) -> bool:
+        return True
 
     def signature(self) -> tuple[object, ...]:
         return (*super().signature(), type(self).__name__, self.method.compute_dtype)

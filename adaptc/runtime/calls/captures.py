@@ -23,9 +23,11 @@ from adaptc.runtime.calls.guards import unneeded
 from adaptc.runtime.calls.lifts import lifts_of
 from adaptc.runtime.calls.lint import Lint
 from adaptc.runtime.calls.state import Calls, Epoch
+from adaptc.runtime.calls.warmup import tensors_of
 from adaptc.runtime.calls.watch import Watch
 from adaptc.runtime.processes import DataParallelCheck
 from adaptc.runtime.site_adapters import adapters_of
+from adaptc.runtime.weights.pending import Pending
 from adaptc.torch_internals import RecompileLimitWatch, compile_isolated, state_across_modules, without_size_memory
 
 #: How often one frame may be compiled before Dynamo gives up on it (torch's default is 8).
@@ -93,7 +95,9 @@ class Capture:
             for message in limits:
                 warnings.warn(RecompileLimitWarning(message), stacklevel=3)
         if records:
-            self.calls.lint.after_call(self.calls, output, recorded, stopped)
+            with_gradients = [t for t in tensors_of(output) if t.requires_grad]
+            self.calls.pending.note(with_gradients)
+            self.calls.lint.after_call(self.calls, with_gradients, recorded, stopped)
         return output
 
 
@@ -107,6 +111,7 @@ class Captures(Calls):
     def _start(self) -> None:
         super()._start()
         self.lint = Lint(self.adapters)
+        self.pending = Pending()
         self._check_data_parallel = DataParallelCheck(self.adapters)
         #: Whether what a training step needs was begun with.
         self._prepared = False
@@ -119,6 +124,11 @@ class Captures(Calls):
 
     def call(self, entry: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         model = self.adapters.model
+        if self.adapters.merged is not None and model.training and torch.is_grad_enabled():
+            raise UnsupportedError(
+                "a call in training mode: the adapters are merged and would get no gradients",
+                do="model.adaptc.unmerge() to train on, or model.eval()",
+            )
         self._check_data_parallel()
         if model.__dict__.get("_require_grads_hooks"):
             drop_embedding_hooks(model)

@@ -22,7 +22,6 @@ from adaptc.errors import LiftedRegionWarning, NoGradientWarning
 from adaptc.ir.fold import fold
 from adaptc.passes.lift_no_grad import lifted
 from adaptc.runtime.calls.lifts import cover
-from adaptc.runtime.calls.warmup import tensors_of
 from adaptc.torch_internals import queue_after_backward
 
 if TYPE_CHECKING:
@@ -75,8 +74,13 @@ class Lint:
         ]
         self._warn_once(NoGradientWarning, _ZERO, self.dead[name], "load or draw other values")
 
-    def after_call(self, calls: Calls, output: Any, recorded: set[int], stopped: set[int]) -> None:
-        """Look at a call that was made with gradients on: which sites ran, by ``id`` of their site-id tensors."""
+    def after_call(
+        self, calls: Calls, outputs: Sequence[torch.Tensor], recorded: set[int], stopped: set[int]
+    ) -> None:
+        """Look at a call that was made with gradients on: which sites ran, by ``id`` of their site-id tensors.
+
+        ``outputs``: those that have a gradient.
+        """
         seen = tuple(map(id, calls.graphs))
         if self._looked_at != seen:
             self._looked_at = seen
@@ -86,7 +90,7 @@ class Lint:
             self._tell_stopped(calls, alone)
         key = (calls.counts["epochs"], self.adapters.live)
         if key not in self._watched:
-            self._watch(calls, key, [t for t in tensors_of(output) if t.requires_grad])
+            self._watch(calls, key, outputs)
 
     def _tell_lifted(self, calls: Calls) -> None:
         """Name the sites whose region was lifted unasked."""

@@ -1,0 +1,1 @@
+"""Writing into the base's own weights, and what undoes it."""
