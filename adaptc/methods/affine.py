@@ -34,8 +34,7 @@ def refusal(module: nn.Module, adapters: Sequence[Any]) -> Refusal | None:
     weight = _stored(module)
     if not weight.is_floating_point():
         return Refusal(f"its weight is {weight.dtype}")
-    zero = torch.zeros(1, linear.features(module)[0], dtype=torch.float64, device=weight.device)
-    if getattr(module, "bias", None) is None and bool(_map(module, adapters)(zero).any()):
+    if getattr(module, "bias", None) is None and bool(_constant(module, adapters).any()):
         return Refusal("the adapter adds a constant, and the layer has no bias to take it")
     return None
 
@@ -47,11 +46,11 @@ def replaced(module: nn.Module) -> tuple[str, ...]:
 
 def merged(module: nn.Module, adapters: Sequence[Any]) -> dict[str, torch.Tensor]:
     """The module's ``weight``, and ``bias`` where it has one, rounded once to their dtypes."""
-    run = _map(module, adapters)
-    points = torch.eye(linear.features(module)[0], dtype=torch.float64, device=_stored(module).device)
-    bias = run(torch.zeros_like(points[:1]))[0]
+    bias = _constant(module, adapters)
     weight = _sum(module, adapters)
     if weight is None:
+        run = _map(module, _stored(module), adapters)
+        points = torch.eye(linear.features(module)[0], dtype=torch.float64, device=_stored(module).device)
         weight = torch.cat([run(rows) - bias for rows in torch.split(points, _ROWS)]).mT
     values = {"weight": weight.mT if linear.is_conv1d(module) else weight}
     if getattr(module, "bias", None) is not None:
@@ -76,16 +75,25 @@ def _sum(module: nn.Module, adapters: Sequence[Any]) -> torch.Tensor | None:
     return weight
 
 
-def _map(module: nn.Module, adapters: Sequence[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What the module and the adapters compute together, in fp64 and eval mode."""
-    stored, bias = cast(torch.Tensor, module.weight), getattr(module, "bias", None)
+def _constant(module: nn.Module, adapters: Sequence[Any]) -> torch.Tensor:
+    """y(0) (N,). Zero times an infinite weight counts as zero."""
+    weight = _stored(module)
+    zero = torch.zeros(1, linear.features(module)[0], dtype=torch.float64, device=weight.device)
+    return _map(module, weight.nan_to_num(0.0, 0.0, 0.0), adapters)(zero)[0]
+
+
+def _map(
+    module: nn.Module, weight: torch.Tensor, adapters: Sequence[Any]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What the module with ``weight`` (N, K) and the adapters compute together, in fp64 and eval mode."""
+    bias = getattr(module, "bias", None)
     inputs, outputs = linear.features(module)
     # Of the module's own class where that says how the weight is stored.
     own: type[Any] = type(module)
     new: Any = own(outputs, inputs) if linear.is_conv1d(module) else nn.Linear(inputs, outputs, bias is not None)
-    plain = new.to(stored.device, torch.float64)
+    plain = new.to(weight.device, torch.float64)
     with torch.no_grad():
-        plain.weight.copy_(stored)
+        plain.weight.copy_(weight.mT if linear.is_conv1d(module) else weight)
         if bias is not None:
             plain.bias.copy_(bias)
     copies = [copy.deepcopy(a).double().eval() for a in adapters]

@@ -30,15 +30,15 @@ class Slot:
     Attributes:
         paths: every path that it has there; of tensors that share its memory too.
         kept: the base's own values.
-        version: of the tensor when it was last written here; None: not told.
+        written: the ``id`` and the version of the tensor when it was last written here; None: not told.
     """
 
     paths: tuple[str, ...]
     kept: torch.Tensor
-    version: int | None = None
+    written: tuple[int, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "version": None}  # a copy of a tensor begins anew
+        return {**self.__dict__, "written": None}  # a copy of a tensor begins anew
 
 
 class Patch:
@@ -66,7 +66,7 @@ class Patch:
         """Put ``value`` into the slot's tensor, rounded to its dtype."""
         for target in tensors_at(model, slot.paths):
             put(target, value)
-            slot.version = _version(target)
+            slot.written = _mark(target)
 
     def restore(self, model: nn.Module) -> None:
         """Overwrite the tensors by what is kept, to the bit; in the dtype and on the device that they have now. May be
@@ -82,6 +82,7 @@ class Patch:
         for slot, targets in found:
             self._check(slot, targets)
         for slot, targets in found:
+            slot.written = None  # an interrupted write is none of the user's
             for target in targets:
                 put_back(target, slot.kept)
         unguard(model)
@@ -98,7 +99,8 @@ class Patch:
                     f"{path} was replaced while adapters were merged into it", expected=tuple(slot.kept.shape),
                     found=tuple(target.shape), do="put a tensor of its shape there, and unmerge before it is resized",
                 )  # fmt: skip
-            if slot.version not in (None, _version(target)):
+            now = _mark(target)
+            if slot.written is not None and now is not None and now[0] == slot.written[0] and now != slot.written:
                 message = f"{path} was written to while adapters were merged into it, which is lost"
                 warnings.warn(AdaptcWarning(message), stacklevel=6)
 
@@ -204,8 +206,8 @@ def put_back(target: torch.Tensor, kept: torch.Tensor) -> None:
         bits(target.detach()).copy_(bits(as_now(kept, target)))
 
 
-def _version(tensor: torch.Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+def _mark(tensor: torch.Tensor) -> tuple[int, int] | None:
+    return None if tensor.is_inference() else (id(tensor), tensor._version)
 
 
 def tensors_at(model: nn.Module, paths: Iterable[str]) -> Iterator[torch.Tensor]:

@@ -1,0 +1,86 @@
+"""Tiny real models whose base holds every kind of number, adapters with values, and comparison by bits."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+import adaptc
+from tests.files.peft_cases import randomise
+from tests.models import hosts, towers
+from tests.sites.moe import qwen3_moe
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+IDS = {"input_ids": torch.tensor([[1, 5, 9, 4, 7, 3], [8, 6, 2, 5, 1, 7]])}
+#: Quiet and signalling NaNs with payloads, infinities, -0.0, the smallest and the largest denormal.
+ODD = {
+    torch.float32: [0x7FC12345, 0x7F812345, -0x3EDCBB, 0x7F800000, -0x800000, -0x80000000, 1, 0x007FFFFF],
+    torch.float16: [0x7E55, 0x7D55, -0x1AB, 0x7C00, -0x400, -0x8000, 1, 0x03FF],
+    torch.bfloat16: [0x7FC5, 0x7F85, -0x3B, 0x7F80, -0x80, -0x8000, 1, 0x007F],
+}
+
+
+def llama(**changes: Any) -> nn.Module:
+    with hosts.seeded(0):
+        return hosts.llama(hidden_size=16, intermediate_size=24, **changes).eval()
+
+
+def moe() -> nn.Module:
+    return qwen3_moe(hidden_size=16, intermediate_size=24, moe_intermediate_size=12, head_dim=4).eval()
+
+
+def vit() -> nn.Module:
+    return towers.build("vit")
+
+
+def images() -> dict[str, torch.Tensor]:
+    return {"pixel_values": towers.batch("vit")["pixel_values"]}
+
+
+def compiled(model: nn.Module, plan: Any, name: str = "a", **options: Any) -> nn.Module:
+    """With values that are neither zero nor what the base has."""
+    model = adaptc.compile(model, plan, name=name, backend="eager", **options)
+    randomise(model)
+    return model
+
+
+def odd_numbers(model: nn.Module) -> None:
+    """Put every kind of number into the first entries of the matrices of a model."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2 and parameter.dtype in ODD:
+                values = torch.tensor(ODD[parameter.dtype], dtype=torch.int64)
+                whole = parameter.view(INTEGERS[parameter.element_size()]).view(-1)
+                whole[: len(values)] = values.to(whole.dtype)
+
+
+def is_ours(name: str) -> bool:
+    return ".adapters." in f".{name}"
+
+
+def base_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Path -> copy of every parameter and buffer of the base, as they are in memory."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name: copy.deepcopy(tensor.detach()) for name, tensor in named if not is_ours(name)}
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    kind = INTEGERS[a.element_size()]
+    return torch.equal(a.detach().contiguous().view(kind), b.detach().contiguous().view(kind))
+
+
+def differing(model: nn.Module, base: dict[str, torch.Tensor]) -> list[str]:
+    """The paths of the base's tensors that have other bits than in ``base``."""
+    now = base_of(model)
+    assert now.keys() == base.keys()
+    return [name for name, tensor in base.items() if not same_bits(now[name], tensor)]
+
+
+def logits(model: nn.Module, batch: dict[str, torch.Tensor] = IDS) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch).logits
