@@ -10,7 +10,7 @@ module or an input that Dynamo read from a module. Joint passes need a backward 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from adaptc.passes.checks import validate
 from adaptc.passes.contract import Context
 from adaptc.passes.manager import Pipeline
 from adaptc.plan import Assignment, Plan
+from adaptc.plan.rules import Passes
 from adaptc.runtime.adapters import with_all_biases
 from adaptc.runtime.site_adapters import SiteAdapters
 from adaptc.torch_internals import node_value
@@ -51,7 +52,8 @@ def rewrite(
     Args:
         gm: a graph of torch functions, module calls or ATen ops, as ``torch.fx.symbolic_trace``, a Dynamo backend
             or ``torch.export`` give it. It is not changed; the copy shares its tensors' memory, frozen.
-        plan: as for ``adaptc.compile``; ``passes`` of a plan are honoured.
+        plan: as for ``adaptc.compile``; ``passes`` of a plan are honoured. ``{"passes": ...}`` without rules runs these
+            passes on the adapters that the graph has: with ``{"order": ["merge"]}`` they are folded into its weights.
         example_inputs: one value per placeholder: sizes and dtypes of the graph are read off them.
         verify: as for ``adaptc.compile``.
 
@@ -62,31 +64,59 @@ def rewrite(
     Raises:
         PlanError, SiteError: the plan does not fit.
     """
-    wanted = Plan.coerce(plan)
+    alone = _passes_alone(plan)
+    wanted = Plan.coerce(plan) if alone is None else None
     inputs = list(example_inputs)
     copied = _frozen_copy(gm)
-    calls = _calls(copied, inputs)
-    resolution = wanted.resolve(copied)
-    assignments = with_all_biases(resolution, copied)
-    _check_called(copied, assignments, calls)
     sites: dict[fx.Node, str] = {}
-    for assignment, adapter in zip(assignments, _build(assignments), strict=True):
-        _install(copied, assignment, adapter, calls, sites)
-    _drop_stand_ins(copied)
+    lifted = [] if wanted is None else _adapt(copied, wanted, inputs, sites)
     copied.recompile()
     _propagate(copied, inputs)
-    options = wanted.passes
+    options = alone if wanted is None else wanted.passes
     pipeline = (
         Pipeline.from_options()
         if options is None
         else Pipeline.from_options(skip=options.skip, order=options.order, limit=options.limit)
     )
-    asked = _asked(copied, resolution.lifted)
+    asked = _asked(copied, lifted)
     context = Context(sites=sites, trained=_trained(copied), asked=asked, record=bool(verify))
     result, reports = pipeline.run(copied, "dynamo", context, validate=validate.validator(verify, inputs))
     result.meta["adaptc_reports"] = reports
+    if any(one.name == "merge" for one in pipeline.passes):
+        _drop_merged(result)
     result.recompile()
     return result
+
+
+def _passes_alone(plan: Any) -> Passes | None:
+    """The passes of a plan that has no rules."""
+    if isinstance(plan, Mapping) and plan.get("passes") and not plan.get("rules") and "match" not in plan:
+        return Passes.from_dict(plan["passes"])
+    return None
+
+
+def _adapt(copied: fx.GraphModule, wanted: Plan, inputs: Sequence[Any], sites: dict[fx.Node, str]) -> Sequence[str]:
+    """Put the plan's adapters into the graph; returns the paths of the modules whose regions are to record gradients.
+
+    ``sites``: gets the node of every site id, with its site's path.
+    """
+    calls = _calls(copied, inputs)
+    resolution = wanted.resolve(copied)
+    assignments = with_all_biases(resolution, copied)
+    _check_called(copied, assignments, calls)
+    for assignment, adapter in zip(assignments, _build(assignments), strict=True):
+        _install(copied, assignment, adapter, calls, sites)
+    _drop_stand_ins(copied)
+    return resolution.lifted
+
+
+def _drop_merged(gm: fx.GraphModule) -> None:
+    """Take off the adapters that the graph does not read any more."""
+    read = [f"{node.target}." for node in gm.graph.nodes if node.op in ("get_attr", "call_module")]
+    for path, module in list(gm.named_modules()):
+        below = f"{path}.adapters.".lstrip(".")
+        if "adapters" in module._modules and not any(target.startswith(below) for target in read):
+            del module._modules["adapters"]
 
 
 def _trained(gm: fx.GraphModule) -> dict[fx.Node, str]:

@@ -35,6 +35,7 @@ from adaptc.torch_internals import carry_capture_metadata, cpu_emulates, has_avx
 _TABLE = {
     "raise_peft": "adaptc.passes.raise_peft:raise_peft",
     "insert": "adaptc.passes.insert:insert",
+    "merge": "adaptc.passes.merge:merge",
     "lift_no_grad": "adaptc.passes.lift_no_grad:lift_no_grad",
     "canonicalise": "adaptc.passes.canonicalise:canonicalise",
     "seed_dropout": "adaptc.passes.seed_dropout:seed_dropout",
@@ -65,8 +66,8 @@ def get(name: str) -> Pass:
 
 
 def default_order() -> tuple[str, ...]:
-    """The passes of a model that has a plan: its adapters are not PEFT's."""
-    return tuple(name for name in _TABLE if name != "raise_peft")
+    """The passes of a model that has a plan: its adapters are not PEFT's, and are trained."""
+    return tuple(name for name in _TABLE if name not in ("raise_peft", "merge"))
 
 
 @dataclasses.dataclass

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from adaptc import IA3, Bias, Bottleneck, LoRA, Match, Plan, Rule
+from adaptc import IA3, Bottleneck, LoRA, Match, Plan, Rule
 from adaptc.errors import AdaptcError, MergeError
 from adaptc.runtime.weights import patch
 from tests.runtime.weights import cases
@@ -25,7 +25,7 @@ PLANS = {
 }
 
 
-class Injected(Exception):
+class InjectedError(Exception):
     pass
 
 
@@ -81,14 +81,14 @@ class Oracle:
             if next(count) == position:
                 with torch.no_grad():
                     target.view(-1)[:2] = 3
-                raise Injected
+                raise InjectedError
             put(target, value)
 
         patch.put = fail
         try:
             self.merge()
         except MergeError as error:
-            assert isinstance(error.__cause__, Injected) and self.handle.metrics()["merged"] == 0
+            assert isinstance(error.__cause__, InjectedError) and self.handle.metrics()["merged"] == 0
             assert cases.differing(self.model, self.base) == []
         finally:
             patch.put = put
