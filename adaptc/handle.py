@@ -19,6 +19,7 @@ from adaptc.runtime.adapters import AdapterRecord, AdapterSet, Site
 from adaptc.runtime.calls import prologue
 from adaptc.runtime.calls.captures import Captures
 from adaptc.runtime.options import CompileOptions, pipeline_of
+from adaptc.runtime.weights import merging
 from adaptc.runtime.weights.keep import Keep
 from adaptc.runtime.weights.report import MergeReport
 
@@ -314,7 +315,7 @@ class Handle:
             UnsupportedError: as :meth:`merge`; nothing has changed then. MergeError: it failed half-way and was undone.
         """
         if self.live:
-            self._acting.merge_for_good(self.live)
+            merging.merge_for_good(self.adapters)
         return self.detach()
 
     # -- files -----------------------------------------------------------------------------------------

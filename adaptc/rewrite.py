@@ -40,6 +40,8 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
 #: Of these, those that multiply by the transpose of the weight that they get.
 _TRANSPOSING = (F.linear, aten.linear.default)
 _TRANSPOSES = (aten.t.default, aten.permute.default, aten.transpose.int, torch.t)
+#: Of a graph module's ``meta``: what the passes did.
+_REPORTS = "adaptc_reports"
 #: The name of the adapter on the graph module: ``<site>.adapters.default``.
 NAME = "default"
 
@@ -81,7 +83,7 @@ def rewrite(
     asked = _asked(copied, lifted)
     context = Context(sites=sites, trained=_trained(copied), asked=asked, record=bool(verify))
     result, reports = pipeline.run(copied, "dynamo", context, validate=validate.validator(verify, inputs))
-    result.meta["adaptc_reports"] = reports
+    result.meta[_REPORTS] = reports
     if any(one.name == "merge" for one in pipeline.passes):
         _drop_merged(result)
     result.recompile()
@@ -112,6 +114,9 @@ def _adapt(copied: fx.GraphModule, wanted: Plan, inputs: Sequence[Any], sites: d
 
 def _drop_merged(gm: fx.GraphModule) -> None:
     """Take off the adapters that the graph does not read any more."""
+    for node in gm.graph.find_nodes(op="get_attr"):
+        if not node.users:
+            gm.graph.erase_node(node)
     read = [f"{node.target}." for node in gm.graph.nodes if node.op in ("get_attr", "call_module")]
     for path, module in list(gm.named_modules()):
         below = f"{path}.adapters.".lstrip(".")
@@ -149,6 +154,8 @@ def _frozen_copy(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy with parameter objects of its own, frozen, over the same memory."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in gm.parameters()}
     memo.update((id(b), b) for b in gm.buffers())
+    if _REPORTS in gm.meta:
+        memo[id(gm.meta[_REPORTS])] = []  # of what was done to the graph that is given
     copied = copy.deepcopy(gm, memo)
     for old, new in zip(gm.graph.nodes, copied.graph.nodes, strict=True):
         if old.op == "placeholder" and (source := torch_internals.source_name(old)) is not None:
@@ -303,13 +310,16 @@ def _install(
     entry = NAME if NAME not in entries else f"{NAME}~{len(entries)}"
     entries[entry] = adapter
     for path in assignment.paths:
-        for i, (x, y) in enumerate(calls.get(path, [])):
+        for i in range(len(calls.get(path, []))):
+            x, y = calls[path][i]
             if adapter.replaces_forward:
                 if y.op != "call_module":
                     raise SiteError(f"{path} cannot be trained in full: the graph computes it without its module")
                 y.target = f"{path}.adapters.{entry}.copy"
                 continue
-            calls[path][i] = (x, _insert_anchor(gm, path, entry, module, x, y, sites))
+            calls[path][i] = (x, new := _insert_anchor(gm, path, entry, module, x, y, sites))
+            for pairs in calls.values():  # what read the output reads the corrected one now
+                pairs[:] = [(new if a is y else a, b) for a, b in pairs]
 
 
 def _insert_anchor(

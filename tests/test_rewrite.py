@@ -228,3 +228,15 @@ def test_methods_that_need_more_than_a_graph_say_so():
     for method in (adaptc.VeRA(r=4, targets=["a"]), adaptc.Hydra(targets=["a"])):
         with pytest.raises(UnsupportedError, match=f"adaptc.rewrite cannot read what {method.kind} does at a site"):
             adaptc.rewrite(gm, method, (x,))
+
+
+def test_a_layer_that_reads_an_adapted_one_gets_its_corrected_output():
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double(), torch.randn(3, 4, dtype=torch.float64)
+    out = adaptc.rewrite(fx.symbolic_trace(base), adaptc.LoRA(r=2, init="random", targets="all-linear"), (x,))
+    h = x
+    for i in "01":
+        A, B = (out.get_parameter(f"{i}.adapters.default.lora_{f}") for f in "AB")
+        layer = base.get_submodule(i)
+        h = h @ layer.weight.T + layer.bias + out.get_submodule(f"{i}.adapters.default").scaling * (h @ A.T @ B.T)
+    torch.testing.assert_close(out(x), h)

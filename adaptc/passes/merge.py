@@ -74,17 +74,23 @@ def _place(gm: fx.GraphModule, product: fx.Node) -> _Place | Refusal | None:
     """What is to be folded into a product's weight; None where nothing corrects it."""
     constants = _constants(gm)
     x, before = _input_of(product), []
-    while _is_ours(x) and len(sources := [n for n in x.all_input_nodes if n not in constants]) == 1:
+    while _is_ours(x):
+        sources = [n for n in x.all_input_nodes if n not in constants and not _is_dtype(n)]
+        if len(sources) != 1:
+            break
         before.append(x)
         x = sources[0]
-    inside = {product, *before}
+    reached, behind = {x, product, *before}, {product}
     for node in gm.graph.nodes:
         reads = {n for n in node.all_input_nodes if n not in constants}
-        if _is_ours(node) and reads & inside and reads <= inside | {x}:
-            inside.add(node)
+        if _is_ours(node) and reads and reads <= reached:
+            reached.add(node)
+            if reads & behind:
+                behind.add(node)
+    # Of what reads the input alone, that counts which ends in this product's correction.
+    inside = {node for node in reached - {x} if node in behind or _feeds(node, behind)}
     own = [node for node in inside if _is_ours(node)]
-    # Of what reads the input alone, only that counts which ends in this product's correction.
-    if not own or not any(node for node in own if dialect.of_target(node.target) or is_inserted(node)):
+    if not own:
         return None
     path = _weight_of(gm, product) or ""
     site = next((s for node in own if (s := site_of(node)) != "(unknown site)"), path)
@@ -127,18 +133,37 @@ def _is_affine(node: fx.Node, constants: set[fx.Node]) -> bool:
         return len(varying) <= 1
     return (
         node.target in _SUMS or node.target is operator.getitem or node.target in _LINEAR
-        or node.op == "call_module" or is_cast(node) or dropout_of(node) is not None
+        or node.op == "call_module" or _is_passed_over(node)
     )  # fmt: skip
 
 
+def _is_passed_over(node: fx.Node) -> bool:
+    """Whether a node is nothing in fp64 and in eval mode."""
+    casts = is_cast(node) or _is_dtype(node) or (node.target == "to" and _is_dtype(node.args[1]))
+    return casts or dropout_of(node) is not None
+
+
 def _is_ours(node: fx.Node) -> bool:
-    """Whether a node is an adapter's, and no constant."""
+    """Whether a node computes for an adapter: a pass wrote it, it is one of the ops, or it reads a tensor of one."""
     if node.op not in ("call_function", "call_method"):
         return False
     op = dialect.of_target(node.target) if callable(node.target) else None
+    if is_inserted(node) or op is not None or any(_is_of_adapter(n) for n in node.all_input_nodes):
+        return True
+    if _is_dtype(node):
+        return any(user.target == "to" and _is_ours(user) for user in node.users)
+    # What takes a result out of a tuple, or casts one to a dtype that the adapter asks for.
     above = node.args[0] if node.args else None
-    of_tuple = node.target is operator.getitem and isinstance(above, fx.Node) and _is_ours(above)
-    return is_inserted(node) or of_tuple or (op is not None and op.name in _AFFINE)
+    passes_on = node.target is operator.getitem or (node.target == "to" and _is_dtype(node.args[1]))
+    return passes_on and isinstance(above, fx.Node) and _is_ours(above)
+
+
+def _is_of_adapter(node: fx.Node) -> bool:
+    return node.op == "get_attr" and ".adapters." in f".{node.target}"
+
+
+def _is_dtype(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.target is getattr and node.args[1] == "dtype"
 
 
 def _constants(gm: fx.GraphModule) -> set[fx.Node]:
@@ -180,12 +205,14 @@ class _Write:
         old = node_value(place.result)
         weight, bias = _folded(self.gm, place)
         like = _own_weight(self.gm, place.product)
-        edit.of_base = True
         has_bias = _has_bias(self.gm, place.product) or bool(bias.any())
         operands = [self._attribute(edit, "merged_weight", weight.to(like.dtype))]
         if has_bias:
             operands.append(self._attribute(edit, "merged_bias", bias.to(like.dtype)))
-        return edit.cast(edit.call(F.linear, place.x, *operands), old.dtype)
+        new = edit.cast(edit.call(F.linear, place.x, *operands), old.dtype)
+        for node in edit.new_nodes:  # they are the base's own from here on
+            node.meta["custom"] = {k: v for k, v in (node.meta.get("custom") or {}).items() if k != "adaptc"}
+        return new
 
     def _attribute(self, edit: Edit, name: str, value: torch.Tensor) -> fx.Node:
         """A node of a new parameter beside the weight."""
@@ -230,7 +257,7 @@ def _folded(gm: fx.GraphModule, place: _Place) -> tuple[torch.Tensor, torch.Tens
     points = torch.eye(inputs, dtype=torch.float64, device=weight.device)
     with torch.no_grad():
         bias = body.run(torch.zeros_like(points[:1]))[0][0]
-        columns = [body.run(rows)[0] - bias for rows in points.split(_ROWS)]
+        columns = [body.run(rows)[0] - bias for rows in torch.split(points, _ROWS)]
     return torch.cat(columns).mT, bias
 
 
@@ -248,7 +275,7 @@ class _InFp64(fx.Interpreter):
         return F.linear(x, weight, None if module.bias is None else module.bias.double())
 
     def run_node(self, n: fx.Node) -> Any:
-        if is_cast(n) or dropout_of(n) is not None:
+        if _is_passed_over(n):
             return self.env[n.all_input_nodes[0]]
         return super().run_node(n)
 

@@ -60,11 +60,6 @@ class Acting:
         self._announce()
         return report if outputs is None else report.compared(outputs, self._outputs(inputs))
 
-    def merge_for_good(self, names: Sequence[str]) -> None:
-        """Leave the adapters ``names`` in the base's weights. Where that fails it is undone."""
-        merging.merge(self.adapters, names, "memory", self.find)
-        self.adapters.keep_merged()
-
     def unmerge(self) -> None:
         """See ``Handle.unmerge``."""
         if self.adapters.merged is not None:

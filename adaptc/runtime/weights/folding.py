@@ -92,20 +92,37 @@ def canonical(adapters: AdapterSet, names: Sequence[str]) -> tuple[str, ...]:
         UnsupportedError: they are live in another order, and act otherwise in this one.
     """
     ordered = tuple(sorted(names))
+    clash = _order_matters(adapters, ordered)
+    if clash is None:
+        return ordered
+    path, acting = clash
+    raise UnsupportedError(
+        f"{path}: the order in which these adapters act makes a difference, and they are folded in the order of their"
+        " names",
+        expected=" then ".join(map(repr, ordered)),
+        found=", then ".join(f"{name!r} ({adapter.method.kind})" for name, adapter in acting),
+        do=f"model.adaptc.switch({list(ordered)}) first, or give them names in the order that is meant",
+    )
+
+
+def as_live(adapters: AdapterSet) -> tuple[str, ...]:
+    """The live adapters in the order of their names, or as they act where that makes a difference."""
+    ordered = tuple(sorted(adapters.live))
+    return ordered if _order_matters(adapters, ordered) is None else adapters.live
+
+
+def _order_matters(
+    adapters: AdapterSet, ordered: tuple[str, ...]
+) -> tuple[str, list[tuple[str, Adapter]]] | None:
+    """A site at which the adapters ``ordered`` are live in another order and do not only add, with what acts there."""
     now = tuple(name for name in adapters.live if name in ordered)
     if len(now) < len(ordered) or now == ordered:
-        return ordered
+        return None
     for site in adapters.sites:
         acting = [(name, adapter) for name in now for adapter in site.of(name)]
         if len({name for name, _ in acting}) > 1 and not all(adapter.adds for _, adapter in acting):
-            kinds = ", then ".join(f"{name!r} ({adapter.method.kind})" for name, adapter in acting)
-            raise UnsupportedError(
-                f"{site.path}: the order in which these adapters act makes a difference, and they are folded in the"
-                " order of their names",
-                expected=" then ".join(map(repr, ordered)), found=kinds,
-                do=f"model.adaptc.switch({list(ordered)}) first, or give them names in the order that is meant",
-            )  # fmt: skip
-    return ordered
+            return site.path, acting
+    return None
 
 
 def folded_state(adapters: AdapterSet, within: str = "") -> dict[str, torch.Tensor]:
@@ -118,7 +135,7 @@ def folded_state(adapters: AdapterSet, within: str = "") -> dict[str, torch.Tens
     """
     below = f"{within}." if within else ""
     merged = adapters.merged
-    found = [] if merged else folds(adapters, canonical(adapters, adapters.live), within)
+    found = [] if merged else folds(adapters, as_live(adapters), within)
     ours = tuple(f"{path}.adapters.".lstrip(".") for site in adapters.sites for path in site.paths)
     named = adapters.model.state_dict().items()
     state = {name: tensor for name, tensor in named if name.startswith(below) and not name.startswith(ours)}

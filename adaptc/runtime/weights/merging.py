@@ -48,17 +48,32 @@ def merge(adapters: AdapterSet, names: Sequence[str], how: keep.Keep, find: Find
     merged = adapters.merged
     if merged is not None and set(merged.names) == set(names):
         return _report_of(merged)
-    if merged is None:
-        names = folding.canonical(adapters, names)
-    names = tuple(sorted(names))
+    return _merge(adapters, folding.canonical(adapters, names), how, find)
+
+
+def merge_for_good(adapters: AdapterSet) -> None:
+    """Leave the live adapters in the base's weights, as they act, or those that are merged; none is live then.
+
+    Raises:
+        UnsupportedError, MergeError: as :func:`merge`.
+    """
+    if adapters.merged is None:
+        _merge(adapters, folding.as_live(adapters), "memory", lambda _: None)
+    adapters.keep_merged()
+
+
+def _merge(adapters: AdapterSet, names: tuple[str, ...], how: keep.Keep, find: Find) -> MergeReport:
+    """Fold the adapters in this order, which may act together."""
+    merged = adapters.merged
     with adapters.base_alone():
         folds = folding.folds(adapters, names)
         targets = _targets(adapters, names, folds)
         keep.check_room([target.tensor for target in targets.values()], how)
+        patch = _kept(targets, how, find) if how is None else None
     before = adapters.live if merged is None else merged.before
     adapters.set_live(())
     try:
-        patch = _kept(targets, how, find)
+        patch = patch or _kept(targets, how, find)
     except BaseException:
         adapters.set_live(before)
         raise

@@ -20,6 +20,7 @@ from tests.sites import moe as mixtures
 pytestmark = pytest.mark.filterwarnings("ignore::adaptc.errors.NewSignatureWarning")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = "all-linear"
+SMALL = LoRA(r=2, targets=["q_proj", "down_proj"], init="random")
 LLAMA = {
     "lora": LoRA(r=3, targets=ALL, init="random"),
     "rslora": LoRA(r=3, targets=ALL, init="random", rslora=True),
@@ -95,7 +96,8 @@ def test_a_merged_model_computes_what_it_did(host, kind):
     build, kinds, batch = HOSTS[host]
     model = cases.compiled(build(), kinds[kind])
     want, base = cases.logits(model, batch()), cases.base_of(model)
-    report = model.adaptc.merge(example_inputs=batch())
+    with torch.compiler.set_stance("force_eager"):
+        report = model.adaptc.merge(example_inputs=batch())
     got = cases.logits(model, batch())
     scale = float(want.abs().max())
     assert report.output == pytest.approx(float((got.double() - want.double()).abs().max()))
@@ -241,7 +243,7 @@ def test_a_refused_change_leaves_what_is_merged():
     model.adaptc.merge("b")
     merged = cases.base_of(model)
     for act in (lambda: model.adaptc.switch("e"), lambda: model.adaptc.remove("e"), lambda: model.adaptc.merge("e"),
-                lambda: model.adaptc.merge(["a", "a"]), lambda: model.adaptc.add("a", LoRA())):  # fmt: skip
+                lambda: model.adaptc.merge(["a", "a"]), lambda: model.adaptc.add("a", SMALL)):  # fmt: skip
         with pytest.raises(AdapterNameError):
             act()
     model.adaptc.add("e", Bottleneck(targets=["gate_proj"]))
@@ -254,9 +256,9 @@ def test_a_refused_change_leaves_what_is_merged():
 
 
 def test_merging_for_good_is_merging_and_forgetting():
-    model, twin = three(), three()
-    for one in (model, twin):
-        one.adaptc.switch(["a", "b", "c"])
+    model = three()
+    model.adaptc.switch(["a", "b", "c"])
+    twin = copy.deepcopy(model)
     model.adaptc.merge()
     merged = cases.base_of(model)
     plain = twin.adaptc.merge_and_unload()
@@ -305,18 +307,22 @@ def test_embeddings_that_came_with_an_adapter_are_merged_with_it(tmp_path):
 
 
 def test_merging_after_a_call_without_adapters_compiles_nothing():
-    model = adaptc.compile(cases.llama(), LoRA(r=2, targets=ALL, init="random"), backend="aot_eager", name="a")
+    model = adaptc.compile(cases.llama(num_hidden_layers=1), SMALL, backend="aot_eager", name="a")
+    def logits(model):
+        with torch.no_grad():
+            return model(**cases.IDS).logits
+
     model.adaptc.switch(None)
-    cases.logits(model)
+    logits(model)
     graphs = model.adaptc.metrics()["graphs"]
     model.adaptc.switch("a")
-    want = cases.logits(model)
+    want = logits(model)
     for _ in range(3):
         before = model.adaptc.metrics()["graphs"]
         model.adaptc.merge()
-        torch.testing.assert_close(cases.logits(model), want)
+        torch.testing.assert_close(logits(model), want)
         model.adaptc.unmerge()
-        assert torch.equal(cases.logits(model), want)
+        assert torch.equal(logits(model), want)
         assert model.adaptc.metrics()["graphs"] == before
     assert model.adaptc.metrics()["graphs"] == 2 * graphs and model.adaptc.metrics()["eager_sites"] == 0
 
@@ -333,7 +339,7 @@ def test_the_kept_base_stands_in_the_metrics():
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_backward_that_is_still_to_come_is_waited_for(backend):
-    model = adaptc.compile(cases.llama(), LoRA(r=2, targets=ALL, init="random"), backend=backend, name="a").eval()
+    model = adaptc.compile(cases.llama(num_hidden_layers=1), SMALL, backend=backend, name="a").eval()
     base = cases.base_of(model)
     loss = model(**cases.IDS).logits.sum()
     with pytest.raises(UnsupportedError, match="merge: a backward is still to come"):
@@ -355,7 +361,7 @@ def test_a_backward_that_is_still_to_come_is_waited_for(backend):
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_graph_that_was_kept_raises_after_the_weights_have_changed(backend):
-    model = adaptc.compile(cases.llama(), LoRA(r=2, targets=ALL, init="random"), backend=backend, name="a").eval()
+    model = adaptc.compile(cases.llama(num_hidden_layers=1), SMALL, backend=backend, name="a").eval()
     loss = model(**cases.IDS).logits.sum()
     loss.backward(retain_graph=True)
     model.adaptc.merge()
@@ -372,7 +378,7 @@ def test_training_mode_is_refused_where_gradients_are_on():
     with pytest.raises(UnsupportedError, match="a call in training mode: the adapters are merged"):
         model(**cases.IDS)
     model.eval()
-    model(**cases.IDS)
+    cases.logits(model)
 
 
 def test_more_than_the_free_memory_is_refused_before_anything_changes(monkeypatch):
