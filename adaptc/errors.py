@@ -162,3 +162,7 @@ class LiftedRegionWarning(AdaptcWarning):
 
 class ResumeError(CheckpointError):
     """A trainer that does not know of adapters was told to take up training from a checkpoint of adapters."""
+
+
+class BatchError(AdaptcError, ValueError):
+    """A batch of several adapters that does not fit the model, the adapters or the call."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,13 @@ import torch
 from torch import nn
 
 from adaptc.capture.graphs import CapturedGraph
-from adaptc.errors import AdapterNameError, UnsupportedError
+from adaptc.errors import AdapterNameError, NewSignatureWarning, UnsupportedError
 from adaptc.files import base_files, folder, save_pretrained
 from adaptc.methods import quantised
 from adaptc.runtime import processes
 from adaptc.runtime.acting import Acting
 from adaptc.runtime.adapters import AdapterRecord, AdapterSet, Site
+from adaptc.runtime.batch import opened
 from adaptc.runtime.calls import prologue
 from adaptc.runtime.calls.captures import Captures
 from adaptc.runtime.options import CompileOptions, pipeline_of
@@ -31,7 +33,6 @@ _LATER = {
     "axes": "the dimension groups of the model",
     "report": "the HTML report",
     "permute_optimizer": "resuming an optimizer under co-permutation",
-    "batch": "one adapter per row of a batch",
     "pin": "keeping adapters in device memory",
     "prefetch": "loading adapters ahead of use",
     "compose": "combining adapters",
@@ -180,6 +181,7 @@ class Handle:
             AdapterNameError: the name is taken.
             PlanError, SiteError, CheckpointError: nothing has changed then.
         """
+        self.captures.batching.refuse("add")
         if folder.is_adapter_directory(plan):
             self._add_folder(name, plan)
         else:
@@ -215,6 +217,7 @@ class Handle:
         Raises:
             AdapterNameError: there is no such adapter.
         """
+        self.captures.batching.refuse("remove")
         self._sites_changed(self.adapters.remove(name))
 
     def switch(self, names: str | Sequence[str] | None) -> None:
@@ -226,6 +229,7 @@ class Handle:
             AdapterNameError: an unknown name, or one given twice.
             SiteError: two of them replace one module.
         """
+        self.captures.batching.refuse("switch")
         self._acting.switch(() if names is None else _names(names))
 
     # -- merging ---------------------------------------------------------------------------------------
@@ -256,6 +260,7 @@ class Handle:
                 mode with gradients on, or not enough memory; nothing has changed then.
             MergeError: it failed half-way and was undone; none is merged then.
         """
+        self.captures.batching.refuse("merge")
         chosen = self.live if names is None else _names(names)
         return self._acting.merge(chosen, keep, example_inputs)
 
@@ -266,7 +271,35 @@ class Handle:
         Raises:
             UnsupportedError: a backward that is still to come, or a weight that has another shape now.
         """
+        self.captures.batching.refuse("unmerge")
         self._acting.unmerge()
+
+    @contextlib.contextmanager
+    def batch(self, names: Sequence[str | None], spans: torch.Tensor | None = None) -> Iterator[None]:
+        """Within the block the rows of every call use the adapters ``names``, one for each row (of dim 0 of the call's
+        first input), None for the base; which adapters are live does not matter.
+
+        In ``generate`` a row is a sequence: its beams, and what is drawn for it, use its adapter. A backward may run
+        after the block. Other rows of other adapters compile nothing anew; other signatures do, once.
+
+        Args:
+            spans: whole numbers (B, S): token s of row b uses ``names[spans[b, s]]``, so that ``names`` has any length.
+
+        Raises:
+            AdapterNameError: an unknown name.
+            BatchError: ids without a name, an adapter that cannot act on rows apart, a block inside of another; and
+                of a call in the block: another number of rows, or a site whose tensors do not have the rows in front.
+        """
+        batching = self.captures.batching
+        batching.refuse("batch")
+        wanted = self.captures.batch(names, spans)
+        self.unmerge()
+        if self.captures.note_signature(wanted.signature):
+            message = f"a batch of {', '.join(map(repr, wanted.names)) or 'no adapter'}"
+            new = "kinds, shapes or dtypes not seen together before; the next call compiles once"
+            warnings.warn(NewSignatureWarning(f"{message}: {new}"), stacklevel=3)
+        with opened(batching, wanted):
+            yield
 
     def warmup(self, names: str | Sequence[str] | None = None, *, example_inputs: Any = None) -> None:
         """Compile ahead for each adapter in ``names`` (default: all): one forward, and a backward in training
@@ -275,6 +308,7 @@ class Handle:
         Raises:
             ValueError: no example inputs are known.
         """
+        self.captures.batching.refuse("warmup")
         inputs = self.example_inputs(example_inputs)
         if inputs is None:
             raise ValueError(
@@ -314,6 +348,7 @@ class Handle:
         Raises:
             UnsupportedError: as :meth:`merge`; nothing has changed then. MergeError: it failed half-way and was undone.
         """
+        self.captures.batching.refuse("merge_and_unload")
         if self.live:
             merging.merge_for_good(self.adapters)
         return self.detach()
@@ -343,6 +378,7 @@ class Handle:
         Raises:
             CheckpointError: the files are malformed or do not fit; nothing has changed then.
         """
+        self.captures.batching.refuse("load")
         if name is None and len(self.live) > 1:
             raise AdapterNameError("load: say into which adapter", found=f"live: {', '.join(self.live)}")
         chosen = name or (self.live[0] if self.live else "default")
@@ -367,6 +403,7 @@ class Handle:
 
     def detach(self) -> nn.Module:
         """Give the untouched model back: no adapters, hooks or attributes, and trainable flags as they were."""
+        self.captures.batching.refuse("detach")
         model = self.model
         for name in list(self.records):
             self.adapters.remove(name)

@@ -8,8 +8,9 @@ class or the output at hand, never from the release.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 #: What a model calls its cache, in its arguments and in its output.
@@ -24,6 +25,22 @@ EXPERTS_MARKS = ("has_gate", "has_bias", "is_transposed", "_is_expert_parallel",
 GROUPED_MM = "grouped_mm_fallback"
 #: The op that is its gradient. Releases without it (up to 5.19) read the groups' sizes while the backward is traced.
 GROUPED_MM_GRADIENT = "grouped_mm_fallback_backward"
+
+
+@contextlib.contextmanager
+def experts_by_shape(modules: Iterable[Any]) -> Iterator[None]:
+    """A block in which fused experts compute in a way that runs without values: their loop reads which experts have
+    tokens, and torch's grouped product knows bf16 only there."""
+    name = "_experts_implementation"
+    configs = {id(c): c for m in modules if hasattr(m, "has_gate") and hasattr(c := getattr(m, "config", None), name)}
+    before = [(config, getattr(config, name)) for config in configs.values()]
+    for config in configs.values():
+        setattr(config, name, "batched_mm")
+    try:
+        yield
+    finally:
+        for config, value in before:
+            setattr(config, name, value)
 
 
 def has_post_expert_norm(experts: object) -> bool:

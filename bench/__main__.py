@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; 0 when a report was written, 2 when the run is refused."""
     # Kineto prints two lines for every profile up to level 5; it reads this when torch is imported.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    from bench import orders, overhead, report, train
+    from bench import batch, orders, overhead, report, train
     from bench.errors import BenchError
 
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
@@ -25,12 +25,15 @@ def main(argv: list[str] | None = None) -> int:
     orders.add_arguments(commands.add_parser("orders", help=orders.__doc__, formatter_class=formatter))
     called = commands.add_parser("overhead", help=overhead.__doc__, formatter_class=formatter)
     overhead.add_arguments(called)
+    batched = commands.add_parser("batch", help=batch.__doc__, formatter_class=formatter)
+    batch.add_arguments(batched)
     render = commands.add_parser("render", help="write table and plot again from a result file")
     render.add_argument("json", type=Path)
     arguments = parser.parse_args(argv)
     try:
         runs = {
             "render": lambda: report.render(arguments.json),
+            "batch": lambda: batch.run(arguments),
             "orders": lambda: orders.run(arguments),
             "overhead": lambda: overhead.run(arguments),
         }

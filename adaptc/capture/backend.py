@@ -15,7 +15,7 @@ from torch import fx
 
 from adaptc import methods, torch_internals
 from adaptc.capture.adapter_inputs import AdapterTensors, positions
-from adaptc.capture.call import note_mode
+from adaptc.capture.call import CALL, note_mode
 from adaptc.capture.graphs import CapturedGraph
 from adaptc.capture.recompute import mark
 from adaptc.codegen import choices
@@ -222,7 +222,7 @@ def _note_sites(
             note_mode([id(args[i]) for i in stopped], recorded=False)
         else:
             note_mode(ids)
-        return mark(compiled(*args), ids)
+        return mark(compiled(*args), ids if CALL.assignment is None else [*ids, CALL.assignment])
 
     return call
 

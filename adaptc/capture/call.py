@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -22,6 +23,16 @@ class _CallState(threading.local):
     #: Of a call with gradients: which site-id tensors' adapters ran with gradients on, and which with them off.
     recorded: set[int] | None = None
     stopped: set[int] | None = None
+
+    def __init__(self) -> None:
+        # Set on the object: Dynamo does not guard on what only the class has.
+        #: In a batch of several adapters: int64 (B,), or (B, S) of spans: the number of each row's adapter.
+        self.rows: torch.Tensor | None = None
+        #: Changes with the batch: which adapter is whose.
+        self.assignment: int | None = None
+        #: Gets (adapters of a module, whether they act inside of it, the tensors that they would read or correct); they
+        #: do nothing then.
+        self.probe: Callable[[Any, bool, Sequence[Any]], None] | None = None
 
 
 CALL = _CallState()

@@ -34,6 +34,8 @@ _TABLE = {
     "lora_linear_expand": "adaptc.ir.ops.lora_fused",
     "lora_bottleneck_grads": "adaptc.ir.ops.lora_fused",
     "lora_linear_input_grads": "adaptc.ir.ops.lora_fused",
+    "lora_rows": "adaptc.ir.ops.lora_rows",
+    "lora_rows_grads": "adaptc.ir.ops.lora_rows",
     "seeded_dropout": "adaptc.ir.ops.dropout",
     "onednn_linear": "adaptc.ir.ops.onednn_linear",
 }

@@ -17,6 +17,7 @@ from adaptc.ir.edit import Edit
 from adaptc.ir.sites import mark_anchor
 from adaptc.methods import affine, quantised
 from adaptc.methods.quantised import Refusal
+from adaptc.methods.rows import Groups, Rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,6 +171,9 @@ class Adapter(nn.Module):
     acts_before: ClassVar[bool] = False
     #: True when the adapter acts on what the module's forward reads or computes on the way.
     acts_inside: ClassVar[bool] = False
+    #: True when ``run_rows`` rounds the base otherwise than the module's own forward does: then it computes every row
+    #: of a batch, those without an adapter too.
+    rounds_base: ClassVar[bool] = False
     #: True when the adapter changes the arguments of its tap, and does not read them.
     changes_tapped: ClassVar[bool] = False
     #: Why no adapter of another kind can be merged beside this one; None for affine maps of a linear layer's input.
@@ -219,6 +223,60 @@ class Adapter(nn.Module):
     @classmethod
     def check_together(cls, path: str, adapters: Sequence[Adapter]) -> None:
         """Raise SiteError where ``adapters`` (of this class, at the module ``path``) cannot act together."""
+
+    def rows_refusal(self, module: nn.Module, *, spans: bool) -> Refusal | None:
+        """Why rows of one batch (``spans``: tokens of its rows) cannot use different adapters, this one among them;
+        None where they can.
+
+        As it is here, of a ``batchable`` method: ``apply_to`` and ``apply_before`` compute each row of what they return
+        from that row of what they are given (of dim 0; for spans of dims 0 and 1) and from nothing of the others, and
+        have finite gradients where a row is zero.
+        """
+        if not self.method.batchable:
+            return Refusal(f"{self.method.kind} does not say that it acts on rows apart from each other")
+        if self.acts_inside or self.replaces_forward:
+            return Refusal(f"{self.method.kind} acts inside of the module, and does not say how on rows apart")
+        return None
+
+    @classmethod
+    def check_rows_together(cls, path: str, groups: Groups) -> None:
+        """Raise SiteError where rows with these adapters cannot be in one batch; only asked where ``acts_inside``.
+
+        ``groups``: for every adapter of the batch what it has at the module ``path`` (of several kinds), and nothing
+        for the base where it has rows.
+        """
+
+    def together(self) -> object:
+        """Equal, and not None, for adapters of one module that act on the rows of a batch in one op, ``apply_rows``."""
+        return None
+
+    def apply_rows(
+        self, module: nn.Module, adapters: Sequence[Adapter], numbers: Sequence[int], rows: Rows, x: torch.Tensor,
+        y: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """As :meth:`apply_to`, for the rows that have the ``adapters`` (this one the first), which have these
+        ``numbers`` in the batch; other rows are as they were (only where ``together`` is not None)."""
+        raise NotImplementedError(f"{type(self).__name__}.apply_rows")
+
+    def run_rows(self, module: nn.Module, groups: Groups, rows: Rows, *args: Any, **kwargs: Any) -> Any:
+        """The module's output where each row has the adapters of its group (of which this is the first that there is)
+        at work in the forward, or in its place. Overridden, all of them are of this class.
+
+        As it is here: the module's own forward, and then that of every group, of which its rows are kept.
+        """
+        output = type(module).forward(module, *args, **kwargs)
+        for number, adapters in enumerate(groups):
+            if len(adapters) == 0:
+                continue
+            own = rows.inputs(number, dict(enumerate(args))).values()
+            named = rows.inputs(number, kwargs)
+            first = adapters[0]
+            if first.replaces_forward:
+                changed = first.replace(*own, **named)
+            else:
+                changed = first.run_inside(module, adapters, *own, **named)
+            output = rows.put(number, changed, output)
+        return output
 
     def change_tapped(self, kwargs: dict[str, Any], live: Sequence[Adapter]) -> dict[str, Any]:
         """The keyword arguments that the tap's module gets in the place of ``kwargs`` (only where

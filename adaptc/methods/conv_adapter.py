@@ -29,6 +29,7 @@ from adaptc.ir.derive import derive
 from adaptc.ir.ops.lora import draw_tensor
 from adaptc.methods import linear
 from adaptc.methods.base import Adapter, Method, anchor_of
+from adaptc.methods.quantised import Refusal
 from adaptc.methods.scaled import storage_dtype
 
 STYLES = ("conformer", "convpass")
@@ -149,6 +150,13 @@ class ConvAdapterAdapter(Adapter):
         if init == "identity" or (init == "default" and xavier):
             nn.init.zeros_(named["up"])
             nn.init.zeros_(named["up_bias"])
+
+    def rows_refusal(self, module: nn.Module, *, spans: bool) -> Refusal | None:
+        if spans:
+            return Refusal("it convolves along the tokens of a row")
+        if self.training and self.method.style == "conformer":
+            return Refusal("its batch norm takes statistics over all rows in training", 'style="convpass" has none')
+        return super().rows_refusal(module, spans=spans)
 
     def apply_to(self, module: nn.Module, x: torch.Tensor, y: Any) -> Any:
         if isinstance(y, tuple):  # attention also returns its weights

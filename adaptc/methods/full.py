@@ -14,7 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from adaptc.methods import run_again
 from adaptc.methods.base import Adapter, Method
+from adaptc.methods.quantised import Refusal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,7 @@ class Full(Method):
     """Train a copy of the whole module."""
 
     kind: ClassVar[str] = "full"
+    batchable: ClassVar[bool] = True
 
     def refusal(self, path: str, module: nn.Module) -> str | None:
         if not any(True for _ in module.parameters()):
@@ -46,6 +49,11 @@ class FullAdapter(Adapter):
         self.copy.requires_grad_(True)
         if dtype is not None:
             self.copy.to(dtype)
+
+    def rows_refusal(self, module: nn.Module, *, spans: bool) -> Refusal | None:
+        if spans and not isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
+            return Refusal(f"a {type(module).__name__} may mix the tokens of a row")
+        return run_again.refusal(module)
 
     def replace(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output, computed by the copy (the original's own hooks run around it)."""

@@ -32,6 +32,7 @@ from adaptc.ir.ops.lora import draw_tensor
 from adaptc.methods import tokens
 from adaptc.methods.base import Adapter, Method, anchor_of
 from adaptc.methods.codec import Codec, Option, is_bool, is_rank, optional
+from adaptc.methods.rows import Groups, Rows, of_rows
 from adaptc.methods.scaled import storage_dtype
 from adaptc.methods.tokens import TokenAdapter, TokenMethod
 from adaptc.transformers_names import attention_cache_argument, cache_in_output, given_cache
@@ -58,6 +59,7 @@ class Prefix(TokenMethod):
 
     kind: ClassVar[str] = "prefix"
     peft_kind: ClassVar[str | None] = "PREFIX_TUNING"
+    batchable: ClassVar[bool] = True
 
     prefix_projection: bool = False
     encoder_hidden_size: int | None = None
@@ -180,6 +182,18 @@ class PrefixAdapter(TokenAdapter):
         return F.linear(z, self.second.weight, self.second.bias)
 
     def run_inside(self, module: nn.Module, adapters: Sequence[Adapter], *args: Any, **kwargs: Any) -> Any:
+        return self._run(module, (adapters,), None, args, kwargs)
+
+    def run_rows(self, module: nn.Module, groups: Groups, rows: Rows, *args: Any, **kwargs: Any) -> Any:
+        return self._run(module, groups, rows.ids, args, kwargs)
+
+    def _run(
+        self, module: nn.Module, groups: Groups, ids: torch.Tensor | None, args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:  # fmt: skip
+        """The module's output with the tables of the one group there is in its cache, or with ``ids`` (B,) of rows
+        those of each row's group, which has as many."""
+        adapters: Sequence[Adapter] = groups[0]
         given = tokens.named_arguments(self, args, kwargs)
         count = sum(a.count for a in adapters if isinstance(a, TokenAdapter))
         mask, positions = "attention_mask", "position_ids"
@@ -199,7 +213,7 @@ class PrefixAdapter(TokenAdapter):
         if (module.training or stack.training) and getattr(stack, "gradient_checkpointing", False):
             raise _no_cache(module, "gradient checkpointing, which drops it")
         assert self.cache_name is not None  # else refused
-        cache = given[self.cache_name] = self._fill(module, adapters, given)
+        cache = given[self.cache_name] = self._fill(module, groups, ids, given)
         tokens.begin(cache, adapters)
         as_tuple = given.pop("return_dict", None) is False
         output = type(module).forward(module, **given)
@@ -218,8 +232,10 @@ class PrefixAdapter(TokenAdapter):
                 do="EncoderDecoderCache(DynamicCache(), DynamicCache()), or none",
             )  # fmt: skip
 
-    def _fill(self, module: nn.Module, adapters: Sequence[Adapter], given: Mapping[str, Any]) -> Any:
-        """The cache of a call, with the tables of ``adapters`` in it."""
+    def _fill(
+        self, module: nn.Module, groups: Groups, ids: torch.Tensor | None, given: Mapping[str, Any]
+    ) -> Any:
+        """The cache of a call, with the tables in it."""
         from transformers import DynamicCache, EncoderDecoderCache
 
         cache = given_cache(given)
@@ -230,10 +246,10 @@ class PrefixAdapter(TokenAdapter):
         batch = self._rows(given)
         weight = module.get_input_embeddings().weight  # type: ignore[operator]
         like = torch.empty(batch, dtype=weight.dtype, device=weight.device)
-        for adapter in adapters:
-            assert isinstance(adapter, PrefixAdapter)
-            table = adapter.table()
-            states = prefix_site(adapter.site_id, table, like, adapter.layers, adapter.heads)
+        for place, adapter in enumerate(groups[0]):
+            tables = [group[place].table() for group in groups]
+            states = tables[0] if ids is None else of_rows(tables, ids)
+            states = prefix_site(adapter.site_id, states, like, adapter.layers, adapter.heads)
             for layer, entry in enumerate(adapter.entries):
                 tokens.own_attention(cache).update(states[2 * entry], states[2 * entry + 1], layer)
         return cache
@@ -285,9 +301,12 @@ def without_projection(method: Method) -> Method:
 
 
 def body(table: torch.Tensor, like: torch.Tensor, layers: int, heads: int) -> torch.Tensor:
-    """(n, 2 layers heads d) -> (2 layers, batch, heads, n, d) in the dtype of ``like`` (batch,), per layer k and v."""
-    rows = table.to(like.dtype).reshape(table.shape[0], 2 * layers, heads, -1).permute(1, 2, 0, 3)
-    return rows.unsqueeze(1).repeat(1, like.shape[0], 1, 1, 1)
+    """(n, 2 layers heads d), or of every row (batch, n, 2 layers heads d) -> (2 layers, batch, heads, n, d) in the
+    dtype of ``like`` (batch,), per layer k and v."""
+    states = table.to(like.dtype).unflatten(-1, (2 * layers, heads, -1))
+    if table.dim() == 3:
+        return states.permute(2, 0, 3, 1, 4).clone(memory_format=torch.contiguous_format)
+    return states.permute(1, 2, 0, 3).unsqueeze(1).repeat(1, like.shape[0], 1, 1, 1)
 
 
 def sample(draw: Any) -> tuple[Any, ...]:
@@ -296,7 +315,8 @@ def sample(draw: Any) -> tuple[Any, ...]:
     n, layers, heads, d, batch = (draw(st.integers(1, 3)) for _ in range(5))
     dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
     wide = dtype if dtype.itemsize >= 4 else draw(st.sampled_from([dtype, torch.float32]))
-    return draw_tensor(draw, (n, 2 * layers * heads * d), wide), draw_tensor(draw, (batch,), dtype), layers, heads
+    rows = draw(st.sampled_from([(n,), (batch, n)]))
+    return draw_tensor(draw, (*rows, 2 * layers * heads * d), wide), draw_tensor(draw, (batch,), dtype), layers, heads
 
 
 PREFIX = derive("prefix_states", "(Tensor table, Tensor like, int layers, int heads) -> Tensor", body, sample=sample)

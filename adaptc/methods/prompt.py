@@ -16,7 +16,7 @@ token type ids are continued with zeros.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +28,7 @@ from adaptc.ir.ops.lora import draw_tensor
 from adaptc.methods import tokens
 from adaptc.methods.base import Adapter, Method, anchor_of
 from adaptc.methods.codec import Codec, Option
+from adaptc.methods.rows import Groups, Rows, of_rows
 from adaptc.methods.scaled import storage_dtype
 from adaptc.methods.tokens import TokenAdapter, TokenMethod
 
@@ -48,6 +49,7 @@ class Prompt(TokenMethod):
 
     kind: ClassVar[str] = "prompt"
     peft_kind: ClassVar[str | None] = "PROMPT_TUNING"
+    batchable: ClassVar[bool] = True
 
     init: str = "random"
     init_ids: tuple[int, ...] | None = None
@@ -143,6 +145,18 @@ class PromptAdapter(TokenAdapter):
             self.prompt.copy_(weight[chosen.to(weight.device)])
 
     def run_inside(self, module: nn.Module, adapters: Sequence[Adapter], *args: Any, **kwargs: Any) -> Any:
+        return self._run(module, (adapters,), None, args, kwargs)
+
+    def run_rows(self, module: nn.Module, groups: Groups, rows: Rows, *args: Any, **kwargs: Any) -> Any:
+        return self._run(module, groups, rows.ids, args, kwargs)
+
+    def _run(
+        self, module: nn.Module, groups: Groups, ids: torch.Tensor | None, args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:  # fmt: skip
+        """The module's output with the tables of the one group there is in front of every row, or with ``ids`` (B,) of
+        rows those of each row's group, which has as many."""
+        adapters: Sequence[Adapter] = groups[0]
         given = tokens.named_arguments(self, args, kwargs)
         count = sum(a.count for a in adapters if isinstance(a, TokenAdapter))
         tokens.lengthen_mask(given, count)
@@ -155,9 +169,9 @@ class PromptAdapter(TokenAdapter):
         if embeds is None:
             embeds = module.get_input_embeddings()(given["input_ids"])  # type: ignore[operator]
         batch, length = embeds.shape[:2]
-        for adapter in reversed(adapters):
-            assert isinstance(adapter, PromptAdapter)
-            embeds = prompt_site(adapter.site_id, embeds, adapter.read())
+        for place, adapter in reversed(list(enumerate(adapters))):
+            tables = [group[place].read() for group in groups]
+            embeds = prompt_site(adapter.site_id, embeds, tables[0] if ids is None else of_rows(tables, ids))
         given["input_ids"], given["inputs_embeds"] = None, embeds
         if positions is not None:
             front = torch.arange(count, device=positions.device, dtype=positions.dtype)
@@ -231,8 +245,9 @@ class EncoderPromptAdapter(PromptAdapter):
 
 
 def body(embeds: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-    """(batch, tokens, d) with prompt (n, d) in front: (batch, n + tokens, d), in the dtype of ``embeds``."""
-    rows = prompt.to(embeds.dtype).expand(embeds.shape[0], *prompt.shape)
+    """(batch, tokens, d) with prompt (n, d), or of every row (batch, n, d), in front: (batch, n + tokens, d), in the
+    dtype of ``embeds``."""
+    rows = prompt.to(embeds.dtype).expand(embeds.shape[0], *prompt.shape[-2:])
     return torch.cat([rows, embeds], dim=1)
 
 
@@ -242,7 +257,8 @@ def sample(draw: Any) -> tuple[Any, ...]:
     batch, tokens, n, d = (draw(st.integers(1, 4)) for _ in range(4))
     dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
     wide = dtype if dtype.itemsize >= 4 else draw(st.sampled_from([dtype, torch.float32]))
-    return draw_tensor(draw, (batch, tokens, d), dtype), draw_tensor(draw, (n, d), wide)
+    own = draw(st.booleans())
+    return draw_tensor(draw, (batch, tokens, d), dtype), draw_tensor(draw, (batch, n, d) if own else (n, d), wide)
 
 
 PROMPT = derive("prompt_rows", "(Tensor embeds, Tensor prompt) -> Tensor", body, sample=sample)

@@ -18,6 +18,7 @@ from adaptc.ir.derive import derive
 from adaptc.ir.ops.lora import draw_tensor
 from adaptc.methods import linear
 from adaptc.methods.base import Adapter, Method, anchor_of
+from adaptc.methods.quantised import Refusal
 from adaptc.methods.scaled import storage_dtype
 
 _BY_CHANNEL = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
@@ -99,6 +100,11 @@ class SSFAdapter(Adapter):
         if method.init == "default":
             nn.init.normal_(self.ssf_scale, mean=1.0, std=0.02)
             nn.init.normal_(self.ssf_shift, std=0.02)
+
+    def rows_refusal(self, module: nn.Module, *, spans: bool) -> Refusal | None:
+        if spans and self.channels_first:
+            return Refusal(f"a {type(module).__name__} has channels, and not tokens, in dim 1")
+        return super().rows_refusal(module, spans=spans)
 
     def apply_to(self, module: nn.Module, x: torch.Tensor, y: Any) -> Any:
         if isinstance(y, tuple):  # attention also returns its weights

@@ -17,9 +17,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from adaptc.errors import UnsupportedError
+from adaptc.errors import SiteError, UnsupportedError
 from adaptc.methods.base import Adapter, Method
 from adaptc.methods.codec import Option, is_rank, optional
+from adaptc.methods.quantised import Refusal
+from adaptc.methods.rows import Groups
 from adaptc.transformers_names import cache_argument, cache_in_output, given_cache, rename_cache
 
 #: Options that the model's config answers.
@@ -127,6 +129,20 @@ class TokenAdapter(Adapter):
         #: What the forward calls its cache; None: it takes none.
         self.cache_name = cache_argument(self.parameter_names)
         self.count = method.num_virtual_tokens
+
+    def rows_refusal(self, module: nn.Module, *, spans: bool) -> Refusal | None:
+        return Refusal("virtual tokens are of a whole row, not of tokens of it") if spans else None
+
+    @classmethod
+    def check_rows_together(cls, path: str, groups: Groups) -> None:
+        """All rows have as many virtual tokens, of one kind: masked ones would change how those of others round."""
+        kinds = [tuple((a.method.kind, a.count) for a in group if a.acts_inside) for group in groups]
+        if len(set(kinds)) > 1:
+            named = (", ".join(f"{count} of {kind}" for kind, count in kind) or "none" for kind in dict.fromkeys(kinds))
+            raise SiteError(
+                f"batch: {path}: rows with different numbers or kinds of virtual tokens", found="; ".join(named),
+                expected="as many in every row, so that all attend over one length", do="call the model for them apart",
+            )  # fmt: skip
 
     def signature(self) -> tuple[object, ...]:
         return (*super().signature(), self.count)

@@ -18,7 +18,9 @@ from torch import nn
 from adaptc.errors import SiteError
 from adaptc.ir.derive import derive
 from adaptc.ir.ops.lora import draw_tensor
+from adaptc.methods import run_again
 from adaptc.methods.base import Adapter, Method, anchor_of
+from adaptc.methods.quantised import Refusal
 from adaptc.methods.scaled import storage_dtype
 from adaptc.torch_internals import reparametrize
 
@@ -36,6 +38,7 @@ class TrainableTokens(Method):
 
     kind: ClassVar[str] = "trainable_tokens"
     mergeable: ClassVar[bool] = True
+    batchable: ClassVar[bool] = True
     follows_ties: ClassVar[bool] = True
 
     indices: tuple[int, ...] = ()
@@ -135,6 +138,11 @@ class TokensAdapter(Adapter):
 
     def merge_key(self) -> object:
         return id(self.values)
+
+    def rows_refusal(self, module: nn.Module, *, spans: bool) -> Refusal | None:
+        if getattr(module, "scale_grad_by_freq", False):
+            return Refusal("scale_grad_by_freq counts the tokens of all rows together")
+        return run_again.refusal(module)
 
     def run_inside(self, module: nn.Module, adapters: Sequence[Adapter], *args: Any, **kwargs: Any) -> Any:
         weight: torch.Tensor = module.get_parameter("weight")

@@ -13,6 +13,7 @@ from adaptc.capture.call import CALL, note_mode
 from adaptc.capture.recompute import mark
 from adaptc.errors import SiteError, UnsupportedError
 from adaptc.methods.base import Adapter
+from adaptc.methods.rows import Rows
 from adaptc.runtime.site_adapters import SiteAdapters, Taps
 
 #: No epoch is called so: comparing with it only makes Dynamo guard on the epoch's name.
@@ -29,22 +30,82 @@ def run_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
         raise _moved(module)
     found = cast(SiteAdapters, module.adapters)
     live = found.live
-    if found.epoch == _NEVER or len(live) == 0:
+    if found.epoch == _NEVER:
+        return None
+    if CALL.rows is not None:
+        if CALL.probe is not None:
+            CALL.probe(found, False, (_input_of(module, found.arguments, args, kwargs), output))
+            return None
+        if found.rows.around is not None:
+            return _run_site_by_rows(module, found, args, kwargs, output)
+    if len(live) == 0:
         return None
     for adapter in live:
         if adapter.acts_inside:
             continue
         x = _input_of(module, found.arguments, args, kwargs)
-        if not (isinstance(output, torch.Tensor) or adapter.takes_any_output):
-            raise SiteError(
-                f"a {type(module).__name__} returned a {type(output).__name__}",
-                expected=f"a tensor, which {adapter.method.kind} corrects", do="leave this module out of the plan",
-            )  # fmt: skip
+        _check_output(module, adapter, output)
         note_eager(adapter)
         output = adapter.apply_to(module, x if adapter.tap is None else _take(module, adapter), output)
     if not torch.compiler.is_compiling():
         output = mark(output, [id(adapter) for adapter in live])
     return output
+
+
+def _run_site_by_rows(
+    module: nn.Module, found: SiteAdapters, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    """As :func:`run_site`, where each row of the batch has the adapters of its group."""
+    groups, rows = found.rows.around, rows_of(found)
+    assert groups is not None and rows is not None  # asked by run_site
+    joined = _together(groups)
+    if len(joined) > 0:
+        members = [groups[number][0] for number in joined]
+        for adapter in members:
+            _check_output(module, adapter, output)
+            note_eager(adapter)
+        x = _input_of(module, found.arguments, args, kwargs)
+        output = members[0].apply_rows(module, members, joined, rows, x, output)
+    for number, adapters in enumerate(groups):
+        for adapter in adapters if number not in joined else ():
+            x = _input_of(module, found.arguments, args, kwargs)
+            _check_output(module, adapter, output)
+            note_eager(adapter)
+            x = rows.only(number, x if adapter.tap is None else _take(module, adapter))
+            output = rows.put(number, adapter.apply_to(module, x, rows.only(number, output)), output)
+    if not torch.compiler.is_compiling():
+        output = mark(output, _acting(found))
+    return output
+
+
+def _together(groups: tuple[tuple[Adapter, ...], ...]) -> list[int]:
+    """The numbers of adapters that act by one op on all their rows."""
+    key, joined = None, []
+    for number, group in enumerate(groups):
+        own = group[0].together() if len(group) == 1 else None
+        if own is not None and (key is None or own == key):
+            key = own
+            joined.append(number)
+    return joined
+
+
+def rows_of(found: SiteAdapters) -> Rows | None:
+    """Which adapter of the batch each row of the call in progress has; None where the model is in none."""
+    return None if CALL.rows is None or found.rows.around is None else Rows(CALL.rows, found.is_flat)
+
+
+def _acting(found: SiteAdapters) -> list[int]:
+    """Numbers that name what acts at a module in a batch, and on which of its rows."""
+    groups = (*(found.rows.around or ()), *(found.rows.inside or ()))
+    return [CALL.assignment or 0, *(id(adapter) for group in groups for adapter in group)]
+
+
+def _check_output(module: nn.Module, adapter: Adapter, output: Any) -> None:
+    if not (isinstance(output, torch.Tensor) or adapter.takes_any_output):
+        raise SiteError(
+            f"a {type(module).__name__} returned a {type(output).__name__}",
+            expected=f"a tensor, which {adapter.method.kind} corrects", do="leave this module out of the plan",
+        )  # fmt: skip
 
 
 def _moved(module: nn.Module) -> UnsupportedError:
@@ -100,14 +161,27 @@ def run_tap(module: nn.Module, args: tuple[Any, ...], kwargs: Any = ...) -> Any:
     taps = module.__dict__[Taps.KEY]
     x, changed = _input_of(module, taps.arguments, args, kwargs), kwargs
     for found, name in taps.readers:
-        for adapter in found.live:
-            if adapter.tap != name:
-                continue
-            if adapter.changes_tapped:
-                changed = adapter.change_tapped(changed, found.live)
-            else:
-                adapter.tapped.value = x
+        for live in _acting_together(found, x):
+            for adapter in live:
+                if adapter.tap != name:
+                    continue
+                if adapter.changes_tapped:
+                    changed = adapter.change_tapped(changed, live)
+                else:
+                    adapter.tapped.value = x
     return None if changed is kwargs else (args, changed)
+
+
+def _acting_together(found: SiteAdapters, x: Any) -> tuple[tuple[Adapter, ...], ...]:
+    """The adapters of a module that act on the same rows, for all such. Those that change a call of another module do
+    so alike (``check_rows_together``): it has to be changed once."""
+    if CALL.rows is None or found.rows.around is None:
+        return (found.live,)
+    if CALL.probe is not None:
+        CALL.probe(found, False, (x,))
+        return ()
+    inside = found.rows.inside or ()
+    return (*found.rows.around, *inside[:1])
 
 
 def _take(module: nn.Module, adapter: Adapter) -> torch.Tensor:
@@ -135,14 +209,22 @@ def run_before_site(module: nn.Module, args: tuple[Any, ...], kwargs: Any = ...)
     if kwargs is ...:
         raise _moved(module)
     found = cast(SiteAdapters, module.adapters)
-    live = [a for a in found.live if a.acts_before]
-    if len(live) == 0:
+    rows = rows_of(found)
+    if rows is not None and CALL.probe is not None:
+        return None
+    groups = (found.live,) if rows is None else cast("tuple[tuple[Adapter, ...], ...]", found.rows.around)
+    acting = [[a for a in group if a.acts_before] for group in groups]
+    if not any(acting):
         return None
     name = None if args else _name_of_input(module, found.arguments, kwargs)
     x = args[0] if name is None else kwargs[name]
-    for adapter in live:
-        note_eager(adapter)
-        x = adapter.apply_before(module, x)
+    for number, group in enumerate(acting):
+        for adapter in group:
+            note_eager(adapter)
+            if rows is None:
+                x = adapter.apply_before(module, x)
+            else:
+                x = rows.put(number, adapter.apply_before(module, rows.only(number, x)), x)
     return ((x, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: x})
 
 
@@ -151,6 +233,9 @@ def run_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     found = cast("SiteAdapters | None", getattr(module, "adapters", None))
     if found is None:  # detached under a wrapper of this forward, as accelerate's mixed precision sets one
         return type(module).forward(module, *args, **kwargs)
+    rows = rows_of(found)
+    if rows is not None:
+        return _run_forward_by_rows(module, found, rows, args, kwargs)
     if found.epoch != _NEVER and found.standin is not None:
         note_eager(found.standin)
         output = found.standin.replace(*args, **kwargs)
@@ -161,6 +246,28 @@ def run_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     for adapter in inside:
         note_eager(adapter)
     return inside[0].run_inside(module, inside, *args, **kwargs)
+
+
+def _run_forward_by_rows(
+    module: nn.Module, found: SiteAdapters, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """As :func:`run_forward`, where each row of the batch has the adapters of its group."""
+    groups = found.rows.inside
+    if CALL.probe is not None:
+        CALL.probe(found, True, [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)][:1])
+        return type(module).forward(module, *args, **kwargs)
+    if groups is None or found.epoch == _NEVER:
+        return type(module).forward(module, *args, **kwargs)
+    acting = [adapter for group in groups for adapter in group]
+    for adapter in acting:
+        note_eager(adapter)
+    first = found.rows.base if len(acting) == 0 else acting[0]
+    assert first is not None  # or there would be no groups
+    if all(type(adapter) is type(first) for adapter in acting):
+        output = first.run_rows(module, groups, rows, *args, **kwargs)
+    else:
+        output = Adapter.run_rows(first, module, groups, rows, *args, **kwargs)
+    return output if torch.compiler.is_compiling() else mark(output, _acting(found))
 
 
 #: The hooks that adaptc puts on modules.

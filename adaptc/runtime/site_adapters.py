@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -34,6 +35,9 @@ class SiteAdapters(nn.ModuleDict):
         self.arguments: tuple[str, ...] = ()
         #: Name of a tap -> the module whose input it reads.
         self.taps: dict[str, nn.Module] = {}
+        self.rows = SiteRows()
+        #: Whether what the module reads was seen to have the tokens of row 0 first, then those of row 1, ....
+        self.is_flat = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         # `standin` is an alias of an entry: registering it again would double its state_dict keys.
@@ -55,6 +59,46 @@ class SiteAdapters(nn.ModuleDict):
         self.live = tuple(a for a in adapters if not a.replaces_forward)
         self.inside = tuple(a for a in self.live if a.acts_inside)
         self.standin = next((a for a in adapters if a.replaces_forward), None)
+
+
+class SiteRows(threading.local):
+    """What acts at a module in a batch of several adapters, one state per thread; None outside of one."""
+
+    def __init__(self) -> None:
+        # Set on the object: Dynamo does not guard on what only the class has.
+        #: For each adapter of the batch, in order, what it has here that corrects the module's input or output.
+        self.around: tuple[tuple[Adapter, ...], ...] | None = None
+        #: The same of what acts inside the module or in its place; None where nothing does.
+        self.inside: tuple[tuple[Adapter, ...], ...] | None = None
+        #: What computes the module in the place of its forward where no row has something inside it.
+        self.base: Adapter | None = None
+
+    def __reduce__(self) -> tuple[type[SiteRows], tuple[()]]:
+        return SiteRows, ()  # copies of a model are in no batch
+
+    def put(self, acting: Acting | None) -> None:
+        """Let ``acting`` act; None: as outside of a batch."""
+        self.around, self.inside, self.base = (None, None, None) if acting is None else acting
+
+    def now(self) -> Acting | None:
+        """What acts; None outside of a batch."""
+        return None if self.around is None else Acting(self.around, self.inside, self.base)
+
+
+class Acting(NamedTuple):
+    """What acts at a module in a batch: as in :class:`SiteRows`."""
+
+    around: tuple[tuple[Adapter, ...], ...]
+    inside: tuple[tuple[Adapter, ...], ...] | None
+    base: Adapter | None
+
+    @staticmethod
+    def of(groups: Sequence[Sequence[Adapter]], attached: Iterable[Adapter]) -> Acting:
+        """``groups``: for each adapter of the batch all that the module has of it; ``attached``: all that it has."""
+        inside = tuple(tuple(a for a in group if a.acts_inside or a.replaces_forward) for group in groups)
+        around = tuple(tuple(a for a in group if not (a.acts_inside or a.replaces_forward)) for group in groups)
+        base = next((a for a in attached if a.rounds_base), None)
+        return Acting(around, inside if any(inside) or base is not None else None, base)
 
 
 class Taps:

@@ -38,6 +38,14 @@ def watch_calls(on_call: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], N
     return Watch()  # type: ignore[no-untyped-call]
 
 
+def fake_inputs() -> Any:
+    """A context in which tensors are made, and ops computed, without values; real ones stand for their shapes. 2.11 to
+    2.15."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
 def replace_calls(run: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Any:
     """A context in which ``run(op, args, kwargs)`` is called instead of every ATen op. 2.11 to 2.15."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -116,6 +124,11 @@ def real_tensors() -> Iterator[None]:
 def saves_through_hooks() -> bool:
     """Whether autograd's saved tensors pass through hooks now, as they do under checkpointing. 2.11 to 2.15."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def is_in_backward() -> bool:
+    """Whether autograd calls this code. 2.11 to 2.15."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def queue_after_backward(callback: Callable[[], None]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.codegen.ops import dora, dropout, lora, lora_fused, lora_split, onednn_linear
+from adaptc.codegen.ops import dora, dropout, lora, lora_fused, lora_rows, lora_split, onednn_linear
 from adaptc.codegen.ops.inline import inline
 from adaptc.codegen.ops.row import Row, chosen
 from adaptc.ir import dialect
@@ -18,7 +18,8 @@ from adaptc.ir.dialect import Cost
 
 _BODY = Row()
 ROWS: dict[str, Row] = {
-    **lora.ROWS, **lora_split.ROWS, **lora_fused.ROWS, **dora.ROWS, **dropout.ROWS, **onednn_linear.ROWS,
+    **lora.ROWS, **lora_split.ROWS, **lora_fused.ROWS, **lora_rows.ROWS, **dora.ROWS,
+    **dropout.ROWS, **onednn_linear.ROWS,
 }  # fmt: skip
 
 

@@ -16,11 +16,12 @@ from torch import nn
 
 from adaptc.ir.derive import derive
 from adaptc.ir.ops.lora import draw_tensor
-from adaptc.methods import quantised
+from adaptc.methods import quantised, run_again
 from adaptc.methods.base import Adapter, anchor_of
 from adaptc.methods.codec import PEFT_VERSION
 from adaptc.methods.lora.options import LoRAOptions
 from adaptc.methods.lora.site import SiteAdapter, only_plain
+from adaptc.methods.quantised import Refusal
 from adaptc.methods.scaled import draw_factors, storage_dtype
 from adaptc.torch_internals import reparametrize
 
@@ -83,6 +84,9 @@ class AttentionAdapter(WeightsAdapter):
         self.lora_A, self.lora_B = inner.lora_A, inner.lora_B
         self.out_proj = Factors(module.out_proj.weight, method.r, dtype)
         self.reset_parameters()
+
+    def rows_refusal(self, module: nn.Module, *, spans: bool) -> Refusal | None:
+        return Refusal("attention mixes the tokens of a row") if spans else run_again.refusal(module)
 
     @classmethod
     def refusal(cls, method: LoRAOptions, module: nn.Module) -> str | None:

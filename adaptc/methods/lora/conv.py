@@ -23,6 +23,7 @@ from adaptc.methods.lora.site import SiteAdapter, anchor_of, only_plain
 from adaptc.methods.quantised import Refusal
 from adaptc.methods.scaled import draw_factors, storage_dtype
 
+_MIXES_TOKENS = Refusal("a convolution has no rows of tokens")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 
@@ -62,6 +63,9 @@ class ConvAdapter(SiteAdapter):
         if not module.weight.is_floating_point():
             return f"its weight is {module.weight.dtype}, not a floating-point tensor"
         return only_plain(method, module)
+
+    def rows_refusal(self, module: nn.Module, *, spans: bool) -> Refusal | None:
+        return _MIXES_TOKENS if spans else super().rows_refusal(module, spans=spans)
 
     def apply_to(self, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         assert isinstance(module, CONVOLUTIONS)

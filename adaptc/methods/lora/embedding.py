@@ -17,6 +17,7 @@ from adaptc.ir.derive import derive
 from adaptc.ir.ops.lora import draw_tensor
 from adaptc.methods.lora.options import LoRAOptions
 from adaptc.methods.lora.site import SiteAdapter, anchor_of, only_plain
+from adaptc.methods.quantised import Refusal
 from adaptc.methods.scaled import storage_dtype
 
 
@@ -57,6 +58,11 @@ class EmbeddingAdapter(SiteAdapter):
         if not module.weight.is_floating_point():
             return f"its weight is {module.weight.dtype}, not a floating-point tensor"
         return only_plain(method, module)
+
+    def rows_refusal(self, module: nn.Module, *, spans: bool) -> Refusal | None:
+        if getattr(module, "scale_grad_by_freq", False):
+            return Refusal("scale_grad_by_freq counts the tokens of all rows together")
+        return super().rows_refusal(module, spans=spans)
 
     def apply_to(self, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         assert isinstance(module, nn.Embedding)

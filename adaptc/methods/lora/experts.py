@@ -12,7 +12,7 @@ nothing of the size of the weights is made, forward or backward.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from adaptc.ir.ops.lora import draw_tensor
 from adaptc.methods.base import Adapter, anchor_of
 from adaptc.methods.lora.options import LoRAOptions
 from adaptc.methods.lora.parameters import ParameterAdapter
+from adaptc.methods.quantised import Refusal
+from adaptc.methods.rows import Groups, Rows
 from adaptc.transformers_names import EXPERTS_MARKS, has_post_expert_norm
 
 
@@ -43,6 +45,8 @@ def is_experts(module: nn.Module) -> bool:
 class ExpertsAdapter(ParameterAdapter):
     """``lora_A`` (E, r, K) and ``lora_B`` (E, N, r) of one of the two stacks of an experts module."""
 
+    rounds_base = True  # by its own order of products
+
     def __init__(
         self, method: LoRAOptions, module: nn.Module, name: str, *, dtype: torch.dtype | None = None, site_id: int = 0
     ) -> None:
@@ -59,35 +63,56 @@ class ExpertsAdapter(ParameterAdapter):
             return "its experts are spread over several processes, which is not in this version"
         return super().parameter_refusal(method, module, name)
 
+    def rows_refusal(self, module: nn.Module, *, spans: bool) -> Refusal | None:
+        return None  # the experts' own permutation takes the rows with it
+
     def run_inside(self, module: nn.Module, adapters: Sequence[Adapter], *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._run(module, (adapters,), None, args, kwargs)
+
+    def run_rows(self, module: nn.Module, groups: Groups, rows: Rows, *args: Any, **kwargs: Any) -> Any:
+        return self._run(module, groups, rows, args, kwargs)
+
+    def _run(
+        self, module: nn.Module, groups: Groups, rows: Rows | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> torch.Tensor:
         given = [*args, *(kwargs[name] for name in self.arguments[len(args) :])]
         hidden, expert_ids, weights = given
-        rows, k = expert_ids.shape
+        count, k = expert_ids.shape
         ids, order = torch.sort(expert_ids.reshape(-1), stable=True)
         first, second = products(module)
         experts = torch.arange(module.get_parameter(second).shape[0], device=ids.device)
         offs = torch.searchsorted(ids, experts, right=True, out_int32=True)
-        h = _product(module, first, adapters, hidden[order // k], ids, offs)
+        sorted_rows = None if rows is None else Rows(rows.of(hidden)[order // k], False)
+        h = _product(module, first, groups, sorted_rows, hidden[order // k], ids, offs)
         h = module._apply_gate(h) if module.has_gate else module.act_fn(h)  # type: ignore[operator]
-        y = _product(module, second, adapters, h, ids, offs)
+        y = _product(module, second, groups, sorted_rows, h, ids, offs)
         if has_post_expert_norm(module):
             y = module.post_expert_norm(y)  # type: ignore[operator]
         y = y * weights.reshape(-1)[order][:, None]
-        back = torch.zeros_like(order).scatter(0, order, torch.arange(rows * k, device=order.device))
-        out: torch.Tensor = y[back].view(rows, k, y.shape[-1]).sum(1).to(hidden.dtype)
+        back = torch.zeros_like(order).scatter(0, order, torch.arange(count * k, device=order.device))
+        out: torch.Tensor = y[back].view(count, k, y.shape[-1]).sum(1).to(hidden.dtype)
         return out
 
 
 def _product(
-    module: nn.Module, name: str, adapters: Sequence[Adapter], x: torch.Tensor, ids: torch.Tensor, offs: torch.Tensor
-) -> torch.Tensor:
-    """The product of sorted rows with the stack ``name``, corrected by its adapters."""
+    module: nn.Module, name: str, groups: Groups, rows: Rows | None, x: torch.Tensor, ids: torch.Tensor,
+    offs: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """The product of sorted rows with the stack ``name``, corrected by its adapters: of the one group there is, or each
+    row by those of its group."""
     weight = module.get_parameter(name)
     x = x.to(weight.dtype)
     y: torch.Tensor = grouped_mm(x, weight if module.is_transposed else weight.transpose(1, 2), offs)
-    for adapter in adapters:
-        if adapter.parameter == name:
-            y = experts_site(adapter.site_id, x, y, adapter.lora_A, adapter.lora_B, adapter.scale, offs)
+    for number, adapters in enumerate(groups):
+        for adapter in adapters:
+            if adapter.parameter != name:
+                continue
+            factors = adapter.lora_A, adapter.lora_B, adapter.scale, offs
+            if rows is None:
+                y = experts_site(adapter.site_id, x, y, *factors)
+            else:
+                own, before = rows.only(number, x), rows.only(number, y)
+                y = rows.put(number, experts_site(adapter.site_id, own, before, *factors), y)
     if module.has_bias:
         y = y + module.get_parameter(f"{name}_bias")[ids]
     return y

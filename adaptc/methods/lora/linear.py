@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +21,13 @@ from adaptc.ir.edit import Edit
 from adaptc.ir.ops.dora import row_norm
 from adaptc.ir.sites import LORA_LINEAR
 from adaptc.methods import linear
-from adaptc.methods.base import Anchor
+from adaptc.methods.base import Adapter, Anchor
 from adaptc.methods.bias import bias_site
 from adaptc.methods.lora import dora, initial
 from adaptc.methods.lora.options import LoRAOptions
+from adaptc.methods.lora.rows import lora_rows_site
 from adaptc.methods.lora.site import compute_in
+from adaptc.methods.rows import Rows
 from adaptc.methods.scaled import ScaledAdapter, draw_factors, storage_dtype
 from adaptc.torch_internals import node_value
 
@@ -149,6 +151,20 @@ class LoRAAdapter(ScaledAdapter):
         if self.bias is not None:
             y = bias_site(x, y, self.site_id, self.bias, module.bias)
         return y
+
+    def together(self) -> object:
+        return (self._dropout, self.training) if self._is_plain else None
+
+    def apply_rows(
+        self, module: nn.Module, adapters: Sequence[Adapter], numbers: Sequence[int], rows: Rows, x: torch.Tensor,
+        y: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        chosen = [a for a in adapters if isinstance(a, LoRAAdapter)]
+        factors = [a.lora_A for a in chosen], [a.lora_B for a in chosen], [a.scale for a in chosen]
+        dropout = float(self._dropout)
+        drops = dropout > 0 and self.training
+        out = lora_rows_site(self.site_id, x, y, *factors, rows.of_products(x), list(numbers), dropout, drops)
+        return out  # type: ignore[no-any-return]
 
     def delta(self, weight: torch.Tensor | None = None) -> torch.Tensor:
         """The update of the (out, in) weight, in fp64: s B A, or with DoRA diag(m / n) (W + s B A) - W.

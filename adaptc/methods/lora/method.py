@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from adaptc.methods.base import Adapter
-from adaptc.methods.lora import attention, conv, dora, embedding, experts, kinds, linear
+from adaptc.methods.lora import attention, conv, dora, embedding, experts, kinds, linear, rows
 from adaptc.methods.lora.options import LoRAOptions
 
 
@@ -49,7 +49,7 @@ class LoRA(LoRAOptions):
         return kinds.parameter_kind_of(module)(self, module, name, dtype=dtype, site_id=site_id)
 
 
-_MODULES = (attention, conv, dora, embedding, experts, linear)
+_MODULES = (attention, conv, dora, embedding, experts, linear, rows)
 ANCHORS = tuple(anchor for module in _MODULES for anchor in module.ANCHORS)
 #: Where its row in PEFT's file format is.
 CODEC = "adaptc.methods.lora.codec:CODEC"

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from adaptc.methods import run_again
 from adaptc.methods.lora.attention import WeightsAdapter
 from adaptc.methods.lora.options import LoRAOptions
 from adaptc.methods.lora.site import SiteAdapter, only_plain
+from adaptc.methods.quantised import Refusal
 from adaptc.methods.scaled import draw_factors, storage_dtype
 
 
@@ -68,6 +70,11 @@ class ParameterAdapter(WeightsAdapter):
         if method.compute_dtype is not None:
             return "compute_dtype is for modules: a parameter's update has its dtype"
         return only_plain(method, module)
+
+    def rows_refusal(self, module: nn.Module, *, spans: bool) -> Refusal | None:
+        if spans:
+            return Refusal(f"a {type(module).__name__} may mix the tokens of a row")
+        return run_again.refusal(module)
 
     def factors(self) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
         if self.transposed:

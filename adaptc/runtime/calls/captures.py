@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,9 +17,12 @@ from adaptc.capture.call import CALL
 from adaptc.capture.graphs import CapturedGraph
 from adaptc.errors import RecompileLimitWarning, UnsupportedError
 from adaptc.methods import quantised
+from adaptc.runtime.adapters import AdapterRecord
+from adaptc.runtime.batch import Batch, asked_for, checked_names, rows_of_call
 from adaptc.runtime.calls import output_hooks, regions, warmup
 from adaptc.runtime.calls.alike import Copies
 from adaptc.runtime.calls.guards import unneeded
+from adaptc.runtime.calls.layouts import Layouts
 from adaptc.runtime.calls.lifts import lifts_of
 from adaptc.runtime.calls.lint import Lint
 from adaptc.runtime.calls.state import Calls, Epoch
@@ -74,8 +77,11 @@ class Capture:
         self.whole = backend is not None
         self.run = run if backend is None else compiled(calls, run, backend)
 
-    def __call__(self, kind: tuple[object, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The call of a kind (of which blocks may find that it is to be captured whole)."""
+    def __call__(
+        self, kind: tuple[object, ...], rows: torch.Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The call of a kind (of which blocks may find that it is to be captured whole); ``rows``: whose they are, in a
+        batch of several adapters."""
         records = torch.is_grad_enabled()
         eager: set[int] = set()
         recorded: set[int] = set()
@@ -84,6 +90,8 @@ class Capture:
         before = now.copy()
         now.update(eager=eager, depth=CALL.depth + 1, whole=self.whole)
         now.update(recorded=recorded if records else None, stopped=stopped if records else None)
+        if rows is not None:
+            now.update(rows=rows)
         try:
             with RecompileLimitWatch() as limits, state_across_modules() if self.across else nullcontext():
                 output = self.run(*args, **kwargs)
@@ -97,7 +105,8 @@ class Capture:
         if records:
             with_gradients = [t for t in tensors_of(output) if t.requires_grad]
             self.calls.pending.note(with_gradients)
-            self.calls.lint.after_call(self.calls, with_gradients, recorded, stopped)
+            if rows is None:
+                self.calls.lint.after_call(self.calls, with_gradients, recorded, stopped)
         return output
 
 
@@ -119,6 +128,10 @@ class Captures(Calls):
         self._packable: list[tuple[str, nn.Module]] | None = None
         #: Epochs that ended because of hooks or methods, the last used one at the end.
         self._kept: list[Epoch] = []
+        #: What the last batch was made of, the batch, and the records, whose ids are no others' while they are here.
+        self._batch: tuple[object, Batch, list[AdapterRecord]] | None = None
+        #: Where the rows of a batch are in what adapted modules read.
+        self.layouts = Layouts()
         #: Whether it was said that more of these were captured than are kept.
         self._told = False
 
@@ -134,15 +147,21 @@ class Captures(Calls):
             drop_embedding_hooks(model)
         if self._packable != []:
             self._check_gradients()
-        if self.epoch.watch is not None and self.epoch.watch.sees_a_change():
-            self._follow()
+        self._look_at_model()
+        batch, rows = self.batching.current, None
+        if batch is not None:
+            batch.check()
+            rows, first = rows_of_call(batch, args, kwargs)
+            self.layouts.check(batch, entry, function, first, args, kwargs)
+        if torch.is_grad_enabled():
+            self.differentiated = None if batch is None or rows is None else (batch, rows)
         epoch = self._open()
         self.counts["calls"] += 1
         if not epoch.regions:
-            return self._capture(entry, function, whole=True)((), args, kwargs)
+            return self._capture(entry, function, whole=True)((), rows, args, kwargs)
         kind = (entry, *regions.kind_of_call(model, kwargs))
         whole = kind in epoch.whole or regions.wants_whole(model, epoch.stacks, args, kwargs)
-        return self._capture(entry, function, whole=whole)(kind, args, kwargs)
+        return self._capture(entry, function, whole=whole)(kind, rows, args, kwargs)
 
     def _capture(self, entry: str, function: Callable[..., Any], *, whole: bool) -> Callable[..., Any]:
         """``function`` captured whole, or as it is, its blocks captured."""
@@ -196,14 +215,32 @@ class Captures(Calls):
         if refusal is not None:
             raise UnsupportedError(f"{path}: {refusal.reason}: no gradient flows through", do=refusal.do)
 
-    def note_signature(self) -> bool:
-        """Remember the live adapters' signature; True when graphs were captured and none fits it."""
-        signature = self.adapters.signature()
+    def note_signature(self, signature: tuple[object, ...] | None = None) -> bool:
+        """Remember the live adapters' signature, or one of a batch; True when graphs were captured and none fits it."""
+        signature = self.adapters.signature() if signature is None else signature
         if signature in self.epoch.signatures:
             return False
         self.epoch.signatures.add(signature)
         self.counts["signatures"] += 1
         return self.epoch.backend is not None
+
+    def batch(self, names: Sequence[str | None], spans: torch.Tensor | None) -> Batch:
+        """The batch of ``names``, and ``spans``, checked: the one that there was, where nothing has changed."""
+        self._look_at_model()
+        names, key = checked_names(self.adapters, names), None
+        if spans is None and not any(self.adapters.record(name).rows for name in names if name is not None):
+            key = (names, tuple(map(id, self.adapters.records.values())), self.epoch.watch)
+        if key is not None and self._batch is not None and self._batch[0] == key:
+            return self._batch[1]
+        batch = asked_for(self.adapters, self.order, names, spans)
+        batch.check()
+        self._batch = None if key is None else (key, batch, [*self.adapters.records.values()])
+        return batch
+
+    def _look_at_model(self) -> None:
+        """Go on in another epoch where hooks, methods or modules changed."""
+        if self.epoch.watch is not None and self.epoch.watch.sees_a_change():
+            self._follow()
 
     def lifts_changed(self) -> bool:
         """Whether graphs were captured, and the live adapters ask for other regions to record gradients than those did
@@ -254,6 +291,7 @@ class Captures(Calls):
         self.counts["past_graphs"] += sum(len(epoch.graphs) for epoch in (*self._kept, self.epoch))
         self._kept.clear()
         self._packable = None
+        self.layouts = Layouts()
         self._begin(Epoch(str(next(_EPOCHS))))
 
     def _begin(self, epoch: Epoch) -> None:

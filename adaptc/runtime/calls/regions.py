@@ -47,7 +47,11 @@ class BlockPrologue(Prologue):
                 CALL.whole = True
             self.op_by_op = whole = CALL.whole
         else:  # computed again for a backward: as it ran in the forward
-            whole = self.op_by_op or self.calls.last_was_whole
+            with self.calls.as_differentiated():
+                return self._run(self.op_by_op or self.calls.last_was_whole, args, kwargs)
+        return self._run(whole, args, kwargs)
+
+    def _run(self, whole: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if whole:
             return self.owner._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self.calls.block(self.entry)(self.owner, *args, **kwargs)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from adaptc.capture.adapter_inputs import AdapterTensors
 from adaptc.capture.backend import AdapterBackend
+from adaptc.capture.call import CALL
 from adaptc.capture.graphs import CapturedGraph
 from adaptc.runtime.adapters import AdapterSet
+from adaptc.runtime.batch import Batch, Batching
 from adaptc.runtime.calls import lifts
 from adaptc.runtime.calls.watch import Watch
 from adaptc.runtime.options import CompileOptions
+from adaptc.torch_internals import is_in_backward
 
 
 class Epoch:
@@ -75,6 +80,11 @@ class Calls:
         self.copies_differ = False
         #: Whether the last call was captured whole, for blocks that its backward computes again.
         self.last_was_whole = False
+        self.batching = Batching()
+        #: The batch of the last call with gradients, and its rows; None where it was in none.
+        self.differentiated: tuple[Batch, torch.Tensor] | None = None
+        #: Signature of an adapter -> its place in batches, among others that have rows there.
+        self.order: dict[object, int] = {}
         self.counts = {"epochs": 0, "calls": 0, "recompile_limits_hit": 0, "signatures": 0, "past_graphs": 0}
 
     def call(self, entry: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -84,6 +94,23 @@ class Calls:
     def block(self, name: str) -> Callable[..., Any]:
         """What captures the blocks called ``name``; takes the block and its arguments."""
         raise NotImplementedError
+
+    @contextlib.contextmanager
+    def as_differentiated(self) -> Iterator[None]:
+        """A block that computes again, in a backward, what the last call with gradients did: by that one's rows. If it
+        was of another call, what the block saves tells so (``capture.recompute``)."""
+        now, then = self.batching.current, self.differentiated
+        if not is_in_backward() or now is (None if then is None else then[0]):
+            yield
+        elif then is not None:
+            with then[0].in_place(then[1]):
+                yield
+        else:
+            rows, CALL.rows = CALL.rows, None
+            try:
+                yield
+            finally:
+                CALL.rows = rows
 
     def stop_sharing(self) -> None:
         """Capture the model whole from now on: its blocks are no copies of each other."""

@@ -1,0 +1,232 @@
+"""Where the rows of a batch are in what adapted modules read and return: seen, not guessed.
+
+A size alone does not tell: a model that goes by time first has as many steps in front as rows where the two are equal.
+So before the first call of its kind the model runs on fake tensors (shapes, no values) with a number of rows that no
+other size is. What then has that size in front has rows there. Where dim 0 is a multiple of it (tokens of all rows in
+one dimension, windows of images), the ops that led there say whether the parts of row 0 come first.
+
+Where a model does not run on fake tensors, rows are taken to be dim 0 of what has as many there, in calls in which no
+other size of the inputs is that number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from adaptc.capture.call import CALL
+from adaptc.errors import BatchError
+from adaptc.runtime.batch import Batch
+from adaptc.runtime.site_adapters import SiteAdapters, adapters_of
+from adaptc.torch_internals import fake_inputs, tree_leaves, tree_map, watch_calls
+from adaptc.transformers_names import LAYER_CACHES, experts_by_shape, given_cache
+
+#: Numbers of rows to choose from.
+_PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039)
+#: Ops that give another shape to what stays in order.
+_RESHAPE = ("view", "_unsafe_view", "reshape", "_reshape_alias")
+#: Ops whose results may have dim 0 in another order than what they are given.
+_MOVE = (
+    "index", "index_select", "gather", "scatter", "sort", "topk", "argsort", "roll", "flip", "take", "permute", "t",
+    "transpose", "as_strided", "cat", "stack", "repeat", "randperm", "set_", "resize_",
+)  # fmt: skip
+_SEEN = "_adaptc_in_order"
+
+
+@dataclasses.dataclass(eq=False)
+class Seen:
+    """What one kind of call showed.
+
+    ``wrong``: (adapters of a module, whether inside of it) -> why the rows of what they read or correct are not dim 0;
+    ``flat``: those of modules with the parts of all rows in dim 0; ``failed``: why the model does not run on fakes.
+    """
+
+    wrong: dict[tuple[int, bool], str] = dataclasses.field(default_factory=dict)
+    flat: set[int] = dataclasses.field(default_factory=set)
+    failed: str | None = None
+
+
+class Layouts:
+    """What the kinds of calls of one model showed."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[object, ...], Seen] = {}
+        self._last: dict[str, Seen] = {}
+        #: The number of the batch, and what of its calls was seen, of the last check.
+        self._checked: tuple[int, Seen] | None = None
+
+    def check(
+        self, batch: Batch, entry: str, run: Callable[..., Any], first: torch.Tensor, args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        """Raise BatchError, naming the site, where an adapter of the batch acts on what does not have rows in front."""
+        key = (entry, batch.adapters.model.training, _shape_of_call(args, kwargs))
+        seen = self._seen.get(key)
+        if seen is None:
+            # A call that goes on from a filled cache needs it; its modules are those of the call that filled it.
+            is_begun = _is_filled(given_cache(kwargs))
+            seen = self._last.get(entry) if is_begun else None
+            if seen is None:
+                seen = _look(batch, run, first, args, kwargs)
+            self._seen[key] = seen
+        self._last[entry] = seen
+        if seen.failed is not None:
+            _check_sizes(first, args, kwargs, seen.failed)
+        if self._checked == (batch.number, seen):
+            return
+        self._checked = None
+        for site, groups in batch.sites:
+            found = adapters_of(site.module)
+            if found is None:
+                continue
+            found.is_flat = id(found) in seen.flat
+            uses = {a.acts_inside or a.replaces_forward for group in groups for a in group}
+            reasons = [seen.wrong[id(found), use] for use in uses if (id(found), use) in seen.wrong]
+            if reasons:
+                raise BatchError(
+                    f"batch: {site.path or 'the model'}: {reasons[0]}",
+                    expected="the rows of the batch in dim 0, or all that is of row 0 there first, then of row 1",
+                    do="leave this module out of the adapters' plans, or call the model for each adapter apart",
+                )  # fmt: skip
+        self._checked = batch.number, seen
+
+
+def _shape_of_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[object, ...]:
+    def one(value: Any) -> object:
+        if isinstance(value, torch.Tensor):
+            return value.dim(), value.is_floating_point()
+        return value if isinstance(value, bool | str | int | None) else type(value)
+
+    return tuple(map(one, args)), frozenset((name, one(value)) for name, value in kwargs.items() if value is not None)
+
+
+def _is_filled(cache: Any) -> bool:
+    length = getattr(cache, "get_seq_length", None)
+    return cache is not None and (length is None or int(length()) > 0)
+
+
+def _check_sizes(first: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any], failed: str) -> None:
+    n = first.shape[0]
+    sizes = [s for t in tree_leaves([args, dict(kwargs)]) if isinstance(t, torch.Tensor) for s in t.shape[1:]]
+    if n in sizes or n == 1:
+        raise BatchError(
+            f"batch: which dimension of the model's tensors the {n} rows are cannot be told", found=failed,
+            expected="a model that runs on fake tensors, or a number of rows that no other size of the inputs is",
+            do="call it with another number of rows",
+        )  # fmt: skip
+
+
+def _look(
+    batch: Batch, run: Callable[..., Any], first: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Seen:
+    """Run the base on fake tensors."""
+    model, seen, n = batch.adapters.model, Seen(), first.shape[0]
+    named = {name: value for name, value in kwargs.items() if name not in LAYER_CACHES}
+    sizes = {s for t in tree_leaves([list(args), named]) if isinstance(t, torch.Tensor) for s in t.shape}
+    rows = next(p for p in _PRIMES if not any(size % p == 0 for size in sizes if size))
+
+    def with_rows(keep: bool) -> Callable[[Any], Any]:
+        def change(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor) or value.dim() == 0 or value.shape[0] != n:
+                return value
+            if value.dim() == 1 and keep and value is not first:
+                return value
+            return value.new_empty((rows, *value.shape[1:]))
+
+        return change
+
+    def record(found: SiteAdapters, inside: bool, values: Sequence[Any]) -> None:
+        for value in values:
+            value = value[0] if isinstance(value, tuple) and value else value
+            if not isinstance(value, torch.Tensor):
+                continue
+            if value.dim() > 0 and value.shape[0] == rows:
+                continue
+            if value.dim() > 0 and value.shape[0] % rows == 0 and getattr(value, _SEEN, False):
+                seen.flat.add(id(found))
+                continue
+            shape = tuple("rows" if s == rows else f"rows x {s // rows}" if s % rows == 0 else s for s in value.shape)
+            seen.wrong[id(found), inside] = f"a tensor of it is ({', '.join(map(str, shape))})"
+
+    errors = []
+    for keep in (False, True):  # a tensor of one dimension may be one number a row, or one a token
+        seen.wrong.clear()
+        seen.flat.clear()
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(_left_alone(model))
+                stack.enter_context(experts_by_shape(model.modules()))
+                stack.enter_context(_probing(record, torch.arange(rows)))
+                stack.enter_context(fake_inputs())
+                stack.enter_context(torch.no_grad())
+                given, by_name = tree_map(with_rows(keep), (tuple(args), named))
+                stack.enter_context(watch_calls(_follow(rows)))
+                run(*given, **by_name)
+            return seen
+        except Exception as error:  # whatever a model does that fake tensors cannot
+            errors.append(f"{type(error).__name__}: {error}".splitlines()[0][:200])
+    return Seen(failed=errors[0])
+
+
+def _follow(rows: int) -> Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]:
+    """Marks the tensors whose dim 0 has what is of row 0 first, then what is of row 1."""
+
+    def is_in_order(value: torch.Tensor) -> bool:
+        return value.dim() > 0 and (value.shape[0] == rows or getattr(value, _SEEN, False))
+
+    def on_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        name = func._schema.name.partition("::")[2]
+        given = [t for t in tree_leaves([list(args), kwargs]) if isinstance(t, torch.Tensor)]
+        for made in tree_leaves(output):
+            if not isinstance(made, torch.Tensor) or made.dim() == 0 or made.shape[0] == rows or made.shape[0] % rows:
+                continue
+            if name in _RESHAPE:
+                fits = is_in_order(given[0])
+            elif name == "expand" and (given[0].dim() < made.dim() or given[0].shape[0] != made.shape[0]):
+                fits = True  # all the same
+            else:
+                same = [t for t in given if t.dim() > 0 and t.shape[0] == made.shape[0]]
+                fits = name not in _MOVE and bool(same) and all(map(is_in_order, same))
+            if fits:
+                setattr(made, _SEEN, True)
+
+    return on_call
+
+
+@contextlib.contextmanager
+def _probing(record: Callable[[SiteAdapters, bool, Sequence[Any]], None], ids: torch.Tensor) -> Iterator[None]:
+    """A block in which adapters tell what they are given, and do nothing; the model is one call."""
+    now = vars(CALL)
+    before = now.copy()
+    now.update(probe=record, rows=ids, depth=CALL.depth + 1, whole=True, eager=None, recorded=None, stopped=None)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        now.clear()
+        now.update(before)
+
+
+@contextlib.contextmanager
+def _left_alone(model: nn.Module) -> Iterator[None]:
+    """A block after which every module has the attributes, and every generator the state, that it had before."""
+    kept = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        for module, *befores in kept:
+            for held, before in zip((module.__dict__, module._parameters, module._buffers), befores, strict=True):
+                if not _are_same(held, before):
+                    held.clear()
+                    held.update(before)
+
+
+def _are_same(held: Mapping[Any, Any], before: Mapping[str, Any]) -> bool:
+    return held.keys() == before.keys() and all(held[name] is value for name, value in before.items())
