@@ -14,14 +14,13 @@ from adaptc.capture.graphs import CapturedGraph
 from adaptc.errors import AdapterNameError, NewSignatureWarning, UnsupportedError
 from adaptc.files import base_files, folder, save_pretrained
 from adaptc.methods import quantised
-from adaptc.runtime import processes
+from adaptc.runtime import merging, processes
 from adaptc.runtime.acting import Acting
 from adaptc.runtime.adapters import AdapterRecord, AdapterSet, Site
 from adaptc.runtime.batch import opened
 from adaptc.runtime.calls import prologue
 from adaptc.runtime.calls.captures import Captures
 from adaptc.runtime.options import CompileOptions, pipeline_of
-from adaptc.runtime.weights import merging
 from adaptc.runtime.weights.keep import Keep
 from adaptc.runtime.weights.report import MergeReport
 

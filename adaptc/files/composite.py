@@ -30,8 +30,8 @@ from adaptc.files.base_files import missing_in_base
 from adaptc.files.folder import Saved
 from adaptc.plan.peft.writing import codec_of_sites, rules_to_config
 from adaptc.runtime.adapters import AdapterSet
+from adaptc.runtime.folding import folded_state
 from adaptc.runtime.site_adapters import adapters_of
-from adaptc.runtime.weights.folding import folded_state
 
 _LIBRARY = "sentence_transformers."
 _CONFIG = "adapter_config.json"

@@ -343,7 +343,7 @@ def _check_state(state: Mapping[str, torch.Tensor] | None, adapters: AdapterSet)
 
 def save_merged(adapters: AdapterSet, directory: str | os.PathLike[str], write: Any, **options: Any) -> None:
     """Write the whole model with its live adapters folded in, by ``write``, the class's own method."""
-    from adaptc.runtime.weights.folding import folded_state
+    from adaptc.runtime.folding import folded_state
 
     if not adapters.acting:
         raise AdapterNameError("save_pretrained(merge=True): no adapter is live", do="model.adaptc.switch(name)")

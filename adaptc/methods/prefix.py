@@ -303,7 +303,7 @@ def without_projection(method: Method) -> Method:
 def body(table: torch.Tensor, like: torch.Tensor, layers: int, heads: int) -> torch.Tensor:
     """(n, 2 layers heads d), or of every row (batch, n, 2 layers heads d) -> (2 layers, batch, heads, n, d) in the
     dtype of ``like`` (batch,), per layer k and v."""
-    states = table.to(like.dtype).unflatten(-1, (2 * layers, heads, -1))
+    states = table.to(like.dtype).reshape(*table.shape[:-1], 2 * layers, heads, -1)
     if table.dim() == 3:
         return states.permute(2, 0, 3, 1, 4).clone(memory_format=torch.contiguous_format)
     return states.permute(1, 2, 0, 3).unsqueeze(1).repeat(1, like.shape[0], 1, 1, 1)

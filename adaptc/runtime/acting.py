@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from adaptc.errors import AdapterNameError, NewSignatureWarning, UnsupportedError
+from adaptc.runtime import merging
 from adaptc.runtime.adapters import AdapterSet
 from adaptc.runtime.calls import warmup
 from adaptc.runtime.calls.captures import Captures
-from adaptc.runtime.weights import merging
 from adaptc.runtime.weights.keep import Keep
 from adaptc.runtime.weights.report import MergeReport
 

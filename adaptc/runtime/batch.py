@@ -18,6 +18,7 @@ from torch import nn
 
 from adaptc.capture.call import CALL
 from adaptc.errors import BatchError
+from adaptc.methods.base import Adapter
 from adaptc.runtime.adapters import AdapterSet
 from adaptc.runtime.site_adapters import Acting, adapters_of
 from adaptc.torch_internals import tree_leaves
@@ -90,7 +91,8 @@ class Batch:
                             found=refusal.found, do=refusal.do or _APART,
                         )  # fmt: skip
             inside = [a for group in groups for a in group if a.acts_inside]
-            for kind in dict.fromkeys(map(type, inside)):
+            kinds: list[type[Adapter]] = [type(adapter) for adapter in inside]
+            for kind in dict.fromkeys(kinds):
                 kind.check_rows_together(site.path or "the model", [*groups, *([()] if self.has_base else [])])
         self._training = self.adapters.model.training
 
@@ -197,7 +199,7 @@ def asked_for(
         index = torch.arange(len(names))
     else:
         index = _checked(spans, len(names))
-        used = [names[i] for i in index.unique().tolist()]
+        used = [names[i] for i in sorted({*index.flatten().tolist()})]
     sites = adapters.sites
     records = list(adapters.records)
     signatures = {

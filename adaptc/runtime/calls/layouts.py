@@ -215,17 +215,17 @@ def _probing(record: Callable[[SiteAdapters, bool, Sequence[Any]], None], ids: t
 @contextlib.contextmanager
 def _left_alone(model: nn.Module) -> Iterator[None]:
     """A block after which every module has the attributes, and every generator the state, that it had before."""
-    kept = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    held: list[dict[str, Any]] = [h for m in model.modules() for h in (m.__dict__, m._parameters, m._buffers)]
+    kept = [dict(one) for one in held]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
-        for module, *befores in kept:
-            for held, before in zip((module.__dict__, module._parameters, module._buffers), befores, strict=True):
-                if not _are_same(held, before):
-                    held.clear()
-                    held.update(before)
+        for now, before in zip(held, kept, strict=True):
+            if not _are_same(now, before):
+                now.clear()
+                now.update(before)
 
 
 def _are_same(held: Mapping[Any, Any], before: Mapping[str, Any]) -> bool:

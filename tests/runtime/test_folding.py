@@ -12,7 +12,7 @@ import adaptc
 from adaptc import IA3, SSF, Bias, Bottleneck, Hydra, LoRA, Match, Rule, TrainableTokens, VeRA
 from adaptc.errors import UnsupportedError
 from adaptc.runtime import attach
-from adaptc.runtime.weights.folding import folded_state
+from adaptc.runtime.folding import folded_state
 from tests.files.peft_cases import randomise
 
 pytestmark = pytest.mark.filterwarnings("ignore::adaptc.errors.NewSignatureWarning")

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from adaptc.errors import MergeError
-from adaptc.runtime.weights import folding, keep
+from adaptc.runtime import folding
+from adaptc.runtime.weights import keep
 from adaptc.runtime.weights.patch import Merged, Patch, Slot, tensor_at
 from adaptc.runtime.weights.report import MergeReport, TensorError, error_of, errors
 
