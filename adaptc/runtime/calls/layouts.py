@@ -2,8 +2,9 @@
 
 A size alone does not tell: a model that goes by time first has as many steps in front as rows where the two are equal.
 So before the first call of its kind the model runs on fake tensors (shapes, no values) with a number of rows that no
-other size is. What then has that size in front has rows there. Where dim 0 is a multiple of it (tokens of all rows in
-one dimension, windows of images), the ops that led there say whether the parts of row 0 come first.
+other size is. What then has that size in front has rows there. The ops that led there say whether they are in the order
+of the batch (``row_order``), and where dim 0 is a multiple of their number (tokens of all rows in one dimension,
+windows of images), whether the parts of row 0 come first.
 
 Where a model does not run on fake tensors, rows are taken to be dim 0 of what has as many there, in calls in which no
 other size of the inputs is that number.
@@ -22,22 +23,13 @@ from torch import nn
 from adaptc.capture.call import CALL
 from adaptc.errors import BatchError
 from adaptc.runtime.batch import Batch
+from adaptc.runtime.calls import row_order
 from adaptc.runtime.site_adapters import SiteAdapters, adapters_of
 from adaptc.torch_internals import fake_inputs, tree_leaves, tree_map, watch_calls
 from adaptc.transformers_names import LAYER_CACHES, experts_by_shape, given_cache
 
 #: Numbers of rows to choose from.
 _PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039)
-#: Ops that give another shape to what stays in order.
-_RESHAPE = ("view", "_unsafe_view", "reshape", "_reshape_alias")
-#: Ops whose results may have dim 0 in another order than what they are given.
-_MOVE = (
-    "index", "index_select", "gather", "scatter", "sort", "topk", "argsort", "roll", "flip", "take", "permute", "t",
-    "transpose", "as_strided", "cat", "stack", "repeat", "randperm", "set_", "resize_",
-)  # fmt: skip
-_SEEN = "_adaptc_in_order"
-
-
 @dataclasses.dataclass(eq=False)
 class Seen:
     """What one kind of call showed.
@@ -127,7 +119,8 @@ def _look(
     """Run the base on fake tensors."""
     model, seen, n = batch.adapters.model, Seen(), first.shape[0]
     named = {name: value for name, value in kwargs.items() if name not in LAYER_CACHES}
-    sizes = {s for t in tree_leaves([list(args), named]) if isinstance(t, torch.Tensor) for s in t.shape}
+    sized = (*tree_leaves([list(args), named]), *model.parameters())
+    sizes = {s for t in sized if isinstance(t, torch.Tensor) for s in t.shape}
     rows = next(p for p in _PRIMES if not any(size % p == 0 for size in sizes if size))
 
     def with_rows(keep: bool) -> Callable[[Any], Any]:
@@ -145,9 +138,12 @@ def _look(
             value = value[0] if isinstance(value, tuple) and value else value
             if not isinstance(value, torch.Tensor):
                 continue
+            if row_order.is_moved(value):
+                seen.wrong[id(found), inside] = "its rows may be in another order than those of the batch"
+                continue
             if value.dim() > 0 and value.shape[0] == rows:
                 continue
-            if value.dim() > 0 and value.shape[0] % rows == 0 and getattr(value, _SEEN, False):
+            if value.dim() > 0 and value.shape[0] % rows == 0 and row_order.is_kept(value):
                 seen.flat.add(id(found))
                 continue
             shape = tuple("rows" if s == rows else f"rows x {s // rows}" if s % rows == 0 else s for s in value.shape)
@@ -165,37 +161,12 @@ def _look(
                 stack.enter_context(fake_inputs())
                 stack.enter_context(torch.no_grad())
                 given, by_name = tree_map(with_rows(keep), (tuple(args), named))
-                stack.enter_context(watch_calls(_follow(rows)))
+                stack.enter_context(watch_calls(row_order.follow(rows)))
                 run(*given, **by_name)
             return seen
         except Exception as error:  # whatever a model does that fake tensors cannot
             errors.append(f"{type(error).__name__}: {error}".splitlines()[0][:200])
     return Seen(failed=errors[0])
-
-
-def _follow(rows: int) -> Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]:
-    """Marks the tensors whose dim 0 has what is of row 0 first, then what is of row 1."""
-
-    def is_in_order(value: torch.Tensor) -> bool:
-        return value.dim() > 0 and (value.shape[0] == rows or getattr(value, _SEEN, False))
-
-    def on_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        name = func._schema.name.partition("::")[2]
-        given = [t for t in tree_leaves([list(args), kwargs]) if isinstance(t, torch.Tensor)]
-        for made in tree_leaves(output):
-            if not isinstance(made, torch.Tensor) or made.dim() == 0 or made.shape[0] == rows or made.shape[0] % rows:
-                continue
-            if name in _RESHAPE:
-                fits = is_in_order(given[0])
-            elif name == "expand" and (given[0].dim() < made.dim() or given[0].shape[0] != made.shape[0]):
-                fits = True  # all the same
-            else:
-                same = [t for t in given if t.dim() > 0 and t.shape[0] == made.shape[0]]
-                fits = name not in _MOVE and bool(same) and all(map(is_in_order, same))
-            if fits:
-                setattr(made, _SEEN, True)
-
-    return on_call
 
 
 @contextlib.contextmanager
