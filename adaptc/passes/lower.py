@@ -70,6 +70,8 @@ def _lower(node: fx.Node) -> Match | None:
             mark_recomputed(node)
         return None
     outputs = items_of(node)
+    if not node.users and not tree_leaves(node_value(node)):
+        return None  # an op that was asked for nothing
 
     def write(edit: Edit) -> fx.Node | list[fx.Node]:
         values = registry.lowering(op.name)(edit, *node.args)

@@ -497,12 +497,13 @@ def test_illegal_options_are_named(cls, option, value):
 def test_prompt_op_and_gradients_are_the_formula(data):
     embeds, prompt = (t.requires_grad_() for t in PROMPT.sample(data.draw))
     got = torch.ops.adaptc.prompt_rows(embeds, prompt)
-    n = prompt.shape[0]
+    n, of_rows = prompt.shape[-2], prompt.expand(len(embeds), *prompt.shape[-2:])
     assert torch.equal(got[:, n:], embeds)
-    assert all(torch.equal(row, prompt.to(embeds.dtype)) for row in got[:, :n])
+    assert torch.equal(got[:, :n], of_rows.to(embeds.dtype))
     grad = torch.arange(got.numel(), dtype=torch.float64).view(got.shape).remainder(7).sub(3)  # exact in any order
     found = torch.autograd.grad(got, (embeds, prompt), grad.to(got.dtype))
-    assert torch.equal(found[0].double(), grad[:, n:]) and torch.equal(found[1].double(), grad[:, :n].sum(0))
+    wanted = grad[:, :n] if prompt.dim() == 3 else grad[:, :n].sum(0)
+    assert torch.equal(found[0].double(), grad[:, n:]) and torch.equal(found[1].double(), wanted)
 
 
 @given(st.data())
@@ -510,14 +511,15 @@ def test_prefix_op_and_gradient_are_the_formula(data):
     table, like, layers, heads = PREFIX.sample(data.draw)
     table.requires_grad_()
     got = torch.ops.adaptc.prefix_states(table, like, layers, heads)
-    n, d = table.shape[0], table.shape[1] // (2 * layers * heads)
+    n, d = table.shape[-2], table.shape[-1] // (2 * layers * heads)
     assert (got.shape, got.dtype) == ((2 * layers, len(like), heads, n, d), like.dtype)
     for i in range(2 * layers):
         for b in range(len(like)):
-            rows = table[:, i * heads * d : (i + 1) * heads * d].to(like.dtype)
+            own = table[b] if table.dim() == 3 else table
+            rows = own[:, i * heads * d : (i + 1) * heads * d].to(like.dtype)
             assert torch.equal(got[i, b], rows.view(n, heads, d).transpose(0, 1))
     (found,) = torch.autograd.grad(got, table, torch.ones_like(got))
-    assert torch.equal(found, torch.full_like(table, len(like)))
+    assert torch.equal(found, torch.full_like(table, 1 if table.dim() == 3 else len(like)))
 
 
 def test_ops_pass_gradcheck():

@@ -68,7 +68,7 @@ def test_what_a_pass_needs_may_come_from_any_pass_before_it():
 
 
 def test_an_unknown_name_is_refused():
-    known = "raise_peft, insert, lift_no_grad, canonicalise, seed_dropout, reassociate, share, fuse, lower"
+    known = "raise_peft, insert, merge, lift_no_grad, canonicalise, seed_dropout, reassociate, share, fuse, lower"
     with pytest.raises(PipelineError, match=f"no pass named 'cannonicalise'\n  found  {known}"):
         get("cannonicalise")
 
