@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from adaptc.codegen.ops.row import Kernel, Row, on_cpu
-from adaptc.ir.ops.lora import scaled
+from adaptc.codegen.ops.row import Kernel, Row, chosen, on_cpu
+from adaptc.ir.ops.lora import rows, scaled
+from adaptc.ir.ops.lora_rows import body
 
 Tensors = Sequence[torch.Tensor]
 #: Rows that a stretch has on average, below which sorting them pays.
@@ -45,8 +46,26 @@ def _plan(ids: torch.Tensor, numbers: Sequence[int]) -> tuple[list[Stretch], tor
     return found, None
 
 
-@torch.no_grad()
 def run(
+    x: torch.Tensor, y: torch.Tensor, A: Tensors, B: Tensors, scale: Tensors, ids: torch.Tensor, numbers: Sequence[int]
+) -> torch.Tensor:
+    """y' of ``lora_rows``, op by op: outside a graph and without gradients.
+
+    ``x`` (..., K), ``y`` (..., N) of any floating-point dtype and strides, computed in that of ``y``; ``A``, ``B`` of
+    any, one each of ``numbers``, none for no adapter; ``ids`` with the leading dimensions of ``y``, or flat. The result
+    is new memory, contiguous.
+    """
+    with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
+        if not A or y.numel() == 0:
+            return y.detach().clone(memory_format=torch.contiguous_format)
+        flat = rows(x.detach().to(y.dtype)), rows(y.detach())
+        kernel = chosen(_FORWARD, y.device, *flat, A, B, scale, ids.reshape(-1), list(numbers))
+        found = (body if kernel is None else kernel.run)(*flat, A, B, scale, ids.reshape(-1), list(numbers))[0]
+        return found.view(y.shape)
+
+
+@torch.no_grad()
+def products(
     x: torch.Tensor, y: torch.Tensor, A: Tensors, B: Tensors, scale: Tensors, ids: torch.Tensor, numbers: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     stretches, order = _plan(ids, numbers)
@@ -108,7 +127,8 @@ def _always(*args: Any) -> bool:
     return True
 
 
+_FORWARD = (Kernel(products, _always, on_cpu),)
 ROWS = {
-    "lora_rows": Row(kernels=(Kernel(run, _always, on_cpu),), whole=on_cpu),
+    "lora_rows": Row(kernels=_FORWARD, whole=on_cpu),
     "lora_rows_grads": Row(kernels=(Kernel(grads, _always, on_cpu),), whole=on_cpu),
 }
