@@ -104,73 +104,137 @@ def run_demo(
     """
     watch = _Stopwatch()
     console = console or Console()
-    settings = settings or Settings()
     prepare_folder(out)
-    corpus = corpus or load_corpus()
     torch.manual_seed(seed)
-    size = settings.batch_size
-
     console.print(INTRODUCTION, highlight=False)
-    if backend == "inductor" and (reason := inductor_missing()):
-        backend = "aot_eager"
-        console.print(FALLBACK.format(reason=reason), highlight=False, markup=False, soft_wrap=True)
-
-    console.rule("1. Labelled text", align="left")
-    loaded, tokenizer = encoder()
-    texts = {name: tokenize(tokenizer, split) for name, split in corpus.splits().items()}
-    model = SentenceClassifier(loaded, len(corpus.topics))
-    console.print(corpus_table(corpus))
-    watch.lap("load")
-
-    console.rule("2. The frozen encoder with a trained head", align="left")
-    strength, probe = fit_probe(model, texts["train"], texts["dev"], size)
-    frozen_logits = logits_of(model, texts["test"], size)
-    console.print(probe_sentence(strength, probe), highlight=False)
-    watch.lap("frozen_encoder")
-
-    console.rule("3. LoRA through adaptc.compile", align="left")
-    console.print(plan_sentence(settings, backend), highlight=False)
-    model = adaptc.compile(model, _plan(settings), backend=backend)
-    handle: Any = model.adaptc
-    history = _train_with_bar(model, texts, settings, seed=seed, classes=len(corpus.topics))
-    console.print(training_sentence(history), highlight=False)
-    watch.lap("train_lora")
-    lora_logits = logits_of(model, texts["test"], size)
-    watch.lap("test_lora")
-
-    console.rule("4. What the compiler did: model.adaptc.explain()", align="left")
-    console.print(str(handle.explain()), markup=False, highlight=False, soft_wrap=True)
-    watch.lap("explain")
-
-    console.rule("5. Frozen encoder against LoRA, on the test texts", align="left")
-    labels = texts["test"].labels
-    comparison = compare(
-        score(frozen_logits.argmax(1), labels),
-        score(lora_logits.argmax(1), labels),
-        frozen_logits.argmax(1) == labels,
-        lora_logits.argmax(1) == labels,
-    )
-    console.print(score_table(comparison, len(labels)))
-    console.print(verdict(comparison), highlight=False, style="bold")
-    console.print(paired_sentence(comparison), highlight=False)
-
-    console.rule("6. The saved adapter, loaded and run by PEFT", align="left")
-    changes = site_changes(handle.sites)
-    draw_loss(history, probe, out / "loss.png")
-    draw_sites(changes, out / "sites.png")
-    handle.save(out / "adapter")
-    watch.lap("pictures_and_save")
-    agreed = agreement(lora_logits, _logits_through_peft(out / "adapter", encoder, corpus, texts["test"], size))
-    watch.lap("peft")
-    console.print(agreement_sentence(agreed), highlight=False)
-
+    backend = _usable(backend, console)
+    demo = _Demo(settings or Settings(), seed, backend, corpus or load_corpus(), encoder, console, watch)
+    materials = demo.load()
+    baseline = demo.baseline(materials)
+    adapted = demo.adapted(materials)
+    demo.explain(adapted)
+    comparison = demo.compared(baseline, adapted, materials.texts["test"].labels)
+    changes = site_changes(adapted.model.adaptc.sites)
+    agreed = demo.written(out, materials, baseline, adapted, changes)
     result = DemoResult(comparison, agreed, watch.seconds)
-    _write_metrics(out / "metrics.json", result, settings, seed, backend, corpus, probe, history, changes)
+    _write_metrics(
+        out / "metrics.json", result, demo.settings, seed, backend, demo.corpus, baseline.dev, adapted.history, changes
+    )
     console.rule(f"Done in {sum(watch.seconds.values()):.0f} s", align="left")
     console.print(f"Written to {out}:", highlight=False, markup=False, soft_wrap=True)
     for name, meaning in OUTPUTS.items():
         console.print(f"  {name:<12}  {meaning}", highlight=False)
     return result
+
+
+def _usable(backend: str, console: Console) -> str:
+    """``backend``, or what takes its place where it cannot run; the reader is told."""
+    if backend != "inductor" or not (reason := inductor_missing()):
+        return backend
+    console.print(FALLBACK.format(reason=reason), highlight=False, markup=False, soft_wrap=True)
+    return "aot_eager"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Materials:
+    """What is trained, and on what: the texts of each split, by its name."""
+
+    model: SentenceClassifier
+    texts: dict[str, TokenizedTexts]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Baseline:
+    """The head on the frozen encoder: its scores on dev, and its logits of the test texts."""
+
+    dev: Scores
+    logits: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class _Adapted:
+    """The model with LoRA, how it was trained, and its logits of the test texts."""
+
+    model: Any
+    history: History
+    logits: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class _Demo:
+    """The parts of the demo. Each says on the console what it does and found, and is timed."""
+
+    settings: Settings
+    seed: int
+    backend: str
+    corpus: Corpus
+    encoder: EncoderLoader
+    console: Console
+    watch: _Stopwatch
+
+    def say(self, text: str, **style: Any) -> None:
+        self.console.print(text, highlight=False, **style)
+
+    def load(self) -> _Materials:
+        self.console.rule("1. Labelled text", align="left")
+        loaded, tokenizer = self.encoder()
+        texts = {name: tokenize(tokenizer, split) for name, split in self.corpus.splits().items()}
+        model = SentenceClassifier(loaded, len(self.corpus.topics))
+        self.console.print(corpus_table(self.corpus))
+        self.watch.lap("load")
+        return _Materials(model, texts)
+
+    def baseline(self, given: _Materials) -> _Baseline:
+        self.console.rule("2. The frozen encoder with a trained head", align="left")
+        size = self.settings.batch_size
+        strength, probe = fit_probe(given.model, given.texts["train"], given.texts["dev"], size)
+        logits = logits_of(given.model, given.texts["test"], size)
+        self.say(probe_sentence(strength, probe))
+        self.watch.lap("frozen_encoder")
+        return _Baseline(probe, logits)
+
+    def adapted(self, given: _Materials) -> _Adapted:
+        self.console.rule("3. LoRA through adaptc.compile", align="left")
+        self.say(plan_sentence(self.settings, self.backend))
+        model = adaptc.compile(given.model, _plan(self.settings), backend=self.backend)
+        classes = len(self.corpus.topics)
+        history = _train_with_bar(model, given.texts, self.settings, seed=self.seed, classes=classes)
+        self.say(training_sentence(history))
+        self.watch.lap("train_lora")
+        logits = logits_of(model, given.texts["test"], self.settings.batch_size)
+        self.watch.lap("test_lora")
+        return _Adapted(model, history, logits)
+
+    def explain(self, adapted: _Adapted) -> None:
+        self.console.rule("4. What the compiler did: model.adaptc.explain()", align="left")
+        self.say(str(adapted.model.adaptc.explain()), markup=False, soft_wrap=True)
+        self.watch.lap("explain")
+
+    def compared(self, baseline: _Baseline, adapted: _Adapted, labels: torch.Tensor) -> Comparison:
+        self.console.rule("5. Frozen encoder against LoRA, on the test texts", align="left")
+        frozen, lora = baseline.logits.argmax(1), adapted.logits.argmax(1)
+        comparison = compare(score(frozen, labels), score(lora, labels), frozen == labels, lora == labels)
+        self.console.print(score_table(comparison, len(labels)))
+        self.say(verdict(comparison), style="bold")
+        self.say(paired_sentence(comparison))
+        return comparison
+
+    def written(
+        self, out: Path, given: _Materials, baseline: _Baseline, adapted: _Adapted, changes: list[SiteChange]
+    ) -> Agreement:
+        """Writes the pictures and the adapter, and lets PEFT read it."""
+        self.console.rule("6. The saved adapter, loaded and run by PEFT", align="left")
+        draw_loss(adapted.history, baseline.dev, out / "loss.png")
+        draw_sites(changes, out / "sites.png")
+        adapted.model.adaptc.save(out / "adapter")
+        self.watch.lap("pictures_and_save")
+        by_peft = _logits_through_peft(
+            out / "adapter", self.encoder, self.corpus, given.texts["test"], self.settings.batch_size
+        )
+        agreed = agreement(adapted.logits, by_peft)
+        self.watch.lap("peft")
+        self.say(agreement_sentence(agreed))
+        return agreed
 
 
 def prepare_folder(out: Path) -> None:

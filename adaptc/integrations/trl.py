@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from adaptc.errors import AdaptcWarning, NewSignatureWarning, UnsupportedError
@@ -229,20 +230,45 @@ class BaseModel(OnHandle):
 
 
 class Merge(OnHandle):
-    """``model.merge_adapter()``, by which TRL hands the weights to vLLM."""
+    """``model.merge_adapter()``: TRL then hands the model's parameters to vLLM, and takes the adapters out again."""
 
     def __call__(self, *_: Any, **__: Any) -> None:
-        raise UnsupportedError(
-            "generation by vLLM reads merged weights from the model in memory, which this version does not merge",
-            do="use_vllm=False: the compiled model generates by itself",
-        )
+        """Raises:
+        UnsupportedError: an adapter that weights cannot express, or a sharded model.
+        """
+        self.handle.unmerge()  # what an interrupted hand-over left has older values
+        try:
+            with torch.no_grad():  # between steps, in training mode
+                self.handle.merge()
+        except UnsupportedError as error:
+            raise UnsupportedError(
+                "generation by vLLM reads the adapters from the model's weights, into which they cannot be merged",
+                found=error, do="use_vllm=False: the compiled model generates by itself",
+            ) from error  # fmt: skip
 
 
-_ATTRIBUTES: dict[str, type[OnHandle]] = {
+class Unmerge(OnHandle):
+    """``model.unmerge_adapter()``: the base's own weights again, bit for bit."""
+
+    def __call__(self) -> None:
+        self.handle.unmerge()
+
+
+class AdapterPart(OnModel, str):
+    """``model.prefix``: TRL passes over the parameters that have it in their names."""
+
+
+def _adapter_part(handle: Handle) -> AdapterPart:
+    return AdapterPart(".adapters.")
+
+
+_ATTRIBUTES: dict[str, Callable[[Handle], OnModel]] = {
     "peft_config": Configs,
     "set_adapter": SetAdapter,
     "add_adapter": AddAdapter,
     "get_base_model": BaseModel,
     "get_output_embeddings": Head,
     "merge_adapter": Merge,
+    "unmerge_adapter": Unmerge,
+    "prefix": _adapter_part,
 }

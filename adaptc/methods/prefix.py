@@ -32,7 +32,7 @@ from adaptc.ir.ops.lora import draw_tensor
 from adaptc.methods import tokens
 from adaptc.methods.base import Adapter, Method, anchor_of
 from adaptc.methods.codec import Codec, Option, is_bool, is_rank, optional
-from adaptc.methods.rows import Groups, Rows, of_rows
+from adaptc.methods.rows import Groups, of_rows
 from adaptc.methods.scaled import storage_dtype
 from adaptc.methods.tokens import TokenAdapter, TokenMethod
 from adaptc.transformers_names import attention_cache_argument, cache_in_output, given_cache
@@ -181,20 +181,9 @@ class PrefixAdapter(TokenAdapter):
         z = torch.tanh(F.linear(self.embedding, self.first.weight, self.first.bias))
         return F.linear(z, self.second.weight, self.second.bias)
 
-    def run_inside(self, module: nn.Module, adapters: Sequence[Adapter], *args: Any, **kwargs: Any) -> Any:
-        return self._run(module, (adapters,), None, args, kwargs)
-
-    def run_rows(self, module: nn.Module, groups: Groups, rows: Rows, *args: Any, **kwargs: Any) -> Any:
-        return self._run(module, groups, rows.ids, args, kwargs)
-
-    def _run(
-        self, module: nn.Module, groups: Groups, ids: torch.Tensor | None, args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-    ) -> Any:  # fmt: skip
-        """The module's output with the tables of the one group there is in its cache, or with ``ids`` (B,) of rows
-        those of each row's group, which has as many."""
+    def run_tables(self, module: nn.Module, groups: Groups, ids: torch.Tensor | None, given: dict[str, Any]) -> Any:
+        """Puts the tables in the module's cache."""
         adapters: Sequence[Adapter] = groups[0]
-        given = tokens.named_arguments(self, args, kwargs)
         count = sum(a.count for a in adapters if isinstance(a, TokenAdapter))
         mask, positions = "attention_mask", "position_ids"
         if self.of_decoder:

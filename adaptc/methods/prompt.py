@@ -16,7 +16,7 @@ token type ids are continued with zeros.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +28,7 @@ from adaptc.ir.ops.lora import draw_tensor
 from adaptc.methods import tokens
 from adaptc.methods.base import Adapter, Method, anchor_of
 from adaptc.methods.codec import Codec, Option
-from adaptc.methods.rows import Groups, Rows, of_rows
+from adaptc.methods.rows import Groups, of_rows
 from adaptc.methods.scaled import storage_dtype
 from adaptc.methods.tokens import TokenAdapter, TokenMethod
 
@@ -144,20 +144,9 @@ class PromptAdapter(TokenAdapter):
         with torch.no_grad():
             self.prompt.copy_(weight[chosen.to(weight.device)])
 
-    def run_inside(self, module: nn.Module, adapters: Sequence[Adapter], *args: Any, **kwargs: Any) -> Any:
-        return self._run(module, (adapters,), None, args, kwargs)
-
-    def run_rows(self, module: nn.Module, groups: Groups, rows: Rows, *args: Any, **kwargs: Any) -> Any:
-        return self._run(module, groups, rows.ids, args, kwargs)
-
-    def _run(
-        self, module: nn.Module, groups: Groups, ids: torch.Tensor | None, args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-    ) -> Any:  # fmt: skip
-        """The module's output with the tables of the one group there is in front of every row, or with ``ids`` (B,) of
-        rows those of each row's group, which has as many."""
+    def run_tables(self, module: nn.Module, groups: Groups, ids: torch.Tensor | None, given: dict[str, Any]) -> Any:
+        """Puts the tables in front of every row."""
         adapters: Sequence[Adapter] = groups[0]
-        given = tokens.named_arguments(self, args, kwargs)
         count = sum(a.count for a in adapters if isinstance(a, TokenAdapter))
         tokens.lengthen_mask(given, count)
         positions = given.get("position_ids")

@@ -21,7 +21,7 @@ from adaptc.errors import SiteError, UnsupportedError
 from adaptc.methods.base import Adapter, Method
 from adaptc.methods.codec import Option, is_rank, optional
 from adaptc.methods.quantised import Refusal
-from adaptc.methods.rows import Groups
+from adaptc.methods.rows import Groups, Rows
 from adaptc.transformers_names import cache_argument, cache_in_output, given_cache, rename_cache
 
 #: Options that the model's config answers.
@@ -143,6 +143,17 @@ class TokenAdapter(Adapter):
                 f"batch: {path}: rows with different numbers or kinds of virtual tokens", found="; ".join(named),
                 expected="as many in every row, so that all attend over one length", do="call the model for them apart",
             )  # fmt: skip
+
+    def run_inside(self, module: nn.Module, adapters: Sequence[Adapter], *args: Any, **kwargs: Any) -> Any:
+        return self.run_tables(module, (adapters,), None, named_arguments(self, args, kwargs))
+
+    def run_rows(self, module: nn.Module, groups: Groups, rows: Rows, *args: Any, **kwargs: Any) -> Any:
+        return self.run_tables(module, groups, rows.ids, named_arguments(self, args, kwargs))
+
+    def run_tables(self, module: nn.Module, groups: Groups, ids: torch.Tensor | None, given: dict[str, Any]) -> Any:
+        """The module's output for the arguments ``given``, which are changed: with the tables of the one group there
+        is, or with ``ids`` (B,) of rows those of each row's group, which has as many."""
+        raise NotImplementedError(f"{type(self).__name__}.run_tables")
 
     def signature(self) -> tuple[object, ...]:
         return (*super().signature(), self.count)

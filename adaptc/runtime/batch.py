@@ -20,7 +20,7 @@ from adaptc.capture.call import CALL
 from adaptc.errors import BatchError
 from adaptc.methods.base import Adapter
 from adaptc.runtime.adapters import AdapterSet
-from adaptc.runtime.site_adapters import Acting, adapters_of
+from adaptc.runtime.site_adapters import RowAdapters, adapters_of
 from adaptc.torch_internals import tree_leaves
 
 _NUMBERS = itertools.count(1)
@@ -41,7 +41,7 @@ class Batch:
         self.number = next(_NUMBERS)
         self.sites = [(site, tuple(tuple(site.of(name)) for name in names)) for site in adapters.sites]
         self._acting = [
-            (found, Acting.of(groups, site.adapters.values()))
+            (found, RowAdapters.of(groups, site.adapters.values()))
             for site, groups in self.sites
             if (found := adapters_of(site.module)) is not None
         ]

@@ -76,16 +76,16 @@ class SiteRows(threading.local):
     def __reduce__(self) -> tuple[type[SiteRows], tuple[()]]:
         return SiteRows, ()  # copies of a model are in no batch
 
-    def put(self, acting: Acting | None) -> None:
+    def put(self, acting: RowAdapters | None) -> None:
         """Let ``acting`` act; None: as outside of a batch."""
         self.around, self.inside, self.base = (None, None, None) if acting is None else acting
 
-    def now(self) -> Acting | None:
+    def now(self) -> RowAdapters | None:
         """What acts; None outside of a batch."""
-        return None if self.around is None else Acting(self.around, self.inside, self.base)
+        return None if self.around is None else RowAdapters(self.around, self.inside, self.base)
 
 
-class Acting(NamedTuple):
+class RowAdapters(NamedTuple):
     """What acts at a module in a batch: as in :class:`SiteRows`."""
 
     around: tuple[tuple[Adapter, ...], ...]
@@ -93,12 +93,12 @@ class Acting(NamedTuple):
     base: Adapter | None
 
     @staticmethod
-    def of(groups: Sequence[Sequence[Adapter]], attached: Iterable[Adapter]) -> Acting:
+    def of(groups: Sequence[Sequence[Adapter]], attached: Iterable[Adapter]) -> RowAdapters:
         """``groups``: for each adapter of the batch all that the module has of it; ``attached``: all that it has."""
         inside = tuple(tuple(a for a in group if a.acts_inside or a.replaces_forward) for group in groups)
         around = tuple(tuple(a for a in group if not (a.acts_inside or a.replaces_forward)) for group in groups)
         base = next((a for a in attached if a.rounds_base), None)
-        return Acting(around, inside if any(inside) or base is not None else None, base)
+        return RowAdapters(around, inside if any(inside) or base is not None else None, base)
 
 
 class Taps:

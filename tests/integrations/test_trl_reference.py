@@ -8,6 +8,7 @@ import importlib
 import io
 import math
 import sys
+import types
 
 import accelerate.utils
 import datasets
@@ -16,6 +17,7 @@ import pytest
 import torch
 import transformers
 import trl
+from trl.generation import vllm_generation
 
 import adaptc
 from adaptc.errors import AdaptcWarning, AdapterNameError, UnsupportedError
@@ -205,7 +207,8 @@ def test_only_compiled_models_are_answered_for():
     assert not ask(model, "trl.trainer.distillation_trainer") and not accelerate.utils.is_peft_model(model)
     wrapped = peft.get_peft_model(plain, peft.LoraConfig(target_modules=["q_proj"]))
     assert ask(wrapped) and accelerate.utils.is_peft_model(wrapped)
-    attributes = {"peft_config", "add_adapter", "set_adapter", "get_base_model", "merge_adapter", "active_adapter"}
+    attributes = {"peft_config", "add_adapter", "set_adapter", "get_base_model", "merge_adapter", "unmerge_adapter",
+                  "prefix", "active_adapter"}  # fmt: skip
     assert attributes <= model.__dict__.keys()
     model.adaptc.detach()
     assert not attributes & model.__dict__.keys() and not ask(model)
@@ -273,8 +276,55 @@ def test_what_cannot_be_compared_with_is_refused():
         model.adaptc.switch("ref")  # TRL would copy "default" over it
         with pytest.raises(UnsupportedError, match="'default'"):
             model.add_adapter("other", model.peft_config["default"])
-        with pytest.raises(UnsupportedError, match="vLLM"):
+
+
+def handed_over(model):
+    """Name -> a copy of what TRL sends vLLM of the model's weights."""
+    sender = vllm_generation.VLLMGeneration.__new__(vllm_generation.VLLMGeneration)
+    sender.model = model
+    sender._dist = types.SimpleNamespace(gather_params=lambda _: contextlib.nullcontext(), is_fsdp=False)
+    with asks_of(vllm_generation):
+        return {name: values.clone() for name, values in sender._iter_named_params()}
+
+
+@contextlib.contextmanager
+def asks_of(module):
+    """A block in which a module of TRL asks as it does once adaptc has been told of TRL."""
+    before, module.is_peft_model = module.is_peft_model, accelerate.utils.is_peft_model
+    try:
+        yield
+    finally:
+        module.is_peft_model = before
+
+
+def test_vllm_is_handed_the_merged_weights_and_the_base_comes_back():
+    plan = [adaptc.LoRA(r=2, targets=["q_proj"], init="random"), adaptc.Rule(adaptc.Match(["lm_head"]), train="full")]
+    model = tiny(plan).train()
+    with torch.no_grad():
+        model.lm_head.adapters["default"].copy.weight.add_(0.5)
+    base = {n: p.detach().clone() for n, p in model.named_parameters() if ".adapters." not in n}
+    sent = handed_over(model)
+    assert sent.keys() == base.keys()
+    merged = copy.deepcopy(model).eval().adaptc.merge_and_unload()
+    assert all(torch.equal(sent[n], p) for n, p in merged.named_parameters())
+    assert not torch.equal(sent["lm_head.weight"], base["lm_head.weight"])
+    assert all(torch.equal(p, base[n]) for n, p in model.named_parameters() if n in base)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.adapters["default"].lora_B.mul_(2)
+    model.merge_adapter()  # and is interrupted
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.adapters["default"].lora_B.mul_(2)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    update = sent[name] - base[name]
+    torch.testing.assert_close(handed_over(model)[name] - base[name], 4 * update, rtol=1e-3, atol=1e-6)
+    assert all(torch.equal(p, base[n]) for n, p in model.named_parameters() if n in base)
+
+
+def test_what_weights_cannot_express_is_not_handed_to_vllm():
+    with asked(tiny(adaptc.Bottleneck(targets=["down_proj"]))) as model:
+        with pytest.raises(UnsupportedError, match="use_vllm=False") as error:
             model.merge_adapter()
+        assert "bottleneck" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -141,13 +141,22 @@ def test_errors_of_other_layers_are_those_of_their_outputs(plan, module):
 # ------------------------------------------------------------------------------------------ several
 
 
-def three():
+def three(live="a"):
     model = cases.compiled(cases.llama(), LoRA(r=2, targets=ALL, init="random"))
     model.adaptc.add("b", LoRA(r=3, targets=["q_proj", "up_proj"], init="random", dora=True))
     model.adaptc.add("c", IA3(targets=["q_proj", "v_proj"], init="random"))
     model.adaptc.add("d", LoRA(r=1, targets=["q_proj"], init="random"))
     cases.randomise(model)
+    model.adaptc.switch(live)
     return model
+
+
+def check_that_merging_changes_no_output(model):
+    want, live = cases.logits(model), model.adaptc.live
+    model.adaptc.merge()
+    torch.testing.assert_close(cases.logits(model), want, rtol=1e-4, atol=1e-5)
+    model.adaptc.unmerge()
+    assert torch.equal(cases.logits(model), want) and model.adaptc.live == live
 
 
 def test_the_order_of_names_and_of_calls_does_not_matter():
@@ -165,23 +174,12 @@ def test_the_order_of_names_and_of_calls_does_not_matter():
 
 
 def test_several_compute_merged_what_they_do_live():
-    model = three()
-    model.adaptc.switch(["a", "b", "c"])
-    want = cases.logits(model)
-    model.adaptc.merge()
-    torch.testing.assert_close(cases.logits(model), want, rtol=1e-4, atol=1e-5)
-    model.adaptc.unmerge()
-    assert torch.equal(cases.logits(model), want) and model.adaptc.live == ("a", "b", "c")
+    check_that_merging_changes_no_output(three(["a", "b", "c"]))
 
 
 def test_live_adapters_whose_order_matters_are_folded_in_that_order_or_not_at_all():
-    model = three()
-    model.adaptc.switch(["d", "a"])  # sums: the order is nothing
-    want = cases.logits(model)
-    model.adaptc.merge()
-    torch.testing.assert_close(cases.logits(model), want, rtol=1e-4, atol=1e-5)
-    model.adaptc.unmerge()
-    assert model.adaptc.live == ("d", "a")
+    model = three(["d", "a"])  # sums: the order is nothing
+    check_that_merging_changes_no_output(model)
     model.adaptc.switch(["c", "a"])
     before = cases.base_of(model)
     with pytest.raises(UnsupportedError, match="the order in which these adapters act makes a difference") as error:
@@ -256,8 +254,7 @@ def test_a_refused_change_leaves_what_is_merged():
 
 
 def test_merging_for_good_is_merging_and_forgetting():
-    model = three()
-    model.adaptc.switch(["a", "b", "c"])
+    model = three(["a", "b", "c"])
     twin = copy.deepcopy(model)
     model.adaptc.merge()
     merged = cases.base_of(model)
@@ -269,8 +266,7 @@ def test_merging_for_good_is_merging_and_forgetting():
 
 
 def test_saved_merged_weights_are_the_merged_ones(tmp_path):
-    model = three()
-    model.adaptc.switch(["a", "b"])
+    model = three(["a", "b"])
     model.save_pretrained(tmp_path / "live", merge=True)
     model.adaptc.merge()
     merged = cases.base_of(model)

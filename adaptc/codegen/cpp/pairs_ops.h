@@ -129,10 +129,7 @@ extern "C" const Products* products() {
     return &found;
 }
 STABLE_TORCH_LIBRARY_FRAGMENT(adaptc_pairs, m) {
-    m.def("shrink(Tensor x, Tensor[] A, Tensor[] scale, Tensor[] seeds, float[] p) -> Tensor[]");
-    m.def("gradient(Tensor[] h, Tensor x, ScalarType dtype, Tensor[] seeds, float[] p) -> Tensor[]");
-    m.def("both(Tensor g, Tensor h, Tensor B, Tensor scale, ScalarType dtype) -> (Tensor, Tensor)");
-    m.def("update(Tensor(a!) total, Tensor[] q, Tensor[] A, Tensor[] seeds, float[] p) -> ()");
+    define_products(m);
     m.def("dora_expand(Tensor y, Tensor? base, Tensor? bias, Tensor h, Tensor B, Tensor magnitude, Tensor norm)"
           " -> Tensor");
     m.def("dora_output_grads(Tensor g, Tensor z, Tensor? bias, Tensor h, Tensor B, Tensor magnitude, Tensor norm,"

@@ -11,3 +11,10 @@ struct Products {
                                        ScalarType type);
     void (*update)(const Tensor& total, const Tensors& q, const Tensors& A, const Tensors& seeds, const Rates& p);
 };
+// The same as ops of a library of torch.
+template <typename Library> static void define_products(Library& m) {
+    m.def("shrink(Tensor x, Tensor[] A, Tensor[] scale, Tensor[] seeds, float[] p) -> Tensor[]");
+    m.def("gradient(Tensor[] h, Tensor x, ScalarType dtype, Tensor[] seeds, float[] p) -> Tensor[]");
+    m.def("both(Tensor g, Tensor h, Tensor B, Tensor scale, ScalarType dtype) -> (Tensor, Tensor)");
+    m.def("update(Tensor(a!) total, Tensor[] q, Tensor[] A, Tensor[] seeds, float[] p) -> ()");
+}

@@ -113,12 +113,7 @@ extern "C" const Products* products() {
     static const Products found{&shrink_op, &gradient_op, &both_op, &update_op};
     return &found;
 }
-STABLE_TORCH_LIBRARY_FRAGMENT(adaptc_skinny, m) {
-    m.def("shrink(Tensor x, Tensor[] A, Tensor[] scale, Tensor[] seeds, float[] p) -> Tensor[]");
-    m.def("gradient(Tensor[] h, Tensor x, ScalarType dtype, Tensor[] seeds, float[] p) -> Tensor[]");
-    m.def("both(Tensor g, Tensor h, Tensor B, Tensor scale, ScalarType dtype) -> (Tensor, Tensor)");
-    m.def("update(Tensor(a!) total, Tensor[] q, Tensor[] A, Tensor[] seeds, float[] p) -> ()");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(adaptc_skinny, m) { define_products(m); }
 STABLE_TORCH_LIBRARY_IMPL(adaptc_skinny, CPU, m) {
     m.impl("shrink", TORCH_BOX(&shrink_op));
     m.impl("gradient", TORCH_BOX(&gradient_op));
