@@ -305,6 +305,7 @@ class Captures(Calls):
     def _follow(self) -> None:
         """Go on with what was captured with the hooks and the methods that the model has now, or begin an epoch."""
         now, ended = Watch(self.adapters.model), self.epoch
+        self.layouts = Layouts()
         if not ended.fits(now):
             ended.name = next((a.epoch for s in self.adapters.sites if (a := adapters_of(s.module))), "")
             self._kept.append(ended)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,32 +22,57 @@ from torch import nn
 
 from adaptc.capture.call import CALL
 from adaptc.errors import BatchError
+from adaptc.methods.base import Adapter
 from adaptc.runtime.batch import Batch
 from adaptc.runtime.calls import row_order
 from adaptc.runtime.site_adapters import SiteAdapters, adapters_of
-from adaptc.torch_internals import fake_inputs, tree_leaves, tree_map, watch_calls
+from adaptc.torch_internals import fake_inputs, global_module_hooks, tree_leaves, tree_map, watch_calls
 from adaptc.transformers_names import LAYER_CACHES, experts_by_shape, given_cache
 
 #: Numbers of rows to choose from.
 _PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039)
+#: How many kinds of calls are remembered.
+_MOST = 64
+
+
 @dataclasses.dataclass(eq=False)
 class Seen:
     """What one kind of call showed.
 
     ``wrong``: (adapters of a module, whether inside of it) -> why the rows of what they read or correct are not dim 0;
-    ``flat``: those of modules with the parts of all rows in dim 0; ``failed``: why the model does not run on fakes.
+    ``flat``: those of modules with the parts of all rows in dim 0; ``failed``: why the model does not run on fakes, and
+    whether that was found ``twice``.
     """
 
     wrong: dict[tuple[int, bool], str] = dataclasses.field(default_factory=dict)
     flat: set[int] = dataclasses.field(default_factory=set)
     failed: str | None = None
+    twice: bool = False
+
+
+class _Hooks:
+    """What a call of a model runs beside the methods of its classes, which may move rows: hooks of its modules, and
+    functions in the place of a module's ``forward``. Equal where they are the same objects."""
+
+    def __init__(self, found: Iterable[Any]) -> None:
+        self._found = list(found)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hooks) and self._ids() == other._ids()
+
+    def __hash__(self) -> int:
+        return hash(self._ids())
+
+    def _ids(self) -> tuple[int, ...]:
+        return tuple(map(id, self._found))
 
 
 class Layouts:
-    """What the kinds of calls of one model showed."""
+    """What the kinds of calls of one model showed. Of a model with other modules another one is made."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[object, ...], Seen] = {}
+        self._held: list[dict[str, Any]] | None = None
         self._last: dict[str, Seen] = {}
         #: The number of the batch, and what of its calls was seen, of the last check.
         self._checked: tuple[int, Seen] | None = None
@@ -57,14 +82,18 @@ class Layouts:
         kwargs: Mapping[str, Any],
     ) -> None:  # fmt: skip
         """Raise BatchError, naming the site, where an adapter of the batch acts on what does not have rows in front."""
-        key = (entry, batch.adapters.model.training, _shape_of_call(args, kwargs))
+        model = batch.adapters.model
+        key = (entry, model.training, _shape_of_call(args, kwargs), self._hooks(model))
         seen = self._seen.get(key)
-        if seen is None:
+        if seen is None or (seen.failed is not None and not seen.twice):
             # A call that goes on from a filled cache needs it; its modules are those of the call that filled it.
             is_begun = _is_filled(given_cache(kwargs))
             seen = self._last.get(entry) if is_begun else None
             if seen is None:
-                seen = _look(batch, run, first, args, kwargs)
+                # What failed once may have met what was there once only: it is tried again.
+                seen = dataclasses.replace(_look(batch, run, first, args, kwargs), twice=key in self._seen)
+            if len(self._seen) > _MOST:
+                self._seen.clear()
             self._seen[key] = seen
         self._last[entry] = seen
         if seen.failed is not None:
@@ -86,6 +115,17 @@ class Layouts:
                     do="leave this module out of the adapters' plans, or call the model for each adapter apart",
                 )  # fmt: skip
         self._checked = batch.number, seen
+
+    def _hooks(self, model: nn.Module) -> _Hooks:
+        if self._held is None:
+            self._held = [module.__dict__ for module in model.modules() if not isinstance(module, Adapter)]
+        found = [hook for hooks in global_module_hooks().values() for hook in hooks.values()]
+        for held in self._held:
+            found += held.get("_forward_pre_hooks", {}).values()
+            found += held.get("_forward_hooks", {}).values()
+            if "forward" in held:
+                found.append(held["forward"])
+        return _Hooks(found)
 
 
 def _shape_of_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[object, ...]:

@@ -78,3 +78,68 @@ def test_rows_that_stay_in_order_have_their_adapters(name):
         for i, one in enumerate(names):
             model.adaptc.switch(one)
             torch.testing.assert_close(found[i : i + 1], model(x)[i : i + 1])
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.before, self.linear, self.after = nn.Identity(), nn.Linear(6, 6), nn.Identity()
+
+    def forward(self, x):
+        return self.after(self.linear(self.before(x)))
+
+
+def plain():
+    return adapted(Plain().eval(), {"a": adaptc.LoRA(r=2, targets=["linear"], init="random")}, backend="eager")
+
+
+def hooked(module, function):
+    return module.register_forward_hook(lambda _, args, y: function(y))
+
+
+def replaced(module, function):
+    module.forward = lambda y: function(y)
+
+
+def kept(y):
+    return y
+
+
+def flipped(y):
+    return y.flip(0)
+
+
+@pytest.mark.parametrize("put", [hooked, replaced])
+@pytest.mark.parametrize("first", [None, kept])
+def test_what_a_hook_that_is_set_later_does_to_the_rows_is_seen(put, first):
+    model, x = plain(), torch.randn(3, 6)
+    handles = [put(m, first) for m in (model.before, model.after) if first]
+    with model.adaptc.batch(["a", None, None]), torch.no_grad():
+        want = model(x)
+        for handle in filter(None, handles):
+            handle.remove()
+        handles = [put(m, flipped) for m in (model.before, model.after)]
+        with pytest.raises(BatchError, match="another order"):
+            model(x)
+        for module, handle in zip((model.before, model.after), handles, strict=True):
+            module.__dict__.pop("forward", None)
+            if handle:
+                handle.remove()
+        assert torch.equal(model(x), want)
+
+
+def test_what_has_failed_once_is_looked_at_again():
+    model, x = plain(), torch.randn(3, 6)
+    fails = [True, True]
+
+    def flip(y):
+        if fails and fails.pop():
+            raise RuntimeError("on what has no values")
+        return y.flip(0)
+
+    hooked(model.before, flip)
+    with model.adaptc.batch(["a", None, None]), torch.no_grad():
+        model(x)
+        assert not fails
+        with pytest.raises(BatchError, match="another order"):
+            model(x)
