@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _TABLE = {
     "compile": "adaptc.api",
+    "Bank": "adaptc.runtime.bank",
     "rewrite": "adaptc.rewrite",
     "Plan": "adaptc.plan",
     "Rule": "adaptc.plan",
@@ -43,6 +44,7 @@ __all__ = [
     "IA3",
     "SSF",
     "AdaptFormer",
+    "Bank",
     "Bias",
     "Bottleneck",
     "ConvAdapter",

@@ -14,11 +14,12 @@ from torch.nn.parameter import is_lazy
 from adaptc import torch_internals
 from adaptc.capture.backend import BackendOptions
 from adaptc.codegen import toolchain
-from adaptc.errors import AdaptcWarning, AdapterNameError, UnsupportedError
+from adaptc.errors import AdaptcWarning, AdapterNameError, BankError, UnsupportedError
 from adaptc.handle import Handle
 from adaptc.integrations import peft_model, releases, trl
 from adaptc.plan.match import strings
 from adaptc.runtime import processes
+from adaptc.runtime.bank import Bank
 from adaptc.runtime.options import CompileOptions
 
 M = TypeVar("M", bound=nn.Module)
@@ -65,14 +66,18 @@ def compile(
         lift_no_grad: modules, named as targets are. Where one of them runs under ``torch.no_grad`` inside the model's
             forward, that region records gradients. Becomes part of the plan (``passes: {lift_no_grad: [...]}``), and of
             those of adapters that are added later. The model is captured whole then.
+        bank: what the adapters may be at most (``adaptc.Bank``). Within it adding, removing and switching adapters, and
+            batches of several, compile nothing in calls without gradients (``torch.no_grad()`` or
+            ``torch.inference_mode()``); ``plan`` may be None then, for a model that gets its adapters later.
         mode, fullgraph, dynamic, options: as in ``torch.compile``.
 
     Raises:
         PlanError, SiteError, CheckpointError: the plan does not fit; the model is unchanged.
         AdapterNameError: ``name`` is taken by another plan.
-        UnsupportedError: an argument that this version does not have.
+        BankError: the bank does not fit the model, or the plan the bank.
+        UnsupportedError: arguments that do not go together.
     """
-    _refuse_unsupported(bank=bank)
+    _check_bank(bank, mode, options)
     if regional not in (True, False, "auto"):
         raise ValueError(f'adaptc.compile: regional is "auto", True or False, not {regional!r}')
     if mode is not None and options is not None:
@@ -86,6 +91,7 @@ def compile(
         example_inputs=example_inputs,
         regional=regional,
         lift_no_grad=strings(lift_no_grad, "lift_no_grad"),
+        bank=bank,
     )
     releases.warn_of_untested()
     handle = getattr(model, "adaptc", None)
@@ -95,20 +101,25 @@ def compile(
     if handle is not None:
         raise AdapterNameError(f"{type(model).__name__} has an attribute 'adaptc' of its own", expected="a free name")
     wanted = dataclasses.replace(wanted, backend=_usable(wanted.backend, model))
-    if plan is None and peft_model.is_peft_model(model):
+    if plan is None and bank is None and peft_model.is_peft_model(model):
         peft_model.check_name(model, name)
         trl.install()
         return peft_model.adopt(model, wanted)  # type: ignore[return-value]  # the base, as documented
-    if plan is None:
+    if plan is None and bank is None:
         raise UnsupportedError("adaptc.compile needs a plan", found=f"None for a {type(model).__name__}")
     processes.check_unwrapped(model)
     _check_not_nested(model)
     _check_materialised(model)
     handle = Handle(model, wanted)
-    handle.add(name, plan, calibration=calibration)
+    if bank is None:
+        handle.add(name, plan, calibration=calibration)
     try:
+        if bank is not None:
+            handle.adapters.open_bank(bank)
+            if plan is not None:
+                handle.add(name, plan, calibration=calibration)
         handle.attach_to_model()
-        handle.switch(name)
+        handle.switch(name if plan is not None else None)
     except BaseException:
         handle.detach()
         raise
@@ -160,7 +171,7 @@ def _compile_again(handle: Handle, plan: Any, name: str, calibration: Any, optio
     from adaptc.files import folder
 
     default = CompileOptions(BackendOptions())
-    for option in ("backend", "fullgraph", "dynamic", "adapter_dtype", "regional", "lift_no_grad"):
+    for option in ("backend", "fullgraph", "dynamic", "adapter_dtype", "regional", "lift_no_grad", "bank"):
         asked, has = getattr(options, option), getattr(handle.options, option)
         if asked not in (has, getattr(default, option)):
             raise UnsupportedError(
@@ -179,6 +190,15 @@ def _compile_again(handle: Handle, plan: Any, name: str, calibration: Any, optio
         )
 
 
-def _refuse_unsupported(*, bank: Any) -> None:
-    if bank is not None:
-        raise UnsupportedError("adaptc.compile: bank is not in this version", found=repr(bank))
+def _check_bank(bank: Any, mode: str | None, options: dict[str, Any] | None) -> None:
+    if bank is None:
+        return
+    if not isinstance(bank, Bank):
+        raise BankError(f"adaptc.compile: bank is a {type(bank).__name__}", expected="an adaptc.Bank")
+    graphs = mode in ("reduce-overhead", "max-autotune") or (options or {}).get("triton.cudagraphs")
+    if graphs:
+        raise UnsupportedError(
+            "adaptc.compile: a bank and CUDA graphs", found=f"mode={mode!r}, options={options!r}",
+            expected="a mode without them: they would replay the adapters that there were",
+            do='leave the mode out, or mode="max-autotune-no-cudagraphs"',
+        )  # fmt: skip

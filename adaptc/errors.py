@@ -50,6 +50,10 @@ class UnsupportedError(AdaptcError, NotImplementedError):
     """A request that this version does not implement; the message names what is missing."""
 
 
+class BankError(AdaptcError, ValueError):
+    """A bank that is malformed, or an adapter that does not fit into it."""
+
+
 class MergeError(AdaptcError, RuntimeError):
     """A merge that failed half-way; the base has its own weights again."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from adaptc.capture.graphs import CapturedGraph
-from adaptc.errors import AdapterNameError, NewSignatureWarning, UnsupportedError
+from adaptc.errors import AdapterNameError, UnsupportedError
 from adaptc.files import base_files, folder, save_pretrained
 from adaptc.methods import quantised
 from adaptc.runtime import merging, processes
@@ -108,7 +107,8 @@ class Handle:
     def metrics(self) -> dict[str, int]:
         """Counters. ``graphs`` and ``recompiles`` are those of this epoch (since the set of sites changed):
         a recompile is a graph of a frame that had been compiled before, for sites that it had been compiled for.
-        ``kept_bytes``: what the kept base of a merge takes, in memory or on disk."""
+        ``kept_bytes``: what the kept base of a merge takes, in memory or on disk. ``bank_slots``, ``bank_used`` and
+        ``bank_bytes``: of a bank, how many adapters it has room for, how many there are, and what they take."""
         merged = self.adapters.merged
         return {
             **self.captures.counts,
@@ -118,6 +118,7 @@ class Handle:
             "eager_sites": len(self.eager_sites()),
             "merged": 0 if merged is None else len(merged.names),
             "kept_bytes": 0 if merged is None else merged.patch.bytes_kept,
+            **self.adapters.bank_counts(),
         }
 
     def eager_sites(self) -> list[str]:
@@ -293,10 +294,9 @@ class Handle:
         batching.refuse("batch")
         wanted = self.captures.batch(names, spans)
         self.unmerge()
-        if self.captures.note_signature(wanted.signature):
-            message = f"a batch of {', '.join(map(repr, wanted.names)) or 'no adapter'}"
-            new = "kinds, shapes or dtypes not seen together before; the next call compiles once"
-            warnings.warn(NewSignatureWarning(f"{message}: {new}"), stacklevel=3)
+        if self.adapters.bank is None:
+            named = ", ".join(map(repr, wanted.names)) or "no adapter"
+            self.captures.announce(wanted.signature, f"a batch of {named}", level=4)
         with opened(batching, wanted):
             yield
 
@@ -315,7 +315,10 @@ class Handle:
                 f" ({type(self.model).__name__} has no dummy_inputs)"
             )
         with self._acting.as_before():
-            for name in self.records if names is None else _names(names):
+            chosen: Sequence[str | None] = tuple(self.records) if names is None else _names(names)
+            if self.adapters.bank is not None and not (torch.is_grad_enabled() and self.model.training):
+                chosen = chosen[:1] or [None]  # one graph serves them all
+            for name in chosen:
                 self.switch(name)
                 self.captures.run_ahead(inputs)
 
@@ -406,6 +409,7 @@ class Handle:
         model = self.model
         for name in list(self.records):
             self.adapters.remove(name)
+        self.adapters.close_bank()
         processes.note_constant_buffers(self.adapters)
         prologue.disarm(model)
         save_pretrained.disarm(model)

@@ -27,7 +27,7 @@ from adaptc.passes.contract import Context
 from adaptc.passes.manager import Pipeline
 from adaptc.plan import Assignment, Plan
 from adaptc.plan.rules import Passes
-from adaptc.runtime.adapters import with_all_biases
+from adaptc.runtime.fresh import with_all_biases
 from adaptc.runtime.site_adapters import SiteAdapters
 from adaptc.torch_internals import node_value
 

@@ -24,6 +24,9 @@ class _CallState(threading.local):
     recorded: set[int] | None = None
     stopped: set[int] | None = None
 
+    #: What corrects outputs in the call in progress, by the number of a slot (``capture.slots``).
+    slots: Any = None
+
     def __init__(self) -> None:
         # Set on the object: Dynamo does not guard on what only the class has.
         #: In a batch of several adapters: int64 (B,), or (B, S) of spans: the number of each row's adapter.
@@ -33,6 +36,8 @@ class _CallState(threading.local):
         #: Gets (adapters of a module, whether they act inside of it, the tensors that they would read or correct); they
         #: do nothing then.
         self.probe: Callable[[Any, bool, Sequence[Any]], None] | None = None
+        #: Whether the call is served by a bank: graphs have slots, and not the adapters themselves.
+        self.in_slots = False
 
 
 CALL = _CallState()

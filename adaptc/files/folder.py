@@ -20,7 +20,8 @@ from adaptc.plan.files import is_peft_config
 from adaptc.plan.peft.reading import config_to_rules, without_idle_keys
 from adaptc.plan.peft.writing import codec_of_sites, comparable, rules_to_config
 from adaptc.runtime import embeddings, processes
-from adaptc.runtime.adapters import AdapterSet, fresh, with_all_biases
+from adaptc.runtime.adapters import AdapterSet
+from adaptc.runtime.fresh import fresh, with_all_biases
 from adaptc.runtime.names import check_adapter_name
 
 

@@ -39,6 +39,7 @@ class Capabilities:
     Attributes:
         mergeable: it can be folded into the frozen weight.
         batchable: rows of one batch can use different adapters of it.
+        bankable: adapters of it at linear layers can be in a bank (``adaptc.Bank``).
         sparse: it trains entries of the frozen weight itself.
         quantised: it trains on a quantised base.
         peft: PEFT's name for it, when adapters can be exchanged with PEFT.
@@ -48,6 +49,7 @@ class Capabilities:
     summary: str
     mergeable: bool
     batchable: bool
+    bankable: bool
     sparse: bool
     quantised: bool
     peft: str | None
@@ -87,7 +89,7 @@ def capabilities() -> dict[str, Capabilities]:
         cls = get(kind)
         summary = (cls.__doc__ or "").split("\n")[0]
         found[kind] = Capabilities(
-            kind, summary, cls.mergeable, cls.batchable, cls.sparse, cls.quantised, cls.peft_kind
+            kind, summary, cls.mergeable, cls.batchable, cls.bankable, cls.sparse, cls.quantised, cls.peft_kind
         )
     return found
 

@@ -34,6 +34,10 @@ class Method:
     #: What the method can do; see ``adaptc.methods.Capabilities``.
     mergeable: ClassVar[bool] = False
     batchable: ClassVar[bool] = False
+    #: True when adapters of it at linear layers can be in a bank: they change the output, or the input, of a call.
+    bankable: ClassVar[bool] = False
+    #: True when some of its adapters change the input of a module.
+    changes_input: ClassVar[bool] = False
     sparse: ClassVar[bool] = False
     quantised: ClassVar[bool] = False
     #: True when the method acts on a model as a whole: a plan names no modules for it.
@@ -48,10 +52,10 @@ class Method:
     layers: tuple[int, ...] | str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("targets", "exclude", "layers"):
-            value = getattr(self, name)
-            if isinstance(value, list | set):
-                object.__setattr__(self, name, tuple(value))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list | set):  # methods are keys of dicts
+                object.__setattr__(self, field.name, tuple(value))
 
     def require(self, name: str, ok: bool, expected: str, found: object = None) -> None:
         """Raise PlanError unless the option ``name`` is legal; ``found``: what to show instead of its value."""
@@ -69,6 +73,11 @@ class Method:
             if field.name not in shorthand and value != default:
                 chosen[field.name] = dict(value) if isinstance(value, Mapping) else value
         return chosen
+
+    @property
+    def rank(self) -> int:
+        """The largest inner dimension of its products; 0 where it has none."""
+        return int(getattr(self, "r", 0))
 
     def at(self, path: str) -> Method:
         """The method as it applies at the site ``path`` (per-site patterns resolved)."""

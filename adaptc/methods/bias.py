@@ -28,6 +28,7 @@ class Bias(Method):
     kind: ClassVar[str] = "bias"
     mergeable: ClassVar[bool] = True
     batchable: ClassVar[bool] = True
+    bankable: ClassVar[bool] = True
     quantised: ClassVar[bool] = True
 
     def refusal(self, path: str, module: nn.Module) -> str | None:

@@ -49,6 +49,8 @@ class Bottleneck(Method):
 
     kind: ClassVar[str] = "bottleneck"
     batchable: ClassVar[bool] = True
+    bankable: ClassVar[bool] = True
+    changes_input: ClassVar[bool] = True
     quantised: ClassVar[bool] = True
 
     r: int = 64

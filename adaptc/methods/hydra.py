@@ -41,6 +41,7 @@ class Hydra(Method):
     kind: ClassVar[str] = "hydra"
     mergeable: ClassVar[bool] = True
     batchable: ClassVar[bool] = True
+    bankable: ClassVar[bool] = True
     quantised: ClassVar[bool] = True
 
     r: int = 2

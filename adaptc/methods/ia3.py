@@ -38,6 +38,8 @@ class IA3(Method):
     peft_kind: ClassVar[str | None] = "IA3"
     mergeable: ClassVar[bool] = True
     batchable: ClassVar[bool] = True
+    bankable: ClassVar[bool] = True
+    changes_input: ClassVar[bool] = True
     quantised: ClassVar[bool] = True
 
     feedforward: bool = False

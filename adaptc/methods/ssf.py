@@ -37,6 +37,7 @@ class SSF(Method):
     kind: ClassVar[str] = "ssf"
     mergeable: ClassVar[bool] = True
     batchable: ClassVar[bool] = True
+    bankable: ClassVar[bool] = True
     quantised: ClassVar[bool] = True
 
     init: str = "default"

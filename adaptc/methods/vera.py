@@ -40,6 +40,7 @@ class VeRA(Method):
     peft_kind: ClassVar[str | None] = "VERA"
     mergeable: ClassVar[bool] = True
     batchable: ClassVar[bool] = True
+    bankable: ClassVar[bool] = True
     quantised: ClassVar[bool] = True
 
     r: int = 256

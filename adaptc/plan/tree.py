@@ -9,6 +9,8 @@ from torch import nn
 
 from adaptc.methods.base import Adapter
 
+_CONTAINERS = (nn.ModuleList, nn.Sequential)
+
 
 class ModuleTree:
     """A snapshot of the model's modules, the root and everything inside adapters left out."""
@@ -89,5 +91,17 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _holds_adapters(module: nn.Module) -> bool:
-    children = list(module.children())
-    return bool(children) and all(isinstance(child, Adapter) for child in children)
+    return isinstance(module, nn.ModuleDict) and all(isinstance(child, Adapter) for child in module.children())
+
+
+def blocks_of(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules that a list in ``module`` holds several of, such as the layers of a transformer: (path,
+    module)."""
+    children = [(f"{path}.{name}".lstrip("."), child) for name, child in module.named_children() if name != "adapters"]
+    classes = [type(child) for _, child in children]
+    repeats = isinstance(module, _CONTAINERS) and any(classes.count(kind) > 1 for kind in classes)
+    for where, child in children:
+        if repeats and any(inner != "adapters" for inner, _ in child.named_children()):
+            yield where, child
+        else:
+            yield from blocks_of(child, where)

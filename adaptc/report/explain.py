@@ -58,8 +58,10 @@ def explain(captures: Captures, entries: Sequence[str]) -> Explanation:
         previewed = bool(graphs)
     for graph in graphs:
         graph.complete()  # which may add notes
+    noun = "adapted module" if adapters.bank is None else "site"
     sections: list[tuple[str, Iterable[str]]] = [
-        (f"{type(adapters.model).__name__}: {_count(len(adapters.sites), 'adapted module')}", _sites(adapters)),
+        (f"{type(adapters.model).__name__}: {_count(len(adapters.sites), noun)}", _sites(adapters)),
+        ("bank", _bank(adapters)),
         ("base", _base(adapters.model)),
         ("trained parameters", _parameters(adapters)),
         (f"backend {captures.options.backend.name}", _backend(captures, entries)),
@@ -141,6 +143,17 @@ def _parameters(adapters: AdapterSet) -> Iterator[str]:
     base = sum(quantised.numel(p) for p in adapters.model.parameters()) - trained
     dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in ours}))
     yield f"{trained:,} beside {base:,} frozen ({trained / max(base, 1):.3%}), {dtypes}"
+
+
+def _bank(adapters: AdapterSet) -> Iterator[str]:
+    if adapters.bank is None:
+        return
+    bank, counts = adapters.bank.bank, adapters.bank_counts()
+    yield f"{counts['bank_used']} of {bank.slots} slots taken"
+    room = "" if bank.bytes is None else f" of {number_text(int(bank.bytes), 'B')}"
+    yield f"{number_text(counts['bank_bytes'], 'B')}{room} in adapters"
+    yield f"kinds {', '.join(bank.kinds)}; rank at most {bank.max_rank}"
+    yield from (f"  {path}" for path in fold(sorted(adapters.bank.sites)))
 
 
 def _backend(captures: Captures, entries: Sequence[str]) -> Iterator[str]:

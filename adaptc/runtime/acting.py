@@ -83,15 +83,9 @@ class Acting:
                     self._announce()
 
     def _announce(self) -> None:
-        """Say that the next call compiles, where what is live has not been compiled for."""
-        live = self.adapters.live
-        outdated = bool(live) and self.captures.lifts_changed()
-        if outdated:
-            self.captures.new_epoch()
-        if self.captures.note_signature() or outdated:
-            named = ", ".join(map(repr, live)) or "no adapter"
-            message = f"{named}: kinds, shapes or dtypes not seen before; the next call compiles once"
-            warnings.warn(NewSignatureWarning(message), stacklevel=4)
+        """Say that the next call compiles, if it does: with a bank it does not."""
+        if self.adapters.bank is None:
+            self.captures.announce()
 
     def _outputs(self, inputs: Any) -> list[torch.Tensor]:
         with torch.no_grad():

@@ -14,11 +14,12 @@ from torch import nn
 
 from adaptc.errors import AdaptcWarning, AdapterNameError, PlanError, SiteError, UnsupportedError
 from adaptc.methods.base import Adapter, Method
-from adaptc.methods.bias import Bias
 from adaptc.passes.manager import Pipeline
-from adaptc.plan import Assignment, Plan, Resolution, bypassed
+from adaptc.plan import Assignment, Plan, bypassed
 from adaptc.runtime import attach, embeddings, together
+from adaptc.runtime.bank import Bank, Occupancy, size_of
 from adaptc.runtime.calibrate import covariances
+from adaptc.runtime.fresh import fresh, have_one_weight, with_all_biases
 from adaptc.runtime.names import check_adapter_name
 from adaptc.runtime.options import pipeline_of
 from adaptc.runtime.site_adapters import adapter_name, adapters_of, entry_of
@@ -68,6 +69,8 @@ class AdapterRecord:
     rows: list[embeddings.Rows] = dataclasses.field(default_factory=list)
     #: A frozen copy of another adapter, which is no part of what the model's files hold.
     reference: bool = False
+    #: What its tensors took, in bytes, when it was added.
+    size: int = 0
 
 
 class AdapterSet:
@@ -85,6 +88,29 @@ class AdapterSet:
         self._next_site_id = 0
         #: path -> the module that adapters were put on
         self._adapted: dict[str, nn.Module] = {}
+        #: What the adapters may be at most, in a model with a bank.
+        self.bank: Occupancy | None = None
+
+    def open_bank(self, bank: Bank) -> None:
+        """Give every site of ``bank`` a slot, on a model without adapters.
+
+        Raises:
+            BankError, PlanError, SiteError: its sites do not fit the model; nothing has changed then.
+        """
+        found = bank.paths(self.model)
+        for path, _, module in found:
+            attach.check_attachable(path, module)
+        for number, (path, paths, module) in enumerate(found):
+            attach.add_slot(module, number, changes_input=bank.changes_input)
+            self._sites[path] = (number, paths)
+        self._next_site_id = len(found)
+        self.bank = Occupancy(bank, self._sites)
+
+    def close_bank(self) -> None:
+        """Take the slots off a model that has no adapters."""
+        for site in self.sites if self.bank is not None else ():
+            attach.remove_slot(site.module)
+        self.bank, self._sites = None, {}
 
     @property
     def sites(self) -> list[Site]:
@@ -144,6 +170,8 @@ class AdapterSet:
             own_forward = adapter.replaces_forward or adapter.acts_inside
             attach.check_attachable(path, assignment.module, own_forward=own_forward)
             built.append((assignment, entry, adapter))
+        if self.bank is not None:
+            self.bank.check(name, self._sizes(), [(a.path, adapter) for a, _, adapter in built])
         for kind in dict.fromkeys(type(adapter.method) for _, _, adapter in built):
             with torch.inference_mode(False):
                 kind.link([adapter for _, _, adapter in built if type(adapter.method) is kind])
@@ -162,8 +190,18 @@ class AdapterSet:
         self._warn_of_idle([a.path for a, _, adapter in built if not adapter.acts_inside])
         self._adapted.update((a.module_path, a.module) for a, _, _ in built)
         recorded = [(a.path, entry, a.rule, adapter.method) for a, entry, adapter in built]
-        self.records[name] = AdapterRecord(plan, recorded, config)
+        self.records[name] = AdapterRecord(plan, recorded, config, size=size_of(adapter for _, _, adapter in built))
         return grew
+
+    def bank_counts(self) -> dict[str, int]:
+        """What of the bank is taken; nothing without one."""
+        if self.bank is None:
+            return {}
+        taken = size_of(a for site in self.sites for a in site.adapters.values())
+        return {"bank_slots": self.bank.bank.slots, "bank_used": len(self.records), "bank_bytes": taken}
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: record.size for name, record in self.records.items()}
 
     def _warn_of_idle(self, paths: Sequence[str]) -> None:
         """Say which of the sites' weights are read past their calls."""
@@ -187,6 +225,8 @@ class AdapterSet:
         if new in self.records:
             raise AdapterNameError(f"an adapter named {new!r} is there already", do="remove it first")
         check_adapter_name(new)
+        if self.bank is not None:
+            self.bank.check_room(new, self._sizes(), record.size)
         own = {id(t): t for t in (*self.model.parameters(), *self.model.modules())}
         copied = [(site, key, a) for site in self.sites for key, a in site.adapters.items()]
         copied = [row for row in copied if adapter_name(row[1]) == name]
@@ -198,7 +238,7 @@ class AdapterSet:
         for (site, key, _), twin in zip(copied, twins, strict=True):
             attach.attach(site.path, site.module, new + key[len(name) :], twin)
         sites = [(path, new + key[len(name) :], rule, method) for path, key, rule, method in record.sites]
-        self.records[new] = AdapterRecord(record.plan, sites, record.config, list(record.rows), reference=True)
+        self.records[new] = dataclasses.replace(record, sites=sites, rows=list(record.rows), reference=True)
 
     def check_weights(self) -> None:
         """Raise UnsupportedError where a site's module was replaced by a copy of it with another weight: its adapters
@@ -206,7 +246,7 @@ class AdapterSet:
         adapted = {id(module) for module in self._adapted.values()}  # one may have another path by now
         for site in self.sites:
             was = self._adapted.get(site.path, site.module)
-            if id(site.module) not in adapted and not _have_one_weight(was, site.module):
+            if id(site.module) not in adapted and not have_one_weight(was, site.module):
                 raise UnsupportedError(
                     f"{site.path}: an adapted {type(was).__name__} was replaced by a copy with another weight",
                     expected="the weight that was adapted: fuse_modules folds a normalisation into it",
@@ -255,7 +295,8 @@ class AdapterSet:
                 if adapter_name(entry) == name:
                     attach.remove(site.module, entry)
         del self.records[name]
-        left = {site.path for site in sites if site.adapters}
+        slots = frozenset() if self.bank is None else self.bank.sites
+        left = {site.path for site in sites if site.adapters} | slots
         shrank = set(self._sites) != left
         self._sites = {path: s for path, s in self._sites.items() if path in left}
         self.set_live(tuple(n for n in self.live if n != name))
@@ -368,44 +409,3 @@ class AdapterSet:
                 if name is None or adapter_name(entry) == name:
                     for local, parameter in adapter.named_parameters():
                         yield f"{site.path}.adapters.{entry}.{local}".lstrip("."), parameter
-
-
-def fresh(assignment: Assignment, dtype: torch.dtype | None, site_id: int = 0) -> Adapter:
-    """A new adapter for a site. A copy of a module that it has is without the adapters inside the module."""
-    # Parameters made in inference mode could never be trained.
-    with torch.inference_mode(False):
-        adapter = assignment.build(dtype=dtype, site_id=site_id)
-    if adapter.replaces_forward:
-        attach.strip(adapter)
-    return adapter
-
-
-def _have_one_weight(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules have equal weights; those without one have."""
-    a, b = getattr(one, "weight", None), getattr(other, "weight", None)
-    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
-        return a is b
-    return a.shape == b.shape and torch.equal(a.detach(), b.detach().to(a))
-
-
-def with_all_biases(resolution: Resolution, model: nn.Module) -> list[Assignment]:
-    """The resolution's sites, and for LoRA with ``bias="all"`` every other module that has a bias.
-
-    Raises:
-        SiteError: a bias whose module has no adapter for it.
-    """
-    rules = [a.rule for a in resolution.sites if getattr(a.method, "bias", "none") == "all"]
-    if not rules:
-        return resolution.sites
-    taken = {a.path for a in resolution.sites}
-    replaced = [a.path for a in resolution.sites if a.train == "full"]
-    method, extra = Bias(), []
-    for path, module in model.named_modules():
-        if getattr(module, "bias", None) is None or path in taken or isinstance(module, Adapter):
-            continue
-        if ".adapters." in f".{path}." or any(path.startswith(f"{full}.") for full in replaced):
-            continue
-        if reason := method.why_not(path, module):
-            raise SiteError(f"{path}: its bias cannot be trained (bias='all')", found=reason)
-        extra.append(Assignment(path, (path,), module, rules[0], method))
-    return [*resolution.sites, *extra]

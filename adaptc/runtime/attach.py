@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from adaptc.errors import SiteError
@@ -23,10 +24,7 @@ def attach(path: str, module: nn.Module, name: str, adapter: Adapter) -> bool:
     found = adapters_of(module)
     if found is None:
         check_attachable(path, module)
-        found = SiteAdapters()
-        found.train(module.training)
-        found.arguments = arguments_of(module)
-        module.adapters = found
+        found = _new(module)
     adapter.train(module.training)
     found[name] = adapter
     changed = False
@@ -37,12 +35,26 @@ def attach(path: str, module: nn.Module, name: str, adapter: Adapter) -> bool:
         return changed
     # What acts inside gets the hook too: torch's fused encoder layer reads weights without calling the modules that
     # own them, unless one of these has a hook.
+    return _add_hooks(module, found, before=adapter.acts_before) or changed
+
+
+def _new(module: nn.Module) -> SiteAdapters:
+    found = SiteAdapters()
+    found.train(module.training)
+    found.arguments = arguments_of(module)
+    module.adapters = found
+    return found
+
+
+def _add_hooks(module: nn.Module, found: SiteAdapters, *, before: bool) -> bool:
+    """Put the hook on the output, and with ``before`` that on the input, on ``module``; whether one is new."""
     # Before hooks of the user on the output, and after theirs on the input: they see what they would see of a
     # wrapped layer.
+    changed = False
     if found.hook_handle is None:
         found.hook_handle = module.register_forward_hook(run_site, prepend=True, with_kwargs=True)
         changed = True
-    if adapter.acts_before and found.pre_hook_handle is None:
+    if before and found.pre_hook_handle is None:
         found.pre_hook_handle = module.register_forward_pre_hook(run_before_site, with_kwargs=True)
         changed = True
     return changed
@@ -125,15 +137,36 @@ def remove(module: nn.Module, name: str) -> None:
         own = module.__dict__.get("forward")
         if getattr(own, "func", None) is run_forward:
             del module.__dict__["forward"]
+    _remove_unused_taps(found)
+    if found.slot is None:
+        _remove_unused_hooks(module, found)
+
+
+def _remove_unused_hooks(module: nn.Module, found: SiteAdapters) -> None:
     if found.hook_handle is not None and all(a.replaces_forward for a in found.values()):
         found.hook_handle.remove()
         found.hook_handle = None
     if found.pre_hook_handle is not None and not any(a.acts_before for a in found.values()):
         found.pre_hook_handle.remove()
         found.pre_hook_handle = None
-    _remove_unused_taps(found)
     if len(found) == 0:
         del module._modules["adapters"]
+
+
+def add_slot(module: nn.Module, number: int, *, changes_input: bool) -> None:
+    """Make ``module``, which has no adapters, the slot ``number`` of a bank: the hooks that adapters may need are there
+    before them, and stay."""
+    found = _new(module)
+    found.slot = torch.tensor([number])
+    _add_hooks(module, found, before=changes_input)
+
+
+def remove_slot(module: nn.Module) -> None:
+    """Undo :func:`add_slot`; adapters that are there stay."""
+    found = adapters_of(module)
+    if found is not None and found.slot is not None:
+        found.slot = None
+        _remove_unused_hooks(module, found)
 
 
 def strip(module: nn.Module) -> None:
@@ -143,3 +176,4 @@ def strip(module: nn.Module) -> None:
         found = adapters_of(inner)
         for name in list(found or ()):
             remove(inner, name)
+        remove_slot(inner)

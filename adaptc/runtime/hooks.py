@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from adaptc.capture import slots
 from adaptc.capture.call import CALL, note_mode
 from adaptc.capture.recompute import mark
 from adaptc.errors import SiteError, UnsupportedError
@@ -29,15 +30,25 @@ def run_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     if output is ...:
         raise _moved(module)
     found = cast(SiteAdapters, module.adapters)
-    live = found.live
     if found.epoch == _NEVER:
         return None
-    if CALL.rows is not None:
-        if CALL.probe is not None:
-            CALL.probe(found, False, (_input_of(module, found.arguments, args, kwargs), output))
-            return None
-        if found.rows.around is not None:
-            return _run_site_by_rows(module, found, args, kwargs, output)
+    if CALL.probe is not None:
+        CALL.probe(found, False, (_input_of(module, found.arguments, args, kwargs), output))
+        return None
+    if CALL.in_slots and found.slot is not None:
+        _note_slot(found)
+        slots.CORRECT(found.slot, _input_of(module, found.arguments, args, kwargs), output)
+        return output
+    return corrected(module, found, args, kwargs, output)
+
+
+def corrected(
+    module: nn.Module, found: SiteAdapters, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    """What the adapters of a module make of its output; None where they leave it as it is."""
+    if CALL.rows is not None and found.rows.around is not None:
+        return _run_site_by_rows(module, found, args, kwargs, output)
+    live = found.live
     if len(live) == 0:
         return None
     for adapter in live:
@@ -198,10 +209,16 @@ def _take(module: nn.Module, adapter: Adapter) -> torch.Tensor:
 
 
 def note_eager(adapter: Adapter) -> None:
-    """Tell who collects them that an adapter runs outside a graph."""
-    if not torch.compiler.is_compiling() and CALL.eager is not None:
+    """Tell who collects them that an adapter runs outside a graph, and not in a slot of one."""
+    if not torch.compiler.is_compiling() and CALL.eager is not None and not CALL.in_slots:
         CALL.eager.add(id(adapter.site_id))
         note_mode([id(adapter.site_id)])
+
+
+def _note_slot(found: SiteAdapters) -> None:
+    """As :func:`note_eager`, of a module in a bank."""
+    if not torch.compiler.is_compiling() and CALL.eager is not None:
+        CALL.eager.add(id(found.slot))
 
 
 def run_before_site(module: nn.Module, args: tuple[Any, ...], kwargs: Any = ...) -> Any:
@@ -209,15 +226,24 @@ def run_before_site(module: nn.Module, args: tuple[Any, ...], kwargs: Any = ...)
     if kwargs is ...:
         raise _moved(module)
     found = cast(SiteAdapters, module.adapters)
-    rows = rows_of(found)
-    if rows is not None and CALL.probe is not None:
-        return None
-    groups = (found.live,) if rows is None else cast("tuple[tuple[Adapter, ...], ...]", found.rows.around)
-    acting = [[a for a in group if a.acts_before] for group in groups]
-    if not any(acting):
+    if CALL.probe is not None:
         return None
     name = None if args else _name_of_input(module, found.arguments, kwargs)
     x = args[0] if name is None else kwargs[name]
+    if CALL.in_slots and found.slot is not None:
+        changed = slots.CHANGE_INPUT(found.slot, x)
+    else:
+        changed = changed_input(module, found, x)
+    if changed is x:
+        return None
+    return ((changed, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: changed})
+
+
+def changed_input(module: nn.Module, found: SiteAdapters, x: Any) -> Any:
+    """What the adapters of a module make of its input; ``x`` itself where they leave it as it is."""
+    rows = rows_of(found)
+    groups = (found.live,) if rows is None else cast("tuple[tuple[Adapter, ...], ...]", found.rows.around)
+    acting = [[a for a in group if a.acts_before] for group in groups]
     for number, group in enumerate(acting):
         for adapter in group:
             note_eager(adapter)
@@ -225,7 +251,7 @@ def run_before_site(module: nn.Module, args: tuple[Any, ...], kwargs: Any = ...)
                 x = adapter.apply_before(module, x)
             else:
                 x = rows.put(number, adapter.apply_before(module, rows.only(number, x)), x)
-    return ((x, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: x})
+    return x
 
 
 def run_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 from adaptc.capture.backend import BackendOptions
 from adaptc.passes.manager import Pipeline
 from adaptc.plan import Plan
+from adaptc.runtime.bank import Bank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,7 @@ class CompileOptions:
     example_inputs: Any = None
     regional: bool | str = "auto"
     lift_no_grad: tuple[str, ...] = ()
+    bank: Bank | None = None
 
 
 def pipeline_of(plan: Plan | None) -> Pipeline:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from adaptc.errors import UnsupportedError
@@ -36,6 +37,8 @@ class SiteAdapters(nn.ModuleDict):
         #: Name of a tap -> the module whose input it reads.
         self.taps: dict[str, nn.Module] = {}
         self.rows = SiteRows()
+        #: In a bank: int64 (1,) on the CPU, which slot this module is. Not a buffer: it stays where it is.
+        self.slot: torch.Tensor | None = None
         #: Whether what the module reads was seen to have the tokens of row 0 first, then those of row 1, ....
         self.is_flat = False
 

@@ -17,7 +17,7 @@ from adaptc.files.fingerprint import fingerprint
 from adaptc.methods.base import Adapter
 from adaptc.plan.peft.reading import config_to_rules
 from adaptc.plan.peft.writing import rules_to_config
-from adaptc.runtime.adapters import with_all_biases
+from adaptc.runtime.fresh import with_all_biases
 from tests.models import hosts
 
 

@@ -60,7 +60,7 @@ def test_other_assignments_compile_nothing(backend):
 def test_new_signatures_are_announced():
     model, inputs = llama({"a": lora(), "b": lora(), "wide": lora(r=5)})
     model(**inputs)
-    with pytest.warns(NewSignatureWarning, match="a batch of 'a', 'b': kinds, shapes or dtypes not seen together"):
+    with pytest.warns(NewSignatureWarning, match="a batch of 'a', 'b': kinds, shapes or dtypes not seen before"):
         model.adaptc.batch(["a", "b"]).__enter__()
 
 

@@ -22,6 +22,7 @@ class LoRAOptions(Method):
     peft_kind: ClassVar[str | None] = "LORA"
     mergeable: ClassVar[bool] = True
     batchable: ClassVar[bool] = True
+    bankable: ClassVar[bool] = True
     quantised: ClassVar[bool] = True
 
     r: int = 8

@@ -15,7 +15,7 @@ from torch import nn
 from adaptc.capture.backend import JOINT_BACKENDS, AdapterBackend, prepare
 from adaptc.capture.call import CALL
 from adaptc.capture.graphs import CapturedGraph
-from adaptc.errors import RecompileLimitWarning, UnsupportedError
+from adaptc.errors import NewSignatureWarning, RecompileLimitWarning, UnsupportedError
 from adaptc.methods import quantised
 from adaptc.runtime.adapters import AdapterRecord
 from adaptc.runtime.batch import Batch, asked_for, checked_names, rows_of_call
@@ -30,6 +30,7 @@ from adaptc.runtime.calls.warmup import tensors_of
 from adaptc.runtime.calls.watch import Watch
 from adaptc.runtime.processes import DataParallelCheck
 from adaptc.runtime.site_adapters import adapters_of
+from adaptc.runtime.slots import ModelSlots
 from adaptc.runtime.weights.pending import Pending
 from adaptc.torch_internals import RecompileLimitWatch, compile_isolated, state_across_modules, without_size_memory
 
@@ -92,6 +93,8 @@ class Capture:
         now.update(recorded=recorded if records else None, stopped=stopped if records else None)
         if rows is not None:
             now.update(rows=rows)
+        slots = None if records else self.calls.slots
+        now.update(slots=slots, in_slots=slots is not None)
         try:
             with RecompileLimitWatch() as limits, state_across_modules() if self.across else nullcontext():
                 output = self.run(*args, **kwargs)
@@ -132,6 +135,7 @@ class Captures(Calls):
         self._batch: tuple[object, Batch, list[AdapterRecord]] | None = None
         #: Where the rows of a batch are in what adapted modules read.
         self.layouts = Layouts()
+        self._slots: ModelSlots | None = None
         #: Whether it was said that more of these were captured than are kept.
         self._told = False
 
@@ -155,6 +159,8 @@ class Captures(Calls):
             self.layouts.check(batch, entry, function, first, args, kwargs)
         if torch.is_grad_enabled():
             self.differentiated = None if batch is None or rows is None else (batch, rows)
+        if self.adapters.bank is not None and torch.is_grad_enabled():
+            self.announce(None if batch is None else batch.signature)
         epoch = self._open()
         self.counts["calls"] += 1
         if not epoch.regions:
@@ -162,6 +168,13 @@ class Captures(Calls):
         kind = (entry, *regions.kind_of_call(model, kwargs))
         whole = kind in epoch.whole or regions.wants_whole(model, epoch.stacks, args, kwargs)
         return self._capture(entry, function, whole=whole)(kind, rows, args, kwargs)
+
+    @property
+    def slots(self) -> ModelSlots | None:
+        """What the slots of the model do; None without a bank."""
+        if self._slots is None and self.adapters.bank is not None:
+            self._slots = ModelSlots(site.module for site in self.adapters.sites)
+        return self._slots
 
     def _capture(self, entry: str, function: Callable[..., Any], *, whole: bool) -> Callable[..., Any]:
         """``function`` captured whole, or as it is, its blocks captured."""
@@ -190,7 +203,8 @@ class Captures(Calls):
         epoch, model = self.epoch, self.adapters.model
         if epoch.backend is None:
             output_hooks.install(model)
-            self.note_signature()
+            if self.adapters.bank is None:
+                self.note_signature()
             self.adapters.check_weights()
             epoch.lifts = lifts_of(self.adapters)
             epoch.backend = AdapterBackend(self.adapters.pipeline(), self.options.backend, self.adapter_tensors)
@@ -242,7 +256,21 @@ class Captures(Calls):
         if self.epoch.watch is not None and self.epoch.watch.sees_a_change():
             self._follow()
 
-    def lifts_changed(self) -> bool:
+    def announce(self, signature: tuple[object, ...] | None = None, what: str = "", *, level: int = 5) -> None:
+        """Say that a call compiles, where what is live (or ``what``, of that signature) has not been compiled for.
+        ``level``: that of the user's line above this."""
+        live, outdated = self.adapters.live, False
+        if signature is None and live and self._lifts_changed():
+            outdated = True
+            self.new_epoch()
+        if self.note_signature(signature) or outdated:
+            named = what or ", ".join(map(repr, live)) or "no adapter"
+            message = f"{named}: kinds, shapes or dtypes not seen before; the next call compiles once"
+            if self.adapters.bank is not None:
+                message += " (a bank is for calls without gradients)"
+            warnings.warn(NewSignatureWarning(message), stacklevel=level)
+
+    def _lifts_changed(self) -> bool:
         """Whether graphs were captured, and the live adapters ask for other regions to record gradients than those did
         that were live then."""
         return self.epoch.backend is not None and lifts_of(self.adapters) != self.epoch.lifts
@@ -292,6 +320,7 @@ class Captures(Calls):
         self._kept.clear()
         self._packable = None
         self.layouts = Layouts()
+        self._slots = None
         self._begin(Epoch(str(next(_EPOCHS))))
 
     def _begin(self, epoch: Epoch) -> None:

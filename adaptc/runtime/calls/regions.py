@@ -14,13 +14,14 @@ region that ``lift_no_grad`` is to lift, or whose blocks are no copies of each o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from adaptc.capture.call import CALL
+from adaptc.plan.tree import blocks_of
 from adaptc.runtime.calls.alike import values_read
 from adaptc.runtime.calls.prologue import Prologue
 from adaptc.runtime.calls.state import Calls
@@ -29,8 +30,6 @@ from adaptc.transformers_names import LAYER_CACHES, cache_argument, given_cache
 #: "auto" captures blocks from this many on, if there are this many of a kind: below it compiling them all is as fast.
 MANY = 6
 ALIKE = 3
-
-_CONTAINERS = (nn.ModuleList, nn.Sequential)
 
 
 class BlockPrologue(Prologue):
@@ -144,25 +143,13 @@ def _wanted(calls: Calls) -> dict[str, str]:
     asked = calls.options.regional
     if asked is False or calls.epoch.lifts or (asked == "auto" and calls.copies_differ):
         return {}
-    blocks = dict(_blocks("", calls.adapters.model))
+    blocks = dict(blocks_of(calls.adapters.model))
     kinds: dict[tuple[object, ...], str] = {}
     wanted = {
         path: kinds.setdefault(_kind(path, block), f"{path.rpartition('.')[0]}: {type(block).__name__} {len(kinds)}")
         for path, block in blocks.items()
     }
     return wanted if asked is True or _pays(calls, blocks, wanted) else {}
-
-
-def _blocks(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules that a list holds several of: (path, module)."""
-    children = [(f"{path}.{name}".lstrip("."), child) for name, child in module.named_children() if name != "adapters"]
-    classes = [type(child) for _, child in children]
-    repeats = isinstance(module, _CONTAINERS) and any(classes.count(kind) > 1 for kind in classes)
-    for where, child in children:
-        if repeats and any(inner != "adapters" for inner, _ in child.named_children()):
-            yield where, child
-        else:
-            yield from _blocks(where, child)
 
 
 def _kind(path: str, block: nn.Module) -> tuple[object, ...]:

@@ -18,6 +18,7 @@ from adaptc.runtime.batch import Batch, Batching
 from adaptc.runtime.calls import lifts
 from adaptc.runtime.calls.watch import Watch
 from adaptc.runtime.options import CompileOptions
+from adaptc.runtime.site_adapters import adapters_of
 from adaptc.torch_internals import is_in_backward
 
 
@@ -121,19 +122,25 @@ class Calls:
         """The graphs captured in this epoch."""
         return self.epoch.graphs
 
+    def slot_tensors(self) -> list[tuple[torch.Tensor, str]]:
+        """The number of each slot of a bank, with the path of its site."""
+        found = [(adapters_of(site.module), site.path) for site in self.adapters.sites]
+        return [(one.slot, path) for one, path in found if one is not None and one.slot is not None]
+
     def adapter_tensors(self) -> AdapterTensors:
         """The tensors by which a captured graph's inputs are told to be an adapter's."""
         adapters = [(a, site.path) for site in self.adapters.sites for a in site.adapters.values()]
         return AdapterTensors(
-            [(a.site_id, path) for a, path in adapters],
+            [*((a.site_id, path) for a, path in adapters), *self.slot_tensors()],
             [(p, path) for a, path in adapters for p in a.parameters() if p.requires_grad],
             lifts.tensors(self.adapters.model, self.epoch.lifts),
             frozenset(self.epoch.lifts.own),
         )
 
     def site_paths(self) -> dict[int, str]:
-        """``id`` of every adapter's site-id tensor -> module path."""
-        return {id(a.site_id): site.path for site in self.adapters.sites for a in site.adapters.values()}
+        """``id`` of every adapter's site-id tensor, and of every slot's number -> module path."""
+        adapters = {id(a.site_id): site.path for site in self.adapters.sites for a in site.adapters.values()}
+        return {**adapters, **{id(number): path for number, path in self.slot_tensors()}}
 
     def eager_sites(self) -> list[str]:
         """Sites whose adapter ran outside a captured graph: right values, but not rewritten."""
@@ -149,7 +156,12 @@ class Calls:
             (site.path, [a for n in self.adapters.live for a in site.of(n) if not a.replaces_forward])
             for site in self.adapters.sites
         ]
-        return [path for path, adapters in live if adapters and not any(id(a.site_id) in ran for a in adapters)]
+        slots = {path: id(number) for number, path in self.slot_tensors()}
+        return [
+            path
+            for path, adapters in live
+            if adapters and slots.get(path) not in ran and not any(id(a.site_id) in ran for a in adapters)
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         # Captured code belongs to this object and process; a copy captures anew.
