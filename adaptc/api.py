@@ -97,27 +97,31 @@ def compile(
     handle = getattr(model, "adaptc", None)
     if isinstance(handle, Handle):
         _compile_again(handle, plan, name, calibration, wanted)
-        return model
+    else:
+        model = _compile_first(model, plan, name, calibration, wanted)
+    return model
+
+
+def _compile_first(model: M, plan: Any, name: str, calibration: Any, wanted: CompileOptions) -> M:
+    """Adapt a model that was not compiled before; returns it, or the base of a PEFT model."""
+    handle: Any = getattr(model, "adaptc", None)
     if handle is not None:
         raise AdapterNameError(f"{type(model).__name__} has an attribute 'adaptc' of its own", expected="a free name")
     wanted = dataclasses.replace(wanted, backend=_usable(wanted.backend, model))
-    if plan is None and bank is None and peft_model.is_peft_model(model):
+    if plan is None and peft_model.is_peft_model(model):
         peft_model.check_name(model, name)
         trl.install()
         return peft_model.adopt(model, wanted)  # type: ignore[return-value]  # the base, as documented
-    if plan is None and bank is None:
+    if plan is None and wanted.bank is None:
         raise UnsupportedError("adaptc.compile needs a plan", found=f"None for a {type(model).__name__}")
     processes.check_unwrapped(model)
     _check_not_nested(model)
     _check_materialised(model)
     handle = Handle(model, wanted)
-    if bank is None:
-        handle.add(name, plan, calibration=calibration)
     try:
-        if bank is not None:
-            handle.adapters.open_bank(bank)
-            if plan is not None:
-                handle.add(name, plan, calibration=calibration)
+        handle.open_bank()
+        if plan is not None:
+            handle.add(name, plan, calibration=calibration)
         handle.attach_to_model()
         handle.switch(name if plan is not None else None)
     except BaseException:

@@ -392,6 +392,15 @@ class Handle:
 
     # -- capture ---------------------------------------------------------------------------------------
 
+    def open_bank(self) -> None:
+        """Make the model ready for the bank of the options, if they have one; before it has adapters.
+
+        Raises:
+            BankError, PlanError, SiteError: the bank's sites do not fit the model; nothing has changed then.
+        """
+        if self.options.bank is not None:
+            self.adapters.open_bank(self.options.bank)
+
     def attach_to_model(self) -> None:
         """Freeze the base, remembering which parameters were trainable, and install the prologue."""
         ours = {name for name, _ in self.named_parameters()}

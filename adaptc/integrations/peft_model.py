@@ -62,11 +62,13 @@ def adopt(model: nn.Module, options: CompileOptions) -> nn.Module:
         for wrapper in wrappers:
             wrapper.parent._modules[wrapper.name] = wrapper.plain
         try:
+            handle.open_bank()
             for name in configs:
                 handle.add(name, adapter_directory(directory, name))
         except AdaptcError:
             for name in list(handle.records):
                 handle.adapters.remove(name)
+            handle.adapters.close_bank()
             for wrapper in wrappers:
                 wrapper.parent._modules[wrapper.name] = wrapper.layer
             raise

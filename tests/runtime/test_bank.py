@@ -7,6 +7,7 @@ import io
 import random
 import warnings
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -394,6 +395,27 @@ def test_other_arguments():
     assert adaptc.compile(model, adaptc.LoRA(r=2, targets=["q_proj"]), name="a", bank=bank) is model
     with pytest.raises(UnsupportedError, match="another bank"):
         adaptc.compile(model, adaptc.LoRA(r=2, targets=["q_proj"]), name="a", bank=adaptc.Bank("lora", 8, 2))
+
+
+def test_a_peft_model_in_a_bank():
+    def wrapped(r=4):
+        config = peft.LoraConfig(r=r, target_modules=["q_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(hosts.short("llama").eval(), config, adapter_name="one")
+        model.add_adapter("two", peft.LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False))
+        return model
+
+    model, inputs = wrapped(), HOSTS["llama"][1](2)
+    with torch.no_grad():
+        want = logits(model(**inputs))
+    with pytest.raises(BankError, match="rank 9"):
+        adaptc.compile(refused := wrapped(9), bank=adaptc.Bank("lora", 8, 3))
+    with torch.no_grad():
+        refused(**inputs)
+    assert refused.peft_config.keys() == {"one", "two"} and not hasattr(refused.get_base_model(), "adaptc")
+    model = adaptc.compile(model, bank=adaptc.Bank("lora", 8, 3), backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model(**inputs)), want)
+    assert model.adaptc.metrics()["bank_used"] == 2
 
 
 def test_user_hooks_see_what_they_would_see_without_a_bank(llama):
