@@ -14,6 +14,7 @@ earlier.refuse()
 if TYPE_CHECKING:
     from adaptc import methods as methods
     from adaptc.api import compile as compile
+    from adaptc.files.merge_checkpoint import merge_checkpoint as merge_checkpoint
     from adaptc.methods.adaptformer import AdaptFormer as AdaptFormer
     from adaptc.methods.bias import Bias as Bias
     from adaptc.methods.bottleneck import Bottleneck as Bottleneck
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 _TABLE = {
     "compile": "adaptc.api",
     "Bank": "adaptc.runtime.bank",
+    "merge_checkpoint": "adaptc.files.merge_checkpoint",
     "rewrite": "adaptc.rewrite",
     "Plan": "adaptc.plan",
     "Rule": "adaptc.plan",
@@ -58,6 +60,7 @@ __all__ = [
     "TrainableTokens",
     "VeRA",
     "compile",
+    "merge_checkpoint",
     "methods",
     "rewrite",
 ]

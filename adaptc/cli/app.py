@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from adaptc.errors import AdaptcError
+from adaptc.errors import AdaptcError, AdaptcWarning
 
 app = typer.Typer(name="adaptc", help="The adapter compiler for PyTorch.", no_args_is_help=True, add_completion=False)
 
@@ -33,7 +34,6 @@ class Backend(str, Enum):
 @app.callback()
 def _root() -> None:
     """The adapter compiler for PyTorch."""
-    # A callback keeps `demo` a command of its own while it is the only one.
 
 
 @app.command()
@@ -73,6 +73,48 @@ def demo(
     if not result.agreement.holds:
         typer.echo("The adapter that PEFT loaded does not predict the same.", err=True)
         raise typer.Exit(1)
+
+
+class Dtype(str, Enum):
+    """What the merged weights are written in."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float64 = "float64"
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(help="The folder of a model of transformers, in safetensors.")],
+    adapter: Annotated[Path, typer.Argument(help="The folder of an adapter, as PEFT or adaptc saves it.")],
+    out: Annotated[Path, typer.Argument(help="A new or empty directory.")],
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of all floating-point weights; as each is in the base by default.")
+    ] = None,
+) -> None:
+    """Write the base in BASE with the adapter in ADAPTER folded into its weights to OUT.
+
+    One layer's weight is in memory at a time. OUT has the base's files, in the base's shards, and is there when all is
+    written. Prints, for each merged weight, how far it is from the exact one, in units of the layer's output.
+    """
+    import torch
+
+    from adaptc.files.merge_checkpoint import merge_checkpoint
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", AdaptcWarning)
+            warnings.showwarning = _tell
+            written = merge_checkpoint(base, adapter, out, dtype=None if dtype is None else getattr(torch, dtype.value))
+    except (AdaptcError, OSError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+    typer.echo(str(written))
+
+
+def _tell(message: Warning | str, *_: object, **__: object) -> None:
+    typer.echo(f"warning: {message}", err=True)
 
 
 def _require_demo_extra() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -38,8 +38,12 @@ def fingerprint(model: nn.Module, paths: Iterable[str]) -> dict[str, Any]:
     return {"class": own_class(model).__name__, "sites": sites}
 
 
-def compare_fingerprint(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
+def compare_fingerprint(
+    saved: Mapping[str, Any], model: nn.Module, let_go: Callable[[], None] = lambda: None
+) -> list[str]:
     """How ``model`` differs from the base that ``saved`` describes; empty when it does not.
+
+    ``let_go``: called when the weights of a site have been read.
 
     Every difference is a reason to warn, none to refuse: a copy of the base in another dtype, or a sister
     model, is a legitimate host. Shapes that do not fit are refused when the tensors are read.
@@ -55,6 +59,7 @@ def compare_fingerprint(saved: Mapping[str, Any], model: nn.Module) -> list[str]
             now = _describe_weight(model.get_submodule(path))
         except AttributeError:
             now = None
+        let_go()
         fault = _difference(then, now)
         if fault is not None:
             faults.setdefault(fault, []).append(path)

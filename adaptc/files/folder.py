@@ -82,10 +82,10 @@ def read_new(adapters: AdapterSet, directory: Any) -> Read:
     plan = _plan_in(files, model)
     # Built once aside, to check the tensors before anything is attached.
     with torch.random.fork_rng(devices=[]):
-        trial = {
-            site.path: fresh(site, adapters.dtype)
-            for site in with_all_biases(plan.resolve(model), model)
-        }
+        trial: dict[str, Adapter] = {}
+        for site in with_all_biases(plan.resolve(model), model):
+            trial[site.path] = fresh(site, adapters.dtype)
+            adapters.let_go()
         for kind in dict.fromkeys(type(adapter.method) for adapter in trial.values()):
             kind.link([adapter for adapter in trial.values() if type(adapter.method) is kind])
     decoded = _decode(files, trial, model)
@@ -173,7 +173,7 @@ def _rows(files: checkpoint.AdapterFiles, decoded: peft_keys.Decoded, adapters: 
     with adapters.base_alone():
         rows = embeddings.rows_of(adapters.model, decoded.get(peft_keys.EMBEDDINGS, {}), str(files.path))
         with embeddings.at_work(adapters.model, rows):
-            _warn_of_another_base(files, adapters.model)
+            _warn_of_another_base(files, adapters)
         return rows
 
 
@@ -210,7 +210,7 @@ def _warn_of_another_function(directory: Any, adapters: dict[str, Adapter], stac
         )
 
 
-def _warn_of_another_base(files: checkpoint.AdapterFiles, model: torch.nn.Module) -> None:
+def _warn_of_another_base(files: checkpoint.AdapterFiles, adapters: AdapterSet) -> None:
     if files.fingerprint is not None:
-        for difference in compare_fingerprint(files.fingerprint, model):
+        for difference in compare_fingerprint(files.fingerprint, adapters.model, adapters.let_go):
             warnings.warn(f"{files.path}: {difference}", AdaptcWarning, stacklevel=4)

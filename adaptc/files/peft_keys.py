@@ -259,6 +259,13 @@ def plain_name(key: str) -> str:
     return re.sub(rf"(\.token_adapter)?({re.escape(_BASE_LAYER)})+\.", ".", key)
 
 
+def embedding_of(key: str) -> str:
+    """The parameter's path that a key of a whole embedding in a file means."""
+    bare = ".".join(part for part in key.split(".") if part not in WRAPPERS)
+    head, inside, leaf = bare.removeprefix(PREFIX).partition(".modules_to_save.")
+    return f"{head}.{leaf.rpartition('.')[2]}" if inside else plain_name(head)
+
+
 def _key(path: str, suffix: str, adapter: Adapter) -> str:
     """The key without its prefix. PEFT finds the bias of a wrapped layer below ``base_layer``."""
     if _acts_on_model(adapter):

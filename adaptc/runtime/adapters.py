@@ -127,6 +127,9 @@ class AdapterSet:
         """The adapters that outputs have: the live ones, or those that are merged."""
         return self.live if self.merged is None else self.merged.names
 
+    def let_go(self) -> None:
+        """Called when a site's weights have been read, for those that are mapped from files; here there are none."""
+
     def record(self, name: str) -> AdapterRecord:
         if name not in self.records:
             known = ", ".join(self.records) or "none"
@@ -167,6 +170,7 @@ class AdapterSet:
             entry = entry_of(name, level, assignment.parameter)
             self._check_free(path, assignment.module, entry)
             adapter = fresh(assignment, self.dtype, sites[path][0])
+            self.let_go()
             own_forward = adapter.replaces_forward or adapter.acts_inside
             attach.check_attachable(path, assignment.module, own_forward=own_forward)
             built.append((assignment, entry, adapter))

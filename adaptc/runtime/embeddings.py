@@ -104,6 +104,11 @@ def rows_of(model: nn.Module, found: Mapping[str, torch.Tensor], source: str) ->
     rows = []
     for path, tensor in found.items():
         own = model.get_parameter(path)
+        if own.is_meta:
+            raise UnsupportedError(
+                f"{source} holds {path}, of which the model has no values", expected="a base with a weight of its own",
+                do="give the base that the adapter was trained on",
+            )  # fmt: skip
         values = tensor.to(own.dtype)
         if (other := seen.setdefault(id(own), path)) != path:
             if not torch.equal(values, found[other].to(own.dtype)):

@@ -82,6 +82,7 @@ def folds(adapters: AdapterSet, names: Sequence[str], within: str = "") -> list[
         )
     for site in sites:
         _check(site, model, names)
+        adapters.let_go()
     return [Fold.of(site, names) for site in sites]
 
 

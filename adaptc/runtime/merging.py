@@ -7,8 +7,8 @@ result depends on which adapters are merged, and on nothing else. While they are
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ Find = Callable[[str], "keep.Stored | None"]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Target:
+class Target:
     """A tensor that is written."""
 
     paths: tuple[str, ...]
@@ -68,7 +68,7 @@ def _merge(adapters: AdapterSet, names: tuple[str, ...], how: keep.Keep, find: F
     merged = adapters.merged
     with adapters.base_alone():
         folds = folding.folds(adapters, names)
-        targets = _targets(adapters, names, folds)
+        targets = written_tensors(adapters, names, folds)
         keep.check_room([target.tensor for target in targets.values()], how)
         patch = _kept(targets, how, find) if how is None else None
     before = adapters.live if merged is None else merged.before
@@ -101,26 +101,26 @@ def _report_of(merged: Merged) -> MergeReport:
     return report
 
 
-def _targets(
+def written_tensors(
     adapters: AdapterSet, names: Sequence[str], folds: Sequence[folding.Fold]
-) -> dict[object, _Target]:
+) -> dict[object, Target]:
     """What is written, by the memory where it is: tensors of the sites, and rows that came with the adapters."""
     model = adapters.model
     wanted = [fold.path(name) for fold in folds for name in fold.replaced]
     wanted += [rows.path for name in names for rows in adapters.records[name].rows]
     places = {folding.place(t) for path in wanted if (t := tensor_at(model, path)) is not None}
     ours = tuple(f"{path}.adapters.".lstrip(".") for site in adapters.sites for path in site.paths)
-    found: dict[object, _Target] = {}
+    found: dict[object, Target] = {}
     everything = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     for path, tensor in everything:
         where = folding.place(tensor)
         if where in places and not path.startswith(ours):
             known = found.get(where)
-            found[where] = _Target((*(known.paths if known else ()), path), known.tensor if known else tensor)
+            found[where] = Target((*(known.paths if known else ()), path), known.tensor if known else tensor)
     return found
 
 
-def _kept(targets: Mapping[object, _Target], how: keep.Keep, find: Find) -> Patch:
+def _kept(targets: Mapping[object, Target], how: keep.Keep, find: Find) -> Patch:
     """A patch that writes nothing yet, with the base's own bytes."""
     tensors = [target.tensor for target in targets.values()]
     stamps: list[keep.Stamp] = []
@@ -136,43 +136,68 @@ def _write(adapters: AdapterSet, folds: Sequence[folding.Fold], patch: Patch) ->
     """Write the exact values, rounded, tensor by tensor; returns how far off they are."""
     model, merged = adapters.model, adapters.merged
     assert merged is not None
-    slot_at = {path: slot for slot in patch.slots for path in slot.paths}
-    written: set[int] = set()
     rows: list[TensorError] = []
+    for value in exact_values(adapters, merged.names, folds, patch.slots):
+        target = tensor_at(model, value.path)
+        assert target is not None  # exact_values gives what is there
+        written = folding.rounded(value.exact, value.slot.kept).to(target.device)
+        patch.write(model, value.slot, written)
+        if value.exact.is_floating_point():
+            rows.append(error_of(value.path, value.module, value.exact.to(written.device), written))
+    return rows
 
-    def write(path: str, module: nn.Module, exact: torch.Tensor) -> None:
-        slot = slot_at[path]
-        target = tensor_at(model, path)
-        if id(slot) in written or target is None:
-            return
-        written.add(id(slot))
-        value = folding.rounded(exact, slot.kept).to(target.device)
-        patch.write(model, slot, value)
-        if exact.is_floating_point():
-            rows.append(error_of(path, module, exact.to(value.device), value))
+
+class Exact(NamedTuple):
+    """What a tensor of the base becomes, before it is rounded.
+
+    Attributes:
+        path, module: of the tensor, and of the module that owns it.
+    """
+
+    slot: Slot
+    path: str
+    module: nn.Module
+    exact: torch.Tensor
+
+
+def exact_values(
+    adapters: AdapterSet, names: Sequence[str], folds: Sequence[folding.Fold], slots: Sequence[Slot]
+) -> Iterator[Exact]:
+    """The value of every slot with the adapters ``names`` in it, once; those of one site are made at a time."""
+    slot_at = {path: slot for slot in slots for path in slot.paths}
+    done: set[int] = set()
+    model = adapters.model
+
+    def is_wanted(path: str) -> bool:
+        return id(slot_at[path]) not in done and tensor_at(model, path) is not None
 
     def base(path: str) -> torch.Tensor:
         """The base's own values in fp64, with the rows that came with the adapters."""
         target = tensor_at(model, path)
         kept = slot_at[path].kept
         wide = folding.widened(kept if target is None else kept.to(target.device))
-        for name in merged.names:
+        for name in names:
             for part in adapters.records[name].rows:
                 if part.path in slot_at[path].paths:
                     wide.index_copy_(0, part.index.to(wide.device), part.held.to(kept.dtype).to(wide))
         return wide
 
-    for fold in folds:
+    def of_site(fold: folding.Fold) -> Iterator[Exact]:
         paths = {name: fold.path(name) for name in fold.replaced if fold.path(name) in slot_at}
-        if all(id(slot_at[path]) in written for path in paths.values()):
-            continue
+        if not any(is_wanted(path) for path in paths.values()):
+            return
         for name, exact in fold.exact({name: base(path) for name, path in paths.items()}).items():
-            if name in paths:
-                write(paths[name], _owner(fold.site.module, name), exact)
-    for name in merged.names:
+            if name in paths and is_wanted(paths[name]):
+                done.add(id(slot_at[paths[name]]))
+                yield Exact(slot_at[paths[name]], paths[name], _owner(fold.site.module, name), exact)
+
+    for fold in folds:
+        yield from of_site(fold)  # whose tensors are gone before the next one's are made
+    for name in names:
         for part in adapters.records[name].rows:
-            write(part.path, model.get_submodule(part.path.rpartition(".")[0]), base(part.path))
-    return rows
+            if is_wanted(part.path):
+                done.add(id(slot_at[part.path]))
+                yield Exact(slot_at[part.path], part.path, _owner(model, part.path), base(part.path))
 
 
 def _owner(module: nn.Module, name: str) -> nn.Module:

@@ -75,10 +75,11 @@ def map_file(file: Path, rows: Iterable[tuple[torch.dtype, Sequence[int], int]])
     """
     with file.open("rb") as opened:
         memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-    return [_view(memory, dtype, shape, offset) for dtype, shape, offset in rows]
+    return [view(memory, dtype, shape, offset) for dtype, shape, offset in rows]
 
 
-def _view(memory: mmap.mmap, dtype: torch.dtype, shape: Sequence[int], offset: int) -> torch.Tensor:
+def view(memory: mmap.mmap, dtype: torch.dtype, shape: Sequence[int], offset: int) -> torch.Tensor:
+    """The tensor that begins ``offset`` bytes into ``memory``."""
     count = torch.Size(shape).numel()
     if count == 0:
         return torch.empty(tuple(shape), dtype=dtype)
@@ -110,9 +111,9 @@ def on_disk(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     number, name = tempfile.mkstemp(prefix="adaptc-base-")
     try:
         with os.fdopen(number, "r+b") as file:
-            _reserve(file, end)
+            reserve(file, end)
             memory = mmap.mmap(file.fileno(), end)
-        copies = [_view(memory, *row) for row in rows]
+        copies = [view(memory, *row) for row in rows]
         with torch.inference_mode(False), torch.no_grad():
             for copy, tensor in zip(copies, tensors, strict=True):
                 if tensor.numel():
@@ -122,7 +123,7 @@ def on_disk(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         os.unlink(name)
 
 
-def _reserve(file: Any, size: int) -> None:
+def reserve(file: Any, size: int) -> None:
     """Raise OSError now where the disk has no room: writing to a mapped file would end the process."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, size)
@@ -231,4 +232,6 @@ def _left_to_the_group() -> int | None:
         return None
 
 
-__all__ = ["Keep", "Stamp", "Stored", "bits", "check_room", "in_files", "in_memory", "map_file", "on_disk"]
+__all__ = [
+    "Keep", "Stamp", "Stored", "bits", "check_room", "in_files", "in_memory", "map_file", "on_disk", "reserve", "view",
+]  # fmt: skip

@@ -63,15 +63,19 @@ class MergeReport:
         return max(self.tensors, key=lambda row: row.relative, default=None)
 
     def __str__(self) -> str:
-        width = max((len(row.path) for row in self.tensors), default=0)
         lines = [f"merged {', '.join(self.names)}: {len(self.tensors)} tensors, {self.bytes_kept:,} bytes kept"]
-        lines += [
-            f"  {row.path:<{width}}  rms {row.rms:.2e}  bound {row.bound:.2e}  relative {row.relative:.2e}"
-            for row in self.tensors
-        ]
+        lines += lines_of(self.tensors)
         if self.output is not None:
             lines.append(f"  largest difference of the model's output: {self.output:.2e}")
         return "\n".join(lines)
+
+
+def lines_of(rows: Sequence[TensorError]) -> list[str]:
+    """A line of text for each row."""
+    width = max((len(row.path) for row in rows), default=0)
+    return [
+        f"  {row.path:<{width}}  rms {row.rms:.2e}  bound {row.bound:.2e}  relative {row.relative:.2e}" for row in rows
+    ]
 
 
 def error_of(path: str, module: nn.Module, exact: torch.Tensor, value: torch.Tensor) -> TensorError:
