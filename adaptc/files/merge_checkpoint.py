@@ -24,7 +24,8 @@ from adaptc.files.checkpoint import WEIGHTS
 from adaptc.files.merged_folder import MergedWeights, staged, write_rest
 from adaptc.files.tensor_file import tensor_rows
 from adaptc.runtime import embeddings, folding, merging
-from adaptc.runtime.adapters import AdapterSet, with_all_biases
+from adaptc.runtime.adapters import AdapterSet
+from adaptc.runtime.fresh import with_all_biases
 from adaptc.runtime.weights.patch import Slot
 from adaptc.runtime.weights.report import TensorError, error_of, errors, lines_of
 

@@ -51,6 +51,22 @@ def gpt2():
     return hosts.build("gpt2")
 
 
+def mixtral():
+    return hosts.build("mixtral", num_hidden_layers=1)
+
+
+def joined():
+    """Its files have q, k, v and a gate in one matrix."""
+    if not hasattr(transformers, "HrmTextConfig"):
+        pytest.skip("this transformers has no such model")
+    config = transformers.HrmTextConfig(
+        vocab_size=hosts.VOCAB, hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=4,
+        head_dim=4, num_layers_per_stack=1,
+    )  # fmt: skip
+    with hosts.seeded(0):
+        return transformers.HrmTextForCausalLM(config)
+
+
 def head(module, plan=SMALL):
     return Plan([plan, Rule(Match([module]), train="full")])
 
@@ -67,6 +83,8 @@ KINDS = {
     "gpt2": (gpt2, LoRA(r=2, targets=["c_attn", "c_fc"], init="random")),
     "moe": (cases.moe, LoRA(r=2, targets=(*mixtures.NAMES, "q_proj"), init="random")),
     "moe one": (cases.moe, LoRA(r=2, targets=["experts.down_proj"], init="random")),
+    "mixtral": (mixtral, LoRA(r=2, targets=(*mixtures.NAMES, "q_proj"), init="random")),
+    "joined": (joined, LoRA(r=2, targets=["q_proj", "up_proj", "o_proj"], init="random")),
     "vit": (cases.vit, LoRA(r=2, targets=ALL, init="random", bias="lora_only")),
     "vit ssf": (cases.vit, SSF(targets=ALL)),
     "vit bias": (cases.vit, Bias(targets=["layernorm_before", "q_proj"])),
@@ -127,6 +145,18 @@ def test_the_files_are_those_that_the_merged_model_writes(kind, dtype, tmp_path)
     for name in (n for n in listing(base) if not n.endswith(".safetensors")):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
     assert header(base / "model.safetensors") == header(tmp_path / "out/model.safetensors")
+
+
+@pytest.mark.parametrize("build, name", [
+    (cases.moe, "model.layers.0.mlp.experts.3.down_proj.weight"),
+    (joined, "model.L_module.layers.0.attn.gqkv_proj.weight"),
+    (cases.vit, "vit.encoder.layer.0.attention.attention.query.weight"),
+], ids=["moe", "joined", "vit"])  # fmt: skip
+def test_files_have_other_tensors_than_the_model(build, name, tmp_path):
+    """So that the test above is about them."""
+    model = build()
+    model.save_pretrained(tmp_path)
+    assert name in tensors(tmp_path) and name not in model.state_dict()
 
 
 def test_what_is_not_adapted_keeps_every_bit(tmp_path):
