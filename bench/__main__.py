@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; 0 when a report was written, 2 when the run is refused."""
     # Kineto prints two lines for every profile up to level 5; it reads this when torch is imported.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    from bench import batch, orders, overhead, report, train
+    from bench import batch, orders, overhead, report, switch, train
     from bench.errors import BenchError
 
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
@@ -27,6 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     overhead.add_arguments(called)
     batched = commands.add_parser("batch", help=batch.__doc__, formatter_class=formatter)
     batch.add_arguments(batched)
+    switched = commands.add_parser("switch", help=switch.__doc__, formatter_class=formatter)
+    switch.add_arguments(switched)
     render = commands.add_parser("render", help="write table and plot again from a result file")
     render.add_argument("json", type=Path)
     arguments = parser.parse_args(argv)
@@ -36,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
             "batch": lambda: batch.run(arguments),
             "orders": lambda: orders.run(arguments),
             "overhead": lambda: overhead.run(arguments),
+            "switch": lambda: switch.run(arguments),
         }
         written = runs.get(arguments.command, lambda: train.run(arguments))()
     except BenchError as error:

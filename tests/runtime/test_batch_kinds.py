@@ -4,56 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 import adaptc
+from tests.runtime.kinds import KINDS, ONLY, TOKENS
 from tests.runtime.rows import HOSTS, adapted, check, doubled
-from tests.sites.moe import NAMES
-
-LINEAR = {"llama": ["q_proj", "down_proj"], "qwen3_moe": ["q_proj", "o_proj"], "vit": ["q_proj", "fc1"]}
-MLP = {"llama": "mlp", "qwen3_moe": "mlp", "vit": "mlp"}
-TAP = {"llama": "post_attention_layernorm", "qwen3_moe": "post_attention_layernorm", "vit": "layernorm_after"}
-EMBEDDING = {"llama": ["embed_tokens"], "qwen3_moe": ["embed_tokens"], "vit": ["re:.*patch_embeddings.projection"]}
-HEAD = {"llama": ["lm_head"], "qwen3_moe": ["lm_head"], "vit": ["classifier"]}
-LANGUAGE = ("llama", "qwen3_moe")
-
-#: What a kind is tried as -> (host -> plan). Every registered kind is here.
-KINDS = {
-    "lora": lambda host: adaptc.LoRA(r=3, alpha=6, targets=LINEAR[host]),
-    "lora rslora": lambda host: adaptc.LoRA(r=2, alpha=6, rslora=True, targets=LINEAR[host]),
-    "lora dora": lambda host: adaptc.LoRA(r=3, alpha=6, dora=True, targets=LINEAR[host]),
-    "lora bias": lambda host: adaptc.LoRA(r=3, alpha=6, lora_bias=True, targets=LINEAR[host]),
-    "lora trained bias": lambda host: adaptc.LoRA(r=3, bias="lora_only", targets=LINEAR[host]),
-    "lora pissa": lambda host: adaptc.LoRA(r=3, init="pissa", targets=LINEAR[host]),
-    "lora fp32": lambda host: adaptc.LoRA(r=3, compute_dtype="float64", targets=LINEAR[host]),
-    "lora embedding": lambda host: adaptc.LoRA(r=3, init="random", targets=EMBEDDING[host]),
-    "lora experts": lambda host: adaptc.LoRA(r=3, init="random", targets=NAMES),
-    "ia3": lambda host: adaptc.IA3(targets=LINEAR[host][:1]),
-    "ia3 before": lambda host: adaptc.IA3(feedforward=True, targets=LINEAR[host][1:]),
-    "vera": lambda host: adaptc.VeRA(r=4, init="random", targets=LINEAR[host]),
-    "ssf": lambda host: adaptc.SSF(targets=LINEAR[host]),
-    "hydra": lambda host: adaptc.Hydra(r=2, targets=LINEAR[host]),
-    "bottleneck": lambda host: adaptc.Bottleneck(r=4, targets=LINEAR[host]),
-    "bottleneck before": lambda host: adaptc.Bottleneck(r=4, placement="series_in", targets=LINEAR[host]),
-    "bottleneck beside": lambda host: adaptc.Bottleneck(r=4, placement="parallel", targets=LINEAR[host]),
-    "adaptformer": lambda host: adaptc.AdaptFormer(
-        r=4, dropout=0, tap=TAP[host], features=64 if host != "vit" else None, targets=[MLP[host]]
-    ),
-    "conv_adapter": lambda host: adaptc.ConvAdapter(
-        r=4, style="convpass", dropout=0, init="random", features=64 if host != "vit" else None, targets=[MLP[host]]
-    ),
-    "bias": lambda host: adaptc.LoRA(r=2, bias="lora_only" if host == "vit" else "all", targets=LINEAR[host]),
-    "full": lambda host: {"version": 1, "rules": [{"match": {"targets": HEAD[host]}, "train": "full"}]},
-    "prompt": lambda host: adaptc.Prompt(num_virtual_tokens=3),
-    "prefix": lambda host: adaptc.Prefix(num_virtual_tokens=3),
-    "prefix projected": lambda host: adaptc.Prefix(
-        num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8
-    ),
-    "trainable_tokens": lambda host: adaptc.TrainableTokens(indices=(33, 38, 42), targets=EMBEDDING[host]),
-}
-#: Kinds that one host alone has, or that it does not have.
-ONLY = {"lora experts": ("qwen3_moe",), "prompt": LANGUAGE, "prefix": LANGUAGE, "prefix projected": LANGUAGE,
-        "trainable_tokens": LANGUAGE}  # fmt: skip
-TOKENS = ("prompt", "prefix", "prefix projected")
 
 
 def test_every_registered_kind_is_tried():
@@ -71,3 +26,44 @@ def test_each_row_is_what_it_is_alone(host, kind):
     names = ["a", "b", "a", "b", "b"] if kind in TOKENS else ["b", None, "a", "l", "b"]
     with torch.compiler.set_stance("force_eager"):
         check(model, doubled(batch(5)), names)
+
+
+def tried_as(kind, host):
+    """Name -> plan of a registered kind; one without a row in ``KINDS`` as it is by itself, on linear layers."""
+    known = {name: KINDS[name](host) for name in kinds_of(host) if name.split()[0] == kind}
+    return known or {kind: methods.get(kind)(targets=LINEAR[host])}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("host", ["llama", "vit"])
+@pytest.mark.parametrize("kind", adaptc.methods())
+def test_rows_of_the_base_are_its_own_to_the_bit_or_the_batch_is_refused_before_it_runs(kind, host, dtype):
+    """Beside every other kind too; in training, where what is dropped for others is not to be dropped for the base."""
+    build, inputs = HOSTS[host]
+    plans = tried_as(kind, host)
+    beside = {"lora": adaptc.LoRA(r=2, dropout=0.3, targets=LINEAR[host])}
+    names = [f"x{i}" for i in range(len(plans))]
+    model = adapted(build().to(dtype), dict(zip(names, plans.values(), strict=True)) | beside, backend="eager")
+    given = {n: t.to(dtype) if t.is_floating_point() else t for n, t in inputs(5).items()}
+    ran = []
+    with torch.compiler.set_stance("force_eager"):
+        for training, name in ((t, n) for t in (False, True) for n in names):
+            model.train(training)
+            rows = [None, name, "lora", None, name]
+            with model.adaptc.batch([None] * 5):
+                base = logits(model(**given)).detach()
+            first = next(m for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d))
+            hook = first.register_forward_hook(lambda _, args, y: None if isinstance(y, FakeTensor) else ran.append(1))
+            try:
+                with model.adaptc.batch(rows):
+                    found = logits(model(**given))
+            except AdaptcError as error:
+                assert isinstance(error, BatchError), f"{name}: {error}"
+                assert ran == [], f"{name}: it ran before it was refused"
+                continue
+            finally:
+                hook.remove()
+                ran.clear()
+            for i in (0, 3):
+                assert torch.equal(found[i].view(torch.uint8), base[i].view(torch.uint8)), f"{name}, row {i}"
+            assert not any(torch.equal(found[i], base[i]) for i in (1, 2, 4)), f"{name}: adapters act"

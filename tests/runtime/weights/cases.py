@@ -38,8 +38,13 @@ def vit() -> nn.Module:
     return towers.build("vit")
 
 
-def images() -> dict[str, torch.Tensor]:
-    return {"pixel_values": towers.batch("vit")["pixel_values"]}
+def images(rows: int = 3) -> dict[str, torch.Tensor]:
+    return {"pixel_values": towers.batch("vit", rows=rows)["pixel_values"]}
+
+
+def tokens(rows: int) -> dict[str, torch.Tensor]:
+    with hosts.seeded(5):
+        return {"input_ids": torch.randint(3, 33, (rows, 6))}
 
 
 def compiled(model: nn.Module, plan: Any, name: str = "a", **options: Any) -> nn.Module:
@@ -57,6 +62,25 @@ def odd_numbers(model: nn.Module) -> None:
                 values = torch.tensor(ODD[parameter.dtype], dtype=torch.int64)
                 whole = parameter.view(INTEGERS[parameter.element_size()]).view(-1)
                 whole[: len(values)] = values.to(whole.dtype)
+
+
+def odd_tensor(dtype: torch.dtype) -> torch.Tensor:
+    """Every kind of number."""
+    values = torch.tensor(ODD[dtype], dtype=torch.int64)
+    return values.to(INTEGERS[dtype.itemsize]).view(dtype)
+
+
+def odd_rows(model: nn.Module, head: str) -> None:
+    """Put every kind of number into rows that only their own column of the output, or no output at all, depends on:
+    the last one of the layer ``head`` and, of a language model, of the table of tokens."""
+    tables = [m for n, m in model.named_modules() if n.split(".")[-1] == head or isinstance(m, nn.Embedding)]
+    with torch.no_grad():
+        for module in tables:
+            weight = module.weight
+            values = odd_tensor(weight.dtype)
+            weight.view(INTEGERS[weight.element_size()])[-1, : len(values)] = values.view(
+                INTEGERS[weight.element_size()]
+            )
 
 
 def is_ours(name: str) -> bool:
