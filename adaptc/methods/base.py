@@ -249,7 +249,7 @@ class Adapter(nn.Module):
 
     @classmethod
     def check_rows_together(cls, path: str, groups: Groups) -> None:
-        """Raise SiteError where rows with these adapters cannot be in one batch; only asked where ``acts_inside``.
+        """Raise BatchError where rows with these adapters cannot be in one batch; only asked where ``acts_inside``.
 
         ``groups``: for every adapter of the batch what it has at the module ``path`` (of several kinds), and nothing
         for the base where it has rows.

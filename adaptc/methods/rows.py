@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from adaptc.errors import SiteError
+from adaptc.errors import BatchError
 
 
 class Rows:
@@ -29,11 +29,11 @@ class Rows:
         """The ids of ``t``: of its leading dimensions, as many as they have.
 
         Raises:
-            SiteError: its leading dimensions are not the rows.
+            BatchError: its leading dimensions are not the rows.
         """
         found = self._find(t)
         if found is None:
-            raise SiteError(
+            raise BatchError(
                 "adapters by row: a tensor of an adapted module does not have the rows of the batch in front",
                 expected=f"{tuple(self.ids.shape)} and more", found=tuple(t.shape),
                 do="leave this module out of the adapters' plans, or call the model for each adapter apart",
@@ -89,7 +89,7 @@ class Rows:
             return type(old)([self.put(number, *pair) for pair in zip(new, old, strict=True)])
         if new is None or old is None:
             return old
-        raise SiteError(
+        raise BatchError(
             f"adapters by row: a module returned a {type(old).__name__}",
             expected="tensors, in tuples or mappings", do="leave this module out of the adapters' plans",
         )  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from adaptc.errors import SiteError, UnsupportedError
+from adaptc.errors import BatchError, UnsupportedError
 from adaptc.methods.base import Adapter, Method
 from adaptc.methods.codec import Option, is_rank, optional
 from adaptc.methods.quantised import Refusal
@@ -139,7 +139,7 @@ class TokenAdapter(Adapter):
         kinds = [tuple((a.method.kind, a.count) for a in group if a.acts_inside) for group in groups]
         if len(set(kinds)) > 1:
             named = (", ".join(f"{count} of {kind}" for kind, count in kind) or "none" for kind in dict.fromkeys(kinds))
-            raise SiteError(
+            raise BatchError(
                 f"batch: {path}: rows with different numbers or kinds of virtual tokens", found="; ".join(named),
                 expected="as many in every row, so that all attend over one length", do="call the model for them apart",
             )  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.errors import AdapterNameError, BatchError, NewSignatureWarning, SiteError
+from adaptc.errors import AdapterNameError, BatchError, NewSignatureWarning
 from tests.models import hosts
 from tests.runtime import rows
 from tests.runtime.rows import HOSTS, adapted, check
@@ -314,7 +314,7 @@ def test_rows_with_different_numbers_of_virtual_tokens_are_refused():
     plans = {"a": adaptc.Prefix(num_virtual_tokens=3), "b": adaptc.Prefix(num_virtual_tokens=4), "l": lora()}
     model, _ = llama(plans)
     for names in (["a", "b"], ["a", None], ["a", "l"]):
-        with pytest.raises(SiteError, match="rows with different numbers or kinds of virtual tokens"):
+        with pytest.raises(BatchError, match="rows with different numbers or kinds of virtual tokens"):
             model.adaptc.batch(names).__enter__()
 
 
