@@ -70,6 +70,11 @@ class BaseFolder:
                 f"{path}: its weights are quantised", found=how,
                 do="merge into the base without quantisation, and quantise the result",
             )  # fmt: skip
+        if config.get("transformers_weights"):
+            raise UnsupportedError(
+                f"{path}: config.json names a file of weights of its own", found=config["transformers_weights"],
+                do="load it with transformers and write it with save_pretrained()",
+            )  # fmt: skip
         index, files = _weights(path)
         return cls(path, config, index, {name: dict(tensor_rows(path / name)) for name in files})._checked()
 

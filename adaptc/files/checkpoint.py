@@ -113,6 +113,11 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterFiles:
     return AdapterFiles(config, tensors, metadata, plan, base, path)
 
 
+def weights_in(directory: str | os.PathLike[str]) -> Path | None:
+    """The file of an adapter's weights that :func:`read_adapter` reads, if there is one."""
+    return _locate(Path(directory), WEIGHTS)
+
+
 def _locate_config(directory: Path) -> Path | None:
     """As ``_locate``; what an interrupted save in adaptc's own format was about to remove is not there."""
     committed = directory / _COMMIT

@@ -20,7 +20,7 @@ from adaptc.errors import AdaptcWarning, CheckpointError, CheckpointNotFoundErro
 from adaptc.files import folder, peft_keys
 from adaptc.files.base_folder import BaseFolder
 from adaptc.files.base_model import BaseModel
-from adaptc.files.checkpoint import WEIGHTS
+from adaptc.files.checkpoint import weights_in
 from adaptc.files.merged_folder import MergedWeights, staged, write_rest
 from adaptc.files.tensor_file import tensor_rows
 from adaptc.runtime import embeddings, folding, merging
@@ -81,7 +81,11 @@ def merge_checkpoint(
         do = "give the directory that PEFT or adaptc saved to"
         raise CheckpointNotFoundError(f"no adapter directory {adapter_dir}", do=do)
     sources = [base.path, Path(adapter_dir)]
-    with staged(out_dir, sources) as staging, contextlib.closing(BaseModel(base, staging)) as host:
+    with contextlib.ExitStack() as stack:
+        for block in (torch.device("cpu"), torch.inference_mode(False), torch.no_grad()):  # whatever the caller's are
+            stack.enter_context(block)
+        staging = stack.enter_context(staged(out_dir, sources))
+        host = stack.enter_context(contextlib.closing(BaseModel(base, staging)))
         changes = _embeddings(host, Path(adapter_dir))
         adapters = _adapters(host, adapter_dir)
         rows, left_out = _write(host, adapters, staging, dtype, changes)
@@ -109,9 +113,10 @@ def _embeddings(host: BaseModel, adapter: Path) -> dict[str, Any]:
     """Let the model have embeddings that those of the adapter's file can be put into. Of a larger vocabulary it has as
     many; returns what changes in the config by that."""
     own = embeddings.parameters(host.model)
-    if not own or not (adapter / WEIGHTS).is_file():
+    file = weights_in(adapter)
+    if not own or file is None:
         return {}
-    rows = {peft_keys.embedding_of(key): shape for key, (_, shape, _) in tensor_rows(adapter / WEIGHTS).items()}
+    rows = {peft_keys.embedding_of(key): shape for key, (_, shape, _) in tensor_rows(file).items()}
     given = [(shape, own[path]) for path, shape in rows.items() if path in own]
     if given:
         host.copied = set(own)
@@ -129,6 +134,8 @@ def _adapters(host: BaseModel, directory: Any) -> AdapterSet:
     host.check_values(modules)
     adapters = _Adapters(host)
     read = folder.read_new(adapters, directory)
+    if read.rows and not host.copied:  # they would have been put into weights that are let go of
+        raise CheckpointError(f"{directory} holds embeddings under names that are not those of the model's")
     with torch.random.fork_rng(devices=[]):
         adapters.install(_NAME, read.plan, config=read.files.config)
     folder.put(adapters, _NAME, read)

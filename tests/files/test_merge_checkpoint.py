@@ -21,6 +21,7 @@ from torch import nn
 import adaptc
 from adaptc import IA3, SSF, Bias, Bottleneck, LoRA, Match, Plan, Prompt, Rule, TrainableTokens
 from adaptc.errors import (
+    AdaptcError,
     AdaptcWarning,
     CheckpointError,
     CheckpointNotFoundError,
@@ -298,6 +299,20 @@ def test_new_rows_without_values_are_refused(tmp_path):
     refused(MissingKeyError, "no values for the new rows of lm_head.weight", base, adapter, tmp_path / "out")
 
 
+def test_embeddings_of_a_save_that_was_interrupted_are_those_that_count(tmp_path):
+    """The new files of the adapter are aside, where reading finds them; the old ones have no embeddings."""
+    base, adapter, model_class = made(tmp_path)
+    model = cases.compiled(model_class.from_pretrained(base), SMALL)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[[3, 7]] = 0.5
+    model.adaptc.save(adapter / "new", save_embedding_layers=True)
+    (adapter / "new").rename(adapter / ".adaptc-commit")
+    adaptc.merge_checkpoint(base, adapter, tmp_path / "out")
+    now = tensors(tmp_path / "out")
+    assert_same(now, in_memory(model_class, base, adapter, tmp_path / "want"))
+    assert (now["model.embed_tokens.weight"][[3, 7]] == 0.5).all()
+
+
 # ------------------------------------------------------------------------------------------ PEFT's files
 
 
@@ -316,6 +331,24 @@ def test_an_adapter_of_peft_with_a_trained_head(tmp_path):
     by_peft = wrapped.merge_and_unload().state_dict()
     for name, tensor in tensors(tmp_path / "out").items():
         torch.testing.assert_close(tensor, by_peft[name])
+
+
+def test_a_head_that_the_bases_class_does_not_have_is_refused(tmp_path):
+    base, adapter, _ = made(tmp_path)
+    shutil.rmtree(adapter)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
+    model = transformers.LlamaForSequenceClassification.from_pretrained(base)
+    peft.get_peft_model(model, config).save_pretrained(adapter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AdaptcWarning)
+        assert "score" in str(refused(AdaptcError, None, base, adapter, tmp_path / "out"))
+
+
+def test_the_callers_modes_of_torch_do_not_matter(tmp_path):
+    base, adapter, model_class = made(tmp_path, cases.moe, KINDS["moe"][1])
+    with torch.inference_mode(), torch.device("meta"):
+        adaptc.merge_checkpoint(base, adapter, tmp_path / "out")
+    assert_same(tensors(tmp_path / "out"), in_memory(model_class, base, adapter, tmp_path / "want"))
 
 
 # ------------------------------------------------------------------------------------------ dtypes
@@ -398,7 +431,7 @@ def test_the_links_of_a_hub_cache_are_followed(tmp_path):
 # ------------------------------------------------------------------------------------------ refused
 
 
-def refused(error, match, base, adapter, out):
+def refused(error, match, base, adapter, out):  # match: None for any
     """The call raises, and leaves nothing behind."""
     beside = sorted(p.name for p in out.parent.iterdir())
     with pytest.raises(error, match=match) as caught:
@@ -425,6 +458,8 @@ FAULTS = {
     "no class": (lambda b, a: edit_config(b, architectures=None), UnsupportedError, "what class"),
     "own class": (lambda b, a: edit_config(b, architectures=["TheirModel"]), UnsupportedError, "what class"),
     "other config": (lambda b, a: edit_config(b, intermediate_size=25), TensorShapeError, "does not fit config.json"),
+    "weights of another name": (
+        lambda b, a: edit_config(b, transformers_weights="other.safetensors"), UnsupportedError, "of its own"),
     "an adapter in it": (lambda b, a: shutil.copy(a / "adapter_config.json", b), CheckpointError, "holds an adapter"),
     "pickle": (lambda b, a: (b / "model.safetensors").rename(b / "pytorch_model.bin"), PickleRefusedError, "pickle"),
     "no weights": (lambda b, a: (b / "model.safetensors").unlink(), CheckpointNotFoundError, "no model.safetensors"),
