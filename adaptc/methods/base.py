@@ -218,6 +218,11 @@ class Adapter(nn.Module):
         """The site's corrected output, from the frozen ``module``, its input ``x`` and its output ``y``."""
         raise NotImplementedError(f"{type(self).__name__}.apply_to")
 
+    @torch.no_grad()
+    def correct(self, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Write into ``y`` what :meth:`apply_to` returns; asked outside of graphs, without gradients (in a bank)."""
+        y.copy_(self.apply_to(module, x, y))
+
     def apply_before(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """The input that the frozen ``module`` gets in the place of ``x`` (only where ``acts_before``)."""
         raise NotImplementedError(f"{type(self).__name__}.apply_before")

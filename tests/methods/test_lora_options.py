@@ -9,6 +9,8 @@ import warnings
 import peft
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora.config import CordaConfig
 from torch import nn
@@ -346,3 +348,25 @@ def test_combinations_without_a_meaning_are_refused(options, message):
 def test_a_rank_that_the_weight_has_not_is_refused():
     with pytest.raises(SiteError, match=r"needs as many singular values, and the weight is \(6, 12\)"):
         adaptc.compile(host(), lora("pissa", r=7), backend="eager")
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_correction_written_in_place_is_as_exact_as_the_body(data):
+    """In a bank a slot writes into the layer's output."""
+    shape = data.draw(st.sampled_from([(5,), (1,), (2, 3), (0, 4), (7, 1)]))
+    dtype, stored = (data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64])) for _ in range(2))
+    strided, rank = data.draw(st.booleans()), data.draw(st.integers(1, 9))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    layer = torch.nn.Linear(16, 24)
+    plan = adaptc.LoRA(r=rank, alpha=data.draw(st.sampled_from([1, 3, 16])), init="random", targets=["x"])
+    adapter = plan.build("x", layer, dtype=stored, site_id=0)
+    x = torch.randn(*shape, 16).to(dtype)
+    y = torch.randn(*shape, 48).to(dtype)[..., ::2] if strided else torch.randn(*shape, 24).to(dtype)
+    A, B = (p.detach().to(dtype).double() for p in (adapter.lora_A, adapter.lora_B))
+    want = y.double() + adapter.scale.double() * (x.double() @ A.T @ B.T)
+    with torch.no_grad():
+        by_body = adapter.apply_to(layer, x, y)
+        adapter.correct(layer, x, y)
+    off = torch.linalg.vector_norm(by_body.double() - want)
+    assert torch.linalg.vector_norm(y.double() - want) <= 1.1 * off + 1e-15 * (1 + torch.linalg.vector_norm(want))

@@ -19,6 +19,8 @@ from torch import fx, nn
 
 from adaptc.ir.edit import Edit
 from adaptc.ir.ops.dora import row_norm
+from adaptc.ir.ops.lora import rows as flat_rows
+from adaptc.ir.ops.lora import scaled
 from adaptc.ir.sites import LORA_LINEAR
 from adaptc.methods import linear
 from adaptc.methods.base import Adapter, Anchor
@@ -151,6 +153,17 @@ class LoRAAdapter(ScaledAdapter):
         if self.bias is not None:
             y = bias_site(x, y, self.site_id, self.bias, module.bias)
         return y
+
+    @torch.no_grad()
+    def correct(self, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
+        drops = float(self._dropout) > 0 and self.training
+        if not self._is_plain or drops or not y.is_contiguous():
+            super().correct(module, x, y)
+            return
+        with torch.autocast(y.device.type, enabled=False):
+            inner = scaled(flat_rows(x).to(y.dtype) @ self.lora_A.to(y.dtype).mT, self.scale)
+            # One more product beside the sum, and nothing of the size of y.
+            y.view(-1, y.shape[-1]).addmm_(inner, self.lora_B.to(y.dtype).mT)
 
     def together(self) -> object:
         return (self._dropout, self.training) if self._is_plain else None
