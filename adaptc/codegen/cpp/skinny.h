@@ -2,6 +2,7 @@
 #pragma once
 #include "vectors.h"
 #include "constants.h"
+#include "turned.h"
 #include "operands.h"
 
 constexpr int ROWS = W == 16 ? 12 : 6, TALL = W == 16 ? 8 : 6;
@@ -12,10 +13,6 @@ constexpr int64_t COPY = STRIP + W;
 // The same where sums have the shape of such a strip: each is read and written once for every block, a higher one.
 constexpr int64_t DEEP = 2 * BLOCK, NARROW = STRIP / 2, NARROW_COPY = NARROW + W;
 
-static inline float value(const Factor& f, int64_t rank, int64_t other) {
-    const int64_t at = rank * f.along + other * f.across;
-    return f.is_bf16 ? load(static_cast<const bf16*>(f.data) + at) : static_cast<const float*>(f.data)[at];
-}
 // One adapter: its factor, its columns among the padded ones of all, its dropout (seed null: none), its result.
 struct Group {
     Factor factor;
@@ -40,17 +37,25 @@ static int64_t place(Groups& groups, int64_t multiple) {
     return columns;
 }
 
+// ``run`` with a factor's numbers in their dtype.
+template <typename F> static inline void with_numbers(const Factor& f, const F& run) {
+    if (f.is_bf16) run(static_cast<const bf16*>(f.data));
+    else run(static_cast<const float*>(f.data));
+}
 // to[i * columns + r] = f(r, first + i) for i below ``count``, zero from its rank on to a multiple of ``multiple``.
 static void pack_columns(const Factor& f, int64_t first, int64_t count, float* to, int64_t columns, int64_t multiple) {
     for (int64_t i = 0; i < count; ++i) std::fill_n(to + i * columns + f.rank, padded(f.rank, multiple) - f.rank, 0.0f);
-    if (f.along == 1 && !f.is_bf16) {
-        const float* from = static_cast<const float*>(f.data) + first * f.across;
-        for (int64_t i = 0; i < count; ++i) load_row(from + i * f.across, to + i * columns, f.rank);
-        return;
-    }
-    for (int64_t i0 = 0; i0 < count; i0 += W)
-        for (int64_t r = 0; r < f.rank; ++r)
-            for (int64_t i = i0; i < std::min(i0 + W, count); ++i) to[i * columns + r] = value(f, r, first + i);
+    with_numbers(f, [&](const auto* from) {
+        from += first * f.across;
+        if (f.along == 1) {
+            for (int64_t i = 0; i < count; ++i) load_row(from + i * f.across, to + i * columns, f.rank);
+        } else if (f.across == 1) {
+            turn(from, f.along, f.rank, count, to, columns);
+        } else {
+            for (int64_t i = 0; i < count; ++i)
+                for (int64_t r = 0; r < f.rank; ++r) to[i * columns + r] = load(from + i * f.across + r * f.along);
+        }
+    });
 }
 // The same of all, each to its columns, for the share of a thread of those that there are on the other side.
 static void pack_share(const Groups& groups, int64_t others, float* to, int64_t columns, int64_t multiple, int part,
@@ -61,13 +66,17 @@ static void pack_share(const Groups& groups, int64_t others, float* to, int64_t 
 }
 // to[r * width + i] = f(r, first + i) for i below ``count``
 static void pack_rows(const Factor& f, int64_t first, int64_t count, float* to, int64_t width) {
-    for (int64_t r = 0; r < f.rank; ++r) {
-        if (f.across == 1 && !f.is_bf16) {
-            load_row(static_cast<const float*>(f.data) + r * f.along + first, to + r * width, count);
-            continue;
+    with_numbers(f, [&](const auto* from) {
+        from += first * f.across;
+        if (f.across == 1) {
+            for (int64_t r = 0; r < f.rank; ++r) load_row(from + r * f.along, to + r * width, count);
+        } else if (f.along == 1) {
+            turn(from, f.across, count, f.rank, to, width);
+        } else {
+            for (int64_t r = 0; r < f.rank; ++r)
+                for (int64_t i = 0; i < count; ++i) to[r * width + i] = load(from + i * f.across + r * f.along);
         }
-        for (int64_t i = 0; i < count; ++i) to[r * width + i] = value(f, r, first + i);
-    }
+    });
 }
 
 constexpr uint32_t STEP = HASH_COLUMN;  // from one column to the next

@@ -1,5 +1,5 @@
-"""What LoRA by rows becomes on a CPU: one product for each stretch of rows that has one adapter, and nothing made of
-the rows that have none.
+"""What LoRA by rows becomes on a CPU: the C++ kernels in fp32 and bf16. Else one product of the library for each
+stretch of rows that has one adapter. Either makes nothing of the rows that have none.
 
 A row of a batch is many rows of a product, so that the stretches are mostly long as they are. Where they are short and
 adapters have several, rows are sorted first, those of one adapter in their order.
@@ -8,11 +8,12 @@ adapters have several, rows are sorted first, those of one adapter in their orde
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import torch
 
+from adaptc.codegen.cpp import lora_rows, skinny
 from adaptc.codegen.ops.row import Kernel, Row, chosen, on_cpu
 from adaptc.ir.ops.lora import rows, scaled
 from adaptc.ir.ops.lora_rows import body
@@ -123,12 +124,67 @@ def grads(
     return [dx if order is None else _back(dx, order), *found]
 
 
+def add_rows(y: torch.Tensor, x: torch.Tensor, *others: Any) -> torch.Tensor:
+    """``products`` with y' in the memory of ``y``, which is contiguous, in any shape; returns h."""
+    flat = y.view(-1, y.shape[-1])
+    out, h = products(x, flat, *others)
+    flat.copy_(out)
+    return h
+
+
+def add_grads(
+    total: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, h: torch.Tensor, A: Tensors, B: Tensors, scale: Tensors,
+    ids: torch.Tensor, numbers: list[int], need: list[bool],
+) -> list[torch.Tensor]:  # fmt: skip
+    """``grads`` with dx added to ``total``, which is contiguous, in any shape; returns the others."""
+    dx, *found = grads(grad, x, h, A, B, scale, ids, numbers, True, need)
+    total.view(dx.shape).add_(dx)
+    return found
+
+
 def _always(*args: Any) -> bool:
     return True
 
 
-_FORWARD = (Kernel(products, _always, on_cpu),)
+def _are_taken(first: torch.Tensor, same: Tensors, ids: torch.Tensor, *factors: Tensors) -> bool:
+    """Whether the C++ kernels read all of these: of a subclass the memory may be elsewhere, or nowhere."""
+    known = (torch.Tensor, torch.nn.Parameter)
+    return (
+        first.dtype in skinny.DTYPES and first.numel() > 0 and ids.dtype == torch.int64
+        and all(t.dtype == first.dtype and t.numel() > 0 for t in same)
+        and all(t.dtype in _FLOATS for each in factors for t in each)
+        and all(type(t) in known and t.device == first.device for t in [first, *same, ids, *chain(*factors)])
+    )  # fmt: skip
+
+
+def _takes(
+    x: torch.Tensor, y: torch.Tensor, A: Tensors, B: Tensors, scale: Tensors, ids: torch.Tensor, numbers: Sequence[int]
+) -> bool:
+    return _are_taken(x, [y], ids, A, B, scale)
+
+
+def _takes_grads(
+    grad: torch.Tensor, x: torch.Tensor, h: torch.Tensor, A: Tensors, B: Tensors, scale: Tensors, ids: torch.Tensor,
+    *others: Any,
+) -> bool:  # fmt: skip
+    return _are_taken(x, [grad, h], ids, A, B, scale)
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FORWARD = (Kernel(lora_rows.forward, _takes, lora_rows.is_there), Kernel(products, _always, on_cpu))
+#: Of y' in the memory of y, and of dx added to what is there.
+ADD_ROWS = (Kernel(lora_rows.add, lambda y, x, *others: _takes(x, y, *others), lora_rows.is_there),)
+ADD_GRADS = (
+    Kernel(
+        lora_rows.add_backward,
+        lambda total, grad, x, *others: total.dtype == x.dtype and _takes_grads(grad, x, *others),
+        lora_rows.is_there,
+    ),
+)
 ROWS = {
     "lora_rows": Row(kernels=_FORWARD, whole=on_cpu),
-    "lora_rows_grads": Row(kernels=(Kernel(grads, _always, on_cpu),), whole=on_cpu),
+    "lora_rows_grads": Row(
+        kernels=(Kernel(lora_rows.backward, _takes_grads, lora_rows.is_there), Kernel(grads, _always, on_cpu)),
+        whole=on_cpu,
+    ),
 }
