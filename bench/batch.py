@@ -33,6 +33,7 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``python -m bench batch``."""
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="what is measured")
+    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=1024)
@@ -42,30 +43,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> list[Path]:
-    """Measure, and write ``batch-cpu.json`` and ``.md``."""
+    """Measure, and write ``batch-cpu.json`` and ``.md``. Rows that are there and are not measured now stay, where they
+    are of the same machine and versions."""
     machine.keep_freed_memory()
     device = torch.device("cpu")
-    rows: dict[str, dict[str, Any]] = {}
-    for part in arguments.parts:
-        for name, measured in PARTS[part](arguments):
-            print(name, file=sys.stderr, flush=True)
-            rows[name] = measured()
-    results: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": machine.machine_class(device),
-        "versions": machine.versions(),
-        "flags": {name: value for name, value in vars(arguments).items() if isinstance(value, int | str | list)},
-        "method": METHOD,
-        "interval": harness.INTERVAL_METHOD,
-        "rows": rows,
-    }
+    about = {"machine": machine.machine_class(device), "versions": machine.versions()}
     out = arguments.out or machine.results_folder(device)
     out.mkdir(parents=True, exist_ok=True)
     data = out / "batch-cpu.json"
-    data.write_text(json.dumps(results, indent=1) + "\n")
-    table = data.with_suffix(".md")
-    table.write_text(markdown(results))
-    return [data, table]
+    rows = _rows_of(data, about)
+    flags = {name: value for name, value in vars(arguments).items() if isinstance(value, int | str | list)}
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    for part in arguments.parts:
+        for name, measured in PARTS[part](arguments):
+            print(name, file=sys.stderr, flush=True)
+            rows[name] = {**measured(), "date": date, "flags": flags}
+            results = {**about, "method": METHOD, "interval": harness.INTERVAL_METHOD, "rows": rows}
+            data.write_text(json.dumps(results, indent=1) + "\n")
+            data.with_suffix(".md").write_text(markdown(results))
+    return [data, data.with_suffix(".md")]
+
+
+def _rows_of(data: Path, about: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a result file holds that is about the same."""
+    known = json.loads(data.read_text()) if data.is_file() else {}
+    same = all(known.get(name) == value for name, value in about.items())
+    return dict(known["rows"]) if known and same else {}
 
 
 def _settings(arguments: argparse.Namespace, **changes: Any) -> Settings:
@@ -196,19 +199,29 @@ def _ratios(
 Rows = Sequence[tuple[str, Callable[[], dict[str, Any]]]]
 
 
+def _layers(settings: Settings) -> str:
+    return f"{settings.layers} layer" + "s" * (settings.layers > 1)
+
+
 def _forward_rows(arguments: argparse.Namespace) -> Rows:
     settings = _settings(arguments, batch=len(RANKS), tokens=128)
     return [
-        (f"8 adapters, r = 8 to 64, 8 x 128 tokens, {dtype}", lambda d=dtype: _forwards(settings, Case(d, 0.0), RANKS))
-        for dtype in ("fp32", "bf16")
+        (
+            f"8 adapters, r = 8 to 64, 8 x 128 tokens, {_layers(settings)}, {dtype}",
+            lambda d=dtype: _forwards(settings, Case(d, 0.0), RANKS),
+        )
+        for dtype in arguments.dtypes
     ]
 
 
 def _training_rows(arguments: argparse.Namespace) -> Rows:
     settings = _settings(arguments, batch=4, tokens=128)
     return [
-        (f"training, 4 adapters, r = 16, 4 x 128 tokens, {dtype}", lambda d=dtype: _training(settings, Case(d, 0.0), 4))
-        for dtype in ("fp32", "bf16")
+        (
+            f"training, 4 adapters, r = 16, 4 x 128 tokens, {_layers(settings)}, {dtype}",
+            lambda d=dtype: _training(settings, Case(d, 0.0), 4),
+        )
+        for dtype in arguments.dtypes
     ]
 
 
@@ -217,7 +230,10 @@ def _decode_rows(arguments: argparse.Namespace) -> Rows:
     large = _settings(arguments, batch=32, tokens=1, hidden=4096, layers=2, head_dim=128)
     case = Case("fp32", 0.0)
     return [
-        (f"decode, 32 adapters, r = 16, hidden {s.hidden}, fp32", lambda s=s: _forwards(s, case, [16] * 32))
+        (
+            f"decode, 32 adapters, r = 16, hidden {s.hidden}, {_layers(s)}, fp32",
+            lambda s=s: _forwards(s, case, [16] * 32),
+        )
         for s in (small, large)
     ]
 

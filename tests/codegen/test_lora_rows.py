@@ -113,21 +113,11 @@ def test_backward(case, data):
 @given(case=cases())
 @settings(max_examples=60)
 def test_in_place(case):
-    """The same bits as in new memory, of y' and what is added to zeros; and those of a sum."""
-    x, y, A, B, scale, ids, numbers = case
-    need = [True] * 2 * len(A)
+    """The same bits as in new memory."""
+    x, y, *_ = case
     out, h = lora_rows.forward(*case)
     memory = y.clone(memory_format=torch.contiguous_format)
     assert torch.equal(lora_rows.add(memory.view(1, *y.shape), x, *case[2:]), h) and torch.equal(memory, out)
-    dx, *factors = lora_rows.backward(y, x, h, *case[2:], True, need)
-    total = torch.zeros(1, *x.shape, dtype=x.dtype)
-    for one, other in zip(lora_rows.add_backward(total, y, x, h, *case[2:], need), factors, strict=True):
-        assert torch.equal(one, other)
-    assert torch.equal(total[0], dx)
-    before = torch.randn(x.shape).to(x.dtype)
-    total = before.clone()
-    lora_rows.add_backward(total, y, x, h, *case[2:], need)
-    torch.testing.assert_close(total, before + dx, rtol=2e-2 if x.dtype == torch.bfloat16 else 1e-5, atol=1e-2)
 
 
 BITS = {torch.float32: (torch.int32, [0x7FC01234, -0x3FFEDD, 0x7F800000, -0x800000, -0x80000000]),

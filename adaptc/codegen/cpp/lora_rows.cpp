@@ -77,7 +77,7 @@ static Tensor rows_to(const Tensor& x, const Tensor& y, const Tensor& out, const
     return h;
 }
 static Tensors gradients(const Tensor& grad, const Tensor& x, const Tensor& h, const Tensors& A, const Tensors& B,
-                         const Tensors& scale, const Tensor& ids, const Numbers& numbers, const Maybe& dx, bool adds,
+                         const Tensors& scale, const Tensor& ids, const Numbers& numbers, const Maybe& dx,
                          const std::vector<bool>& need) {
     const Rows rows(x, grad, A, B, scale, ids, numbers);
     const size_t count = A.size();
@@ -95,7 +95,7 @@ static Tensors gradients(const Tensor& grad, const Tensor& x, const Tensor& h, c
         typedef decltype(number) T;
         const RowsOf<T> g = rows_of<T>(grad), from = rows_of<T>(x), kept = rows_of<T>(h);
         const Table<T> out{data_of<T>(dx), rows.sizes.inputs};
-        const Gradients<T> all{table(g), table(from), table(kept), {adds ? out.data : nullptr, out.distance}, out,
+        const Gradients<T> all{table(g), table(from), table(kept), out,
                                {to.begin(), to.begin() + count}, {to.begin() + count, to.end()}};
         backward<T>(rows.grouped, rows.adapters, rows.sizes, all, rows.threads(2));
     });
@@ -104,11 +104,6 @@ static Tensors gradients(const Tensor& grad, const Tensor& x, const Tensor& h, c
     return found;
 }
 
-static bool takes_in_place(const Tensor& total, const Tensor& x, const Tensor& g, const Tensors& A, const Tensors& B,
-                           const Tensors& scale, const Tensor& ids) {
-    return takes(x, g, A, B, scale, ids) && total.is_cpu() && total.is_contiguous() &&
-           total.scalar_type() == x.scalar_type();
-}
 // bool[] as the dispatcher takes it from C++
 struct Flags {
     std::unique_ptr<bool[]> each;
@@ -133,7 +128,7 @@ static std::tuple<Tensor, Tensor> lora_rows(const Tensor& x, const Tensor& y, co
 }
 static Tensor lora_rows_in_place(const Tensor& y, const Tensor& x, const Tensors& A, const Tensors& B,
                                  const Tensors& scale, const Tensor& ids, const Numbers& numbers) {
-    if (takes_in_place(y, x, y, A, B, scale, ids)) {
+    if (takes(x, y, A, B, scale, ids) && y.is_contiguous()) {
         const Tensor two = flat(y);
         return rows_to(x, two, two, A, B, scale, ids, numbers);
     }
@@ -148,20 +143,10 @@ static Tensors lora_rows_grads(const Tensor& grad, const Tensor& x, const Tensor
                                         flags.all())[0]);
     }
     const Maybe dx = need_x ? Maybe(empty({x.size(0), x.size(1)}, x.scalar_type())) : Maybe();
-    Tensors found = gradients(grad, x, h, A, B, scale, ids, numbers, dx, false, need);
+    Tensors found = gradients(grad, x, h, A, B, scale, ids, numbers, dx, need);
     if (dx) found.insert(found.begin(), *dx);
     return found;
 }
-static Tensors lora_rows_grads_in_place(const Tensor& total, const Tensor& grad, const Tensor& x, const Tensor& h,
-                                        const Tensors& A, const Tensors& B, const Tensors& scale, const Tensor& ids,
-                                        const Numbers& numbers, const std::vector<bool>& need) {
-    if (takes_in_place(total, x, grad, A, B, scale, ids) && h.scalar_type() == x.scalar_type() && h.numel() != 0)
-        return gradients(grad, x, h, A, B, scale, ids, numbers, total, true, need);
-    const Flags flags(need);
-    return taken<Tensors>(in_python("adaptc_python::lora_rows_grads_", total, grad, x, h, A, B, scale, ids, numbers,
-                                    flags.all())[0]);
-}
-
 STABLE_TORCH_LIBRARY_FRAGMENT(adaptc_rows, m) {
     m.def("forward(Tensor x, Tensor y, Tensor[] A, Tensor[] B, Tensor[] scale, Tensor ids, int[] numbers)"
           " -> (Tensor, Tensor)");
@@ -169,20 +154,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(adaptc_rows, m) {
           " -> Tensor");
     m.def("backward(Tensor grad, Tensor x, Tensor h, Tensor[] A, Tensor[] B, Tensor[] scale, Tensor ids, int[] numbers,"
           " bool need_x, bool[] need) -> Tensor[]");
-    m.def("backward_(Tensor(a!) total, Tensor grad, Tensor x, Tensor h, Tensor[] A, Tensor[] B, Tensor[] scale,"
-          " Tensor ids, int[] numbers, bool[] need) -> Tensor[]");
 }
 STABLE_TORCH_LIBRARY_IMPL(adaptc_rows, CPU, m) {
     m.impl("forward", TORCH_BOX(&lora_rows));
     m.impl("forward_", TORCH_BOX(&lora_rows_in_place));
     m.impl("backward", TORCH_BOX(&lora_rows_grads));
-    m.impl("backward_", TORCH_BOX(&lora_rows_grads_in_place));
 }
 STABLE_TORCH_LIBRARY_IMPL(adaptc, CPU, m) {
     m.impl("lora_rows", TORCH_BOX(&lora_rows));
     m.impl("lora_rows_grads", TORCH_BOX(&lora_rows_grads));
 }
-STABLE_TORCH_LIBRARY_IMPL(adaptc_lowered, CPU, m) {
-    m.impl("lora_rows_", TORCH_BOX(&lora_rows_in_place));
-    m.impl("lora_rows_grads_", TORCH_BOX(&lora_rows_grads_in_place));
-}
+STABLE_TORCH_LIBRARY_IMPL(adaptc_lowered, CPU, m) { m.impl("lora_rows_", TORCH_BOX(&lora_rows_in_place)); }

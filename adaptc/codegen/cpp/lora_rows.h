@@ -321,7 +321,7 @@ static const float* outer_rows(const float* left, int64_t columns, int64_t rank,
 // What the gradients are of and where they go: dx (none: not asked for) and, of each adapter, dA (rank, K) and
 // dB (N, rank) in fp32 (null: not asked for).
 template <typename T> struct Gradients {
-    Table<const T> g, x, h, total;  // total: what dx is added to; no data: nothing
+    Table<const T> g, x, h;
     Table<T> dx;
     std::vector<float*> dA, dB;
 };
@@ -350,11 +350,11 @@ static void backward(const Grouped& grouped, const Adapters& adapters, const Siz
                 shrink_rows(to.g, rows, m, sizes.outputs, a.B, q + at, columns);
                 scale_rows<T>(a, q + at, m, rows, nullptr, 0);
                 if (to.dx.data != nullptr)
-                    expand_rows(q + at, columns, a.A, rows, m, sizes.inputs, to.total, to.dx);
+                    expand_rows(q + at, columns, a.A, rows, m, sizes.inputs, {}, to.dx);
             });
             const int64_t others = grouped.others.size(), end = share_of(others, 1, part + 1, threads);
             for (int64_t i = share_of(others, 1, part, threads); i < end && to.dx.data != nullptr; ++i)
-                if (to.total.data == nullptr) std::fill_n(to.dx.row(grouped.others[i]), sizes.inputs, T{});
+                std::fill_n(to.dx.row(grouped.others[i]), sizes.inputs, T{});
         }
         #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < count * (strips_x + strips_g); ++item) {

@@ -57,11 +57,3 @@ def backward(
 ) -> list[torch.Tensor]:  # fmt: skip
     """dx if ``need_x``, and of each factor that ``need`` names its gradient, those of A first."""
     return list(library().backward(grad, x, h, A, B, scale, ids, numbers, need_x, need))
-
-
-def add_backward(
-    total: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, h: torch.Tensor, A: Tensors, B: Tensors, scale: Tensors,
-    ids: torch.Tensor, numbers: Sequence[int], need: Sequence[bool],
-) -> list[torch.Tensor]:  # fmt: skip
-    """The gradients of factors that ``need`` names; dx is added to ``total``, which is contiguous, in any shape."""
-    return list(library().backward_(total, grad, x, h, A, B, scale, ids, numbers, need))

@@ -65,15 +65,8 @@ OUTPUT_GRADS = _define(
         z.new_empty((*z.shape[:-1], B.shape[1])), B.new_empty(B.shape), magnitude.new_empty(magnitude.shape)
     ),
 )  # fmt: skip
-_ROWS = "Tensor[] A, Tensor[] B, Tensor[] scale, Tensor ids, int[] numbers"
 LORA_ROWS = _define(
-    "lora_rows_", f"Tensor x, {_ROWS}", lora_rows.ADD_ROWS, lora_rows.add_rows, "Tensor",
+    "lora_rows_", "Tensor x, Tensor[] A, Tensor[] B, Tensor[] scale, Tensor ids, int[] numbers", lora_rows.ADD_ROWS,
+    lora_rows.add_rows, "Tensor",
     lambda total, x, A, *others: x.new_empty((x.shape[0], max(a.shape[0] for a in A))),
-)  # fmt: skip
-LORA_ROWS_GRADS = _define(
-    "lora_rows_grads_", f"Tensor grad, Tensor x, Tensor h, {_ROWS}, bool[] need", lora_rows.ADD_GRADS,
-    lora_rows.add_grads, "Tensor[]",
-    lambda total, grad, x, h, A, B, scale, ids, numbers, need: [
-        t.new_empty(t.shape) for t, flag in zip([*A, *B], need, strict=True) if flag
-    ],
 )  # fmt: skip

@@ -132,16 +132,6 @@ def add_rows(y: torch.Tensor, x: torch.Tensor, *others: Any) -> torch.Tensor:
     return h
 
 
-def add_grads(
-    total: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, h: torch.Tensor, A: Tensors, B: Tensors, scale: Tensors,
-    ids: torch.Tensor, numbers: list[int], need: list[bool],
-) -> list[torch.Tensor]:  # fmt: skip
-    """``grads`` with dx added to ``total``, which is contiguous, in any shape; returns the others."""
-    dx, *found = grads(grad, x, h, A, B, scale, ids, numbers, True, need)
-    total.view(dx.shape).add_(dx)
-    return found
-
-
 def _always(*args: Any) -> bool:
     return True
 
@@ -172,15 +162,8 @@ def _takes_grads(
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FORWARD = (Kernel(lora_rows.forward, _takes, lora_rows.is_there), Kernel(products, _always, on_cpu))
-#: Of y' in the memory of y, and of dx added to what is there.
+#: Of y' in the memory of y.
 ADD_ROWS = (Kernel(lora_rows.add, lambda y, x, *others: _takes(x, y, *others), lora_rows.is_there),)
-ADD_GRADS = (
-    Kernel(
-        lora_rows.add_backward,
-        lambda total, grad, x, *others: total.dtype == x.dtype and _takes_grads(grad, x, *others),
-        lora_rows.is_there,
-    ),
-)
 ROWS = {
     "lora_rows": Row(kernels=_FORWARD, whole=on_cpu),
     "lora_rows_grads": Row(

@@ -18,8 +18,6 @@ and the same for ``dora_output_grads``,
 before:  %y = mm(%x, %W);  %out, %h = lora_rows(%x, %y, ...)
 after:   %y = mm(%x, %W);  %h = lora_rows_(%y, %x, ...);  f(%y)
 
-and the same for what ``lora_rows_grads`` adds to the gradient of an input,
-
 where %g is new memory, as that of a product or of what a loop writes. Where nothing else reads it, and it has the shape
 of the result. On a GPU only the first, where a copy takes longer than Python does around the call, and where Inductor
 does not write products itself, which add as they write. After partitioning, because what runs before that must be
@@ -32,13 +30,13 @@ from torch import fx
 
 from adaptc.ir.edit import Result
 from adaptc.passes.accumulate.gradients import scale_gradients
-from adaptc.passes.accumulate.rows import add_rows, add_rows_grads
+from adaptc.passes.accumulate.rows import add_rows
 from adaptc.passes.accumulate.sums import add_products, sum_products
 from adaptc.passes.contract import Context, Contract
 from adaptc.passes.walk import walk
 
 CONTRACT = Contract(level="final", numerics="reassociates")
-REWRITES = (add_rows, add_rows_grads, sum_products, add_products, scale_gradients)
+REWRITES = (add_rows, sum_products, add_products, scale_gradients)
 
 
 def accumulate(gm: fx.GraphModule, context: Context) -> Result:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from adaptc.codegen.ops.in_place import ADD_PRODUCT, ADD_PRODUCTS, LORA_ROWS, LORA_ROWS_GRADS
+from adaptc.codegen.ops.in_place import ADD_PRODUCT, ADD_PRODUCTS, LORA_ROWS
 from adaptc.ir import dialect
 from adaptc.ir.edit import Edit
 from adaptc.torch_internals import OpOverload, demand_layouts, node_value, size_hint, tree_leaves, writes_products
@@ -55,7 +55,7 @@ def owned(node: fx.Node, makes: Callable[[fx.Node], bool]) -> fx.Node | None:
 
 def _only_adds_to(user: fx.Node, total: fx.Node) -> bool:
     """Whether ``user`` is a sum in the memory of ``total``, which it does not read as a factor too."""
-    is_sum = user.target in (ADD_PRODUCT, ADD_PRODUCTS, LORA_ROWS, LORA_ROWS_GRADS) and user.args[0] is total
+    is_sum = user.target in (ADD_PRODUCT, ADD_PRODUCTS, LORA_ROWS) and user.args[0] is total
     return is_sum and total not in tree_leaves(user.args[1:])
 
 
