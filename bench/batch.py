@@ -245,10 +245,11 @@ PARTS: dict[str, Callable[[argparse.Namespace], Rows]] = {
 
 def markdown(results: dict[str, Any]) -> str:
     """The table of a result file."""
+    where = results["machine"]
     lines = [
         "# Batches whose rows use different LoRA adapters",
         "",
-        f"{results['machine']}. {results['method']}.",
+        f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads. {results['method']}.",
         "",
         "| what | ratio | median | interval |",
         "|---|---|---|---|",
