@@ -26,7 +26,8 @@ LORA = {"a": (8, False), "b": (8, False), "c": (16, False), "d": (64, False), "e
 COUNTED = (
     "graphs are counted while a small model is switched and called at random; a call that follows each switch is one "
     "of evaluation, without gradients; Dynamo's own count of the graphs that it captured in the process stands beside "
-    "adaptc's; the frozen base alone is one of what is switched to"
+    "adaptc's; the frozen base alone is one of what is switched to; with a bank half of the steps also take an adapter "
+    "off and put another one of another rank or kind in its place"
 )
 TIMED = (
     "times are those of a Llama with LoRA r = 16 on all linear layers of its blocks, compiled by Inductor, over one "
@@ -40,7 +41,8 @@ class Contender:
     """A model with adapters by their names.
 
     ``switch``: makes one of them live, or none; ``counted``: the graphs that it counts itself; ``warm``: compiles for
-    each of the adapters before; ``signatures``: how many the adapters and the base have.
+    each of the adapters before; ``signatures``: how many the adapters and the base have; ``replace``: takes an adapter
+    off and puts another one in its place.
     """
 
     call: Callable[[], object]
@@ -49,6 +51,7 @@ class Contender:
     counted: Callable[[], int] | None = None
     warm: Callable[[], object] | None = None
     signatures: Callable[[], int] | None = None
+    replace: Callable[[random.Random], object] | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,14 +134,43 @@ def ours(base: Base, backend: str, plans: Mapping[str, Any], **options: Any) -> 
         model.adaptc.add(name, plans[name])
     inputs = {"inputs_embeds": base.embeds}
     handle = model.adaptc
+
+    def warm() -> None:
+        with torch.no_grad():  # as the calls are
+            handle.warmup(example_inputs=inputs)
+        handle.switch(None)
+        _call(model, inputs)()
+
     return Contender(
         call=_call(model, inputs),
         switch=handle.switch,
         names=[None, *names],
         counted=lambda: int(handle.metrics()["graphs"] + handle.metrics()["past_graphs"]),
-        warm=lambda: (handle.warmup(example_inputs=inputs), handle.switch(None), _call(model, inputs)()),
+        warm=warm,
         signatures=lambda: int(handle.metrics()["signatures"]),
     )
+
+
+def banked(base: Base, backend: str, plans: Mapping[str, Any], **options: Any) -> Contender:
+    """adaptc with a bank that holds these adapters, and any other of their kinds up to rank 64."""
+    import adaptc
+
+    bank = adaptc.Bank(sorted({plan.kind for plan in plans.values()}), max_rank=64, slots=len(plans))
+    model: Any = adaptc.compile(base.fresh_model().eval(), bank=bank, backend=backend, **options)
+    for name, plan in plans.items():
+        model.adaptc.add(name, plan)
+    handle, call = model.adaptc, _call(model, {"inputs_embeds": base.embeds})
+
+    def replace(rng: random.Random) -> None:
+        name = rng.choice(list(plans))
+        handle.remove(name)
+        rank = rng.randint(1, 64)
+        handle.add(name, rng.choice([*plans.values(), adaptc.LoRA(r=rank, targets="all-linear", init="random")]))
+
+    return Contender(
+        call=call, switch=handle.switch, names=[None, *plans], warm=call, replace=replace,
+        counted=lambda: int(handle.metrics()["graphs"] + handle.metrics()["past_graphs"]),
+    )  # fmt: skip
 
 
 def theirs(base: Base, backend: str, ranks: Mapping[str, tuple[int, bool]]) -> tuple[Contender, Any]:
@@ -192,6 +224,8 @@ def _count(contender: Contender, switches: int, seed: int, *, warm: bool) -> dic
             contender.call()
     before, own = graph_counts(), contender.counted() if contender.counted else 0
     for _ in range(switches):
+        if contender.replace is not None and rng.random() < 0.5:
+            contender.replace(rng)
         contender.switch(rng.choice(contender.names))
         contender.call()
     return {
@@ -203,7 +237,7 @@ def _count(contender: Contender, switches: int, seed: int, *, warm: bool) -> dic
 
 
 def _small(arguments: argparse.Namespace) -> Settings:
-    return Settings(layers=2, hidden=64, head_dim=16, tokens=16, vocab=128, seed=arguments.seed, backend="eager")
+    return Settings(layers=1, hidden=64, head_dim=16, tokens=16, vocab=128, seed=arguments.seed, backend="eager")
 
 
 def _counts(arguments: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -221,10 +255,10 @@ def _counts(arguments: argparse.Namespace) -> dict[str, Callable[[], dict[str, A
         "LoRA and DoRA, adaptc": lambda: ours(base, "eager", _plans(LORA), regional=False),
         "LoRA and DoRA, PEFT under torch.compile": lambda: theirs(base, "eager", LORA)[0],
         "five kinds, adaptc": lambda: ours(base, "eager", _kinds(), regional=False),
-        "five kinds, adaptc, by block": lambda: ours(base, "eager", _kinds(), regional=True),
+        "five kinds, adaptc with a bank": lambda: banked(base, "eager", _kinds(), regional=False),
     }
     return {
-        f"{name}, {'each adapter was called before' if warm else 'from the first call'}": counted(build, warm)
+        f"{name}, {'each was called before' if warm else 'from the first call'}": counted(build, warm)
         for name, build in builders.items() for warm in (False, True)
     }  # fmt: skip
 
@@ -245,6 +279,8 @@ def _timed(settings: Settings, case: Case) -> dict[str, Any]:
     ranks = {"a": (settings.rank, False), "b": (settings.rank, False)}
     mine = ours(base, settings.backend, _plans(ranks), regional=False)
     other, peft_model = theirs(base, settings.backend, ranks)
+    kept = banked(base, settings.backend, _plans(ranks), regional=False)
+    contenders = {"adaptc": mine, "adaptc with a bank": kept, "PEFT": other}
     handle: Any = mine.switch.__self__  # type: ignore[attr-defined]
     inside: dict[str, list[float]] = {}
 
@@ -269,15 +305,13 @@ def _timed(settings: Settings, case: Case) -> dict[str, Any]:
         return step
 
     steps: dict[str, Callable[[], object]] = {
-        "adaptc": mine.call,
-        "PEFT": other.call,
-        "adaptc, switches and calls": switching("adaptc", mine),
-        "PEFT, switches and calls": switching("PEFT", other),
+        **{name: contender.call for name, contender in contenders.items()},
+        **{f"{name}, switches and calls": switching(name, contender) for name, contender in contenders.items()},
         "adaptc, merge": merging("adaptc", handle.merge, handle.unmerge),
         "adaptc, merge to disk": merging("adaptc disk", lambda: handle.merge(keep="disk"), handle.unmerge),
         "PEFT, merge": merging("PEFT", peft_model.merge_adapter, peft_model.unmerge_adapter),
     }
-    for contender in (mine, other):
+    for contender in contenders.values():
         for name in ("b", "a"):
             contender.switch(name)
             contender.call()
@@ -290,13 +324,14 @@ def _timed(settings: Settings, case: Case) -> dict[str, Any]:
         steps, rounds=settings.rounds, device=torch.device("cpu"), seed=settings.seed
     ) | inside
     rows = {}
-    for name in ("adaptc", "PEFT"):
-        for what in ("switch a", "merge", "unmerge"):
+    for name in contenders:
+        for what in ("switch a", "merge", "unmerge") if name in ("adaptc", "PEFT") else ("switch a",):
             rows[f"{name}: {what.split()[0]} / forward"] = (f"{name} {what}", name)
         rows[f"{name}: two calls, a switch before each / forward"] = (f"{name}, switches and calls", name)
     rows["adaptc: merge to disk / forward"] = ("adaptc disk merge", "adaptc")
     rows["adaptc: unmerge from disk / forward"] = ("adaptc disk unmerge", "adaptc")
     rows["forward, adaptc / PEFT"] = ("adaptc", "PEFT")
+    rows["forward, adaptc with a bank / adaptc"] = ("adaptc with a bank", "adaptc")
     ratios = {name: harness.ratio_interval(times[a], times[b]) for name, (a, b) in rows.items()}
     milliseconds = {name: harness.median_interval([1e3 * t for t in times[a]]) for name, (a, _) in rows.items()}
     return {

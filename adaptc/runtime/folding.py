@@ -18,6 +18,7 @@ from adaptc import distributed
 from adaptc.errors import UnsupportedError
 from adaptc.methods.base import Adapter
 from adaptc.methods.quantised import Refusal
+from adaptc.plan import bypassed
 from adaptc.runtime.site_adapters import adapter_name, adapters_of
 from adaptc.runtime.weights.patch import tensor_at
 from adaptc.torch_internals import reparametrize
@@ -177,6 +178,8 @@ def _together(adapters: Sequence[Adapter]) -> tuple[Adapter, list[Adapter]]:
 def _check(site: Site, model: nn.Module, names: Sequence[str]) -> None:
     adapters = _acting(site, names)
     refusal = _refusal(adapters, site.module)
+    if refusal is None and any(adapter.parameter is None for adapter in adapters):
+        refusal = _idle(model, site.path)
     if refusal is None and (other := _tied(site, adapters, model)):
         owner = model.get_submodule(other.rpartition(".")[0])
         there = _at(owner, names)
@@ -203,6 +206,14 @@ def _refusal(adapters: Sequence[Adapter], module: nn.Module) -> Refusal | None:
         return refusal
     own = {name: tensor_at(module, name) for name in first.replaced(module, beside)}
     return next((_unwritable(name, t) for name, t in own.items() if t is not None and _unwritable(name, t)), None)
+
+
+def _idle(model: nn.Module, path: str) -> Refusal | None:
+    """Why a module's weight would act although the adapter at its call does not."""
+    reason = bypassed.idle(model, path)
+    if reason is None:
+        return None
+    return Refusal(f"{reason}, and merged it would", do=f"leave {path} out of the adapter's plan (exclude=)")
 
 
 def _unwritable(name: str, tensor: torch.Tensor) -> Refusal | None:

@@ -139,7 +139,12 @@ def _shape_of_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[obje
 
 def _is_filled(cache: Any) -> bool:
     length = getattr(cache, "get_seq_length", None)
-    return cache is not None and (length is None or int(length()) > 0)
+    if cache is None or length is None:
+        return cache is not None
+    try:
+        return int(length()) > 0
+    except ValueError:  # none of its layers has a length: they keep states
+        return any(getattr(cache, "has_previous_state", lambda _: True)(i) for i in range(len(cache)))
 
 
 def _check_sizes(first: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any], failed: str) -> None:
