@@ -42,7 +42,7 @@ def served(request):
     plain = copy.deepcopy(base).double()
     if name in ("mixtral", "qwen2_moe", "gpt_oss"):
         plain.set_experts_implementation("eager")  # torch's grouped product has no fp64
-    layers = {"targets": "all-linear", "exclude": ["dt_proj"]}
+    layers = {"targets": "all-linear", **({"exclude": ["dt_proj"]} if name == "mamba" else {})}
     plans = {
         "a": adaptc.LoRA(r=2, init="random", **layers),
         "b": adaptc.LoRA(r=3, dora=True, **layers),

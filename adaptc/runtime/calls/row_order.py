@@ -49,7 +49,7 @@ def follow(rows: int) -> Callable[[Any, tuple[Any, ...], dict[str, Any], Any], N
             if not isinstance(made, torch.Tensor) or made.dim() == 0 or made.shape[0] % rows:
                 continue
             if made.shape[0] != rows:
-                if _fits(name, given, made, rows):
+                if _fits(name, given, made, rows) or _leaves_first(name, args, kwargs, made):
                     setattr(made, _KEPT, True)
             elif name.startswith("arange") or (len(given) == 1 and hasattr(given[0], _COUNTS) and name not in _MOVE):
                 setattr(made, _COUNTS, True)  # 0, 1, 2, ...: an index that moves nothing
@@ -69,6 +69,22 @@ def _fits(name: str, given: Sequence[torch.Tensor], made: torch.Tensor, rows: in
         return True  # all the same
     same = [t for t in given if t.dim() > 0 and t.shape[0] == made.shape[0]]
     return name not in _MOVE and bool(same) and all(map(is_in_order, same))
+
+
+def _leaves_first(name: str, args: Sequence[Any], kwargs: dict[str, Any], made: torch.Tensor) -> bool:
+    """Whether a call moves other dimensions than the first of what is in order."""
+    x = args[0] if args else None
+    if not isinstance(x, torch.Tensor) or not is_kept(x) or x.shape[0] != made.shape[0]:
+        return False
+    if name == "transpose":
+        dims = [kwargs.get(f"dim{i}", args[1 + i] if len(args) > 1 + i else 0) for i in (0, 1)]
+        return all(dim % x.dim() for dim in dims)
+    if name == "permute":
+        return bool(_dims(1, [0], args, kwargs)[0] % x.dim() == 0)
+    if name in ("roll", "flip", "sort"):
+        dims = _dims(*_ALONG[name], args, kwargs)
+        return bool(dims) and all(dim % x.dim() for dim in dims)
+    return False
 
 
 def _moves(name: str, args: Sequence[Any], kwargs: dict[str, Any], rows: int) -> bool:
