@@ -23,6 +23,7 @@ from adaptc.files.base_model import BaseModel
 from adaptc.files.checkpoint import weights_in
 from adaptc.files.merged_folder import MergedWeights, staged, write_rest
 from adaptc.files.tensor_file import tensor_rows
+from adaptc.methods import affine
 from adaptc.runtime import embeddings, folding, merging
 from adaptc.runtime.adapters import AdapterSet
 from adaptc.runtime.fresh import with_all_biases
@@ -224,7 +225,7 @@ def _write_one(
 ) -> TensorError:
     slot = value.slot
     own = slot.kept.dtype
-    rounded = value.exact.detach().to(dtype if dtype is not None and own.is_floating_point else own)
+    rounded = affine.nearest(value.exact.detach(), dtype if dtype is not None and own.is_floating_point else own)
     for path in slot.paths:
         for name in host.plain.get(path, []):
             weights.tensor(name).copy_(rounded)

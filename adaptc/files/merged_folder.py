@@ -22,6 +22,7 @@ from adaptc.errors import CheckpointError
 from adaptc.files.base_folder import CONFIG, INDEX, OTHER_WEIGHTS, BaseFolder
 from adaptc.files.mapped import MappedFile, Row
 from adaptc.files.tensor_file import DTYPES, check_header
+from adaptc.methods.affine import nearest
 from adaptc.runtime.weights.keep import bits
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -107,7 +108,7 @@ class MergedWeights:
                 if old.dtype == new.dtype:
                     bits(new).copy_(bits(old))
                 else:
-                    new.copy_(old)
+                    new.copy_(nearest(old, new.dtype))
                 source.let_go()
                 self.let_go()
 

@@ -59,8 +59,20 @@ def merged(module: nn.Module, adapters: Sequence[Any]) -> dict[str, torch.Tensor
 
 
 def rounded(value: torch.Tensor, like: Any) -> torch.Tensor:
-    """``value`` in the dtype of ``like``, in memory of its own."""
-    return value.detach().to(like.dtype).contiguous().clone()
+    """``value`` in the dtype of ``like``, rounded once, in memory of its own."""
+    return nearest(value.detach(), like.dtype).contiguous().clone()
+
+
+def nearest(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``value`` in ``dtype``. torch rounds fp64 to 16 bits by way of fp32, so that what lies just beside the middle of
+    two numbers may go to the farther one; here fp32 gets an odd last bit where it is not exact, and is no middle."""
+    if value.dtype != torch.float64 or dtype not in (torch.float16, torch.bfloat16):
+        return value.to(dtype)
+    single = value.to(torch.float32)
+    error = single.double() - value
+    below = torch.where(error.sign() * value.sign() > 0, torch.nextafter(single, torch.zeros_like(single)), single)
+    inexact = (error != 0) & ~error.isnan()
+    return (below.view(torch.int32) | inexact.int()).view(torch.float32).to(dtype)
 
 
 def _sum(module: nn.Module, adapters: Sequence[Any]) -> torch.Tensor | None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from adaptc import distributed
 from adaptc.errors import UnsupportedError
+from adaptc.methods import affine
 from adaptc.methods.base import Adapter
 from adaptc.methods.quantised import Refusal
 from adaptc.plan import bypassed
@@ -159,8 +160,8 @@ def widened(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def rounded(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """``value`` in the dtype of ``like``, in memory of its own."""
-    return value.detach().to(like.dtype).contiguous().clone()
+    """``value`` in the dtype of ``like``, rounded once, in memory of its own."""
+    return affine.rounded(value, like)
 
 
 def _acting(site: Site, names: Sequence[str]) -> list[Adapter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -384,6 +385,24 @@ def test_a_narrower_dtype_is_rounded_once(tmp_path):
         adaptc.merge_checkpoint(base, adapter, tmp_path / "other", dtype=torch.int8)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_what_lies_just_over_the_middle_of_two_numbers_is_not_rounded_twice(dtype, tmp_path):
+    """1 + 2^-8 + 2^-30 is nearer to 1 + 2^-7 than to 1; by way of fp32 it would become 1."""
+    model = cases.llama().to(torch.float32 if dtype else torch.bfloat16)
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    with torch.no_grad():
+        model.get_parameter(weight).fill_(1)
+    model.save_pretrained(tmp_path / "base")
+    model = cases.compiled(model, LoRA(r=2, alpha=2, targets=["layers.0.self_attn.q_proj"]))
+    adapter = model.adaptc.sites[0].adapters["a"]
+    with torch.no_grad():
+        adapter.lora_A.copy_(torch.tensor([[2.0**-8], [2.0**-30]]).expand_as(adapter.lora_A))
+        adapter.lora_B.fill_(1)
+    model.adaptc.save(tmp_path / "adapter")
+    adaptc.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype=dtype)
+    assert (tensors(tmp_path / "out")[weight].double() == 1 + 2.0**-7).all()
+
+
 # ------------------------------------------------------------------------------------------ other files
 
 
@@ -576,6 +595,25 @@ def test_a_failure_half_way_leaves_nothing(error, at, tmp_path, monkeypatch):
     monkeypatch.setattr(merging_files, "error_of", fails)
     refused(error, "now", base, adapter, tmp_path / "out")
     assert {p.name: p.read_bytes() for p in base.iterdir()} == before
+
+
+def test_everything_is_on_the_disk_before_the_folder_is_there(tmp_path, monkeypatch):
+    base, adapter, _ = made(tmp_path, max_shard_size="8KB")
+    synced, sync, rename = set(), os.fsync, os.rename
+
+    def noted(number):
+        synced.add(os.fstat(number).st_ino)
+        sync(number)
+
+    def checked(source, target):
+        left = [p.name for p in (source, *source.rglob("*")) if p.stat().st_ino not in synced]
+        assert left == [] and not target.exists()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "rename", checked)
+    adaptc.merge_checkpoint(base, adapter, tmp_path / "out")
+    assert tmp_path.stat().st_ino in synced and (tmp_path / "out").is_dir()
 
 
 def test_no_room_is_told_before_anything_is_computed(tmp_path, monkeypatch):
