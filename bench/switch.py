@@ -72,30 +72,31 @@ def run(arguments: argparse.Namespace) -> list[Path]:
     """Measure, and write ``switch-cpu.json`` and ``.md``."""
     machine.keep_freed_memory()
     device = torch.device("cpu")
-    found: dict[str, dict[str, Any]] = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for part in arguments.parts:
-            found[part] = {}
-            for name, measured in PARTS[part](arguments).items():
-                print(name, file=sys.stderr, flush=True)
-                found[part][name] = measured()
-    results: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": machine.machine_class(device),
-        "versions": machine.versions(),
-        "flags": {name: value for name, value in vars(arguments).items() if isinstance(value, int | str | list)},
-        "method": {"counts": COUNTED, "times": TIMED},
-        "interval": harness.INTERVAL_METHOD,
-        **found,
-    }
+    about = {"machine": machine.machine_class(device), "versions": machine.versions()}
     out = arguments.out or machine.results_folder(device)
     out.mkdir(parents=True, exist_ok=True)
     data = out / "switch-cpu.json"
-    data.write_text(json.dumps(results, indent=1) + "\n")
-    table = data.with_suffix(".md")
-    table.write_text(markdown(results))
-    return [data, table]
+    found = _rows_of(data, about)
+    flags = {name: value for name, value in vars(arguments).items() if isinstance(value, int | str | list)}
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    method = {"counts": COUNTED, "times": TIMED}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for part in arguments.parts:
+            for name, measured in PARTS[part](arguments).items():
+                print(name, file=sys.stderr, flush=True)
+                found[part][name] = {**measured(), "date": date, "flags": flags}
+                results = {**about, "method": method, "interval": harness.INTERVAL_METHOD, **found}
+                data.write_text(json.dumps(results, indent=1) + "\n")
+                data.with_suffix(".md").write_text(markdown(results))
+    return [data, data.with_suffix(".md")]
+
+
+def _rows_of(data: Path, about: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a result file holds that is about the same."""
+    known = json.loads(data.read_text()) if data.is_file() else {}
+    same = all(known.get(name) == value for name, value in about.items())
+    return {part: dict(known.get(part, {})) if known and same else {} for part in PARTS}
 
 
 # ------------------------------------------------------------------------------------------ contenders
@@ -350,14 +351,14 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Callable[[], dict[str,
 def markdown(results: dict[str, Any]) -> str:
     """The tables of a result file."""
     lines = ["# Switching and merging", "", f"{results['machine']}.", ""]
-    if "counts" in results:
+    if results["counts"]:
         lines += [f"{results['method']['counts']}.", ""]
         lines += ["| what | switches | signatures | graphs compiled | adaptc's count |", "|---|---|---|---|---|"]
         for name, row in results["counts"].items():
-            shown = ["" if v is None else str(v) for v in row.values()]
+            shown = ["" if row[c] is None else str(row[c]) for c in ("switches", "signatures", "graphs", "own count")]
             lines.append(f"| {name} | {' | '.join(shown)} |")
         lines.append("")
-    if "times" in results:
+    if results["times"]:
         lines += [f"{results['method']['times']}.", ""]
         lines += ["| dtype | what | ratio | interval | milliseconds | interval |", "|---|---|---|---|---|---|"]
         for dtype, row in results["times"].items():
