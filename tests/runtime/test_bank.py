@@ -243,8 +243,9 @@ def test_under_autocast(dtype):
             twin.adaptc.switch(name)
             with torch.no_grad():
                 found = logits(model(**inputs))
-            torch.testing.assert_close(found, op_by_op(twin, inputs))
+            want = op_by_op(twin, inputs)
             assert found.dtype == dtype
+            assert (found - want).abs().max() <= 4 * torch.finfo(dtype).eps * want.abs().max()
     assert model.adaptc.metrics()["graphs"] == 1
 
 
