@@ -304,6 +304,9 @@ class Handle:
         """Compile ahead for each adapter in ``names`` (default: all): one forward, and a backward in training
         mode when the output has a gradient. Values, gradients, buffers and random state stay as they are.
 
+        Calls with gradients and without have graphs of their own: within ``torch.no_grad()`` this compiles for calls
+        without. With a bank and in evaluation mode it always does, once for all adapters.
+
         Raises:
             ValueError: no example inputs are known.
         """
@@ -315,10 +318,11 @@ class Handle:
                 f" ({type(self.model).__name__} has no dummy_inputs)"
             )
         with self._acting.as_before():
-            chosen: Sequence[str | None] = tuple(self.records) if names is None else _names(names)
-            if self.adapters.bank is not None and not (torch.is_grad_enabled() and self.model.training):
-                chosen = chosen[:1] or [None]  # one graph serves them all
-            for name in chosen:
+            if self.adapters.bank is not None and not self.model.training:
+                with torch.no_grad():  # one graph serves them all
+                    self.captures.run_ahead(inputs)
+                return
+            for name in self.records if names is None else _names(names):
                 self.switch(name)
                 self.captures.run_ahead(inputs)
 

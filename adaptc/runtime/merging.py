@@ -35,7 +35,8 @@ class Target:
 
 
 def merge(adapters: AdapterSet, names: Sequence[str], how: keep.Keep, find: Find) -> MergeReport:
-    """Fold the adapters ``names`` into the base; they act alone then. Merged already: nothing happens.
+    """Fold the adapters ``names`` into the base; they act alone then. Merged already, with the values that they have
+    now: nothing happens.
 
     Args:
         how: where the base's own weights are kept.
@@ -47,7 +48,7 @@ def merge(adapters: AdapterSet, names: Sequence[str], how: keep.Keep, find: Find
     """
     adapters.check_together(tuple(names))
     merged = adapters.merged
-    if merged is not None and set(merged.names) == set(names):
+    if merged is not None and set(merged.names) == set(names) and merged.values == _values(adapters, names):
         return _report_of(merged)
     return _merge(adapters, folding.canonical(adapters, names), how, find)
 
@@ -78,7 +79,7 @@ def _merge(adapters: AdapterSet, names: tuple[str, ...], how: keep.Keep, find: F
     except BaseException:
         adapters.set_live(before)
         raise
-    adapters.merged = Merged(names, before, patch)
+    adapters.merged = Merged(names, before, patch, _values(adapters, names))
     try:
         rows = _write(adapters, folds, patch)
         patch.guard(adapters.model)
@@ -94,6 +95,12 @@ def _merge(adapters: AdapterSet, names: tuple[str, ...], how: keep.Keep, find: F
     adapters.say_active()
     report = adapters.merged.report = MergeReport(names, errors(rows), patch.bytes_kept)
     return report
+
+
+def _values(adapters: AdapterSet, names: Sequence[str]) -> dict[int, int]:
+    """Of each tensor of these adapters how often it was written, as torch counts."""
+    parts = [a for site in adapters.sites for name in names for a in site.of(name)]
+    return {id(t): t._version for a in parts for t in (*a.parameters(), *a.buffers())}
 
 
 def _report_of(merged: Merged) -> MergeReport:

@@ -262,6 +262,18 @@ def test_in_training_mode_without_gradients_dropout_drops(inference):
         assert torch.equal(logits(model.eval()(**inputs)), logits(model(**inputs)))
 
 
+def test_warming_up_compiles_what_serving_needs():
+    base, inputs = hosts.short("llama").eval(), HOSTS["llama"][1](2)
+    bank = adaptc.Bank("lora", 4, 2)
+    model = adaptc.compile(base, bank=bank, backend="eager", example_inputs=inputs)
+    model.adaptc.warmup()
+    model.adaptc.add("a", adaptc.LoRA(r=2, targets=["q_proj"]))
+    model.adaptc.switch("a")
+    with torch.no_grad():
+        model(**inputs)
+    assert model.adaptc.metrics()["graphs"] == 1
+
+
 # -- capacities ----------------------------------------------------------------------------------------
 
 

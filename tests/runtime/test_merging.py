@@ -14,6 +14,7 @@ from adaptc import IA3, SSF, Bias, Bottleneck, Hydra, LoRA, Match, Plan, Prefix,
 from adaptc.errors import AdapterNameError, UnsupportedError
 from adaptc.runtime.weights import keep
 from adaptc.runtime.weights.report import MergeReport
+from tests.models import hosts
 from tests.runtime.weights import cases
 from tests.sites import moe as mixtures
 
@@ -196,6 +197,23 @@ def test_the_same_names_again_do_nothing():
     assert model.adaptc.merge() is report and model.adaptc.merge(["a", "d"]) is report
     assert [p._version for p in model.parameters()] == versions
     assert isinstance(report, MergeReport) and report.names == ("a", "d")
+
+
+def test_values_written_since_are_merged_anew():
+    base = hosts.short("llama")
+    model = adaptc.compile(copy.deepcopy(base), adaptc.LoRA(r=2, init="random", targets=["q_proj"]), backend="eager")
+    model.adaptc.merge()
+    layer = "model.layers.0.self_attn.q_proj"
+    once = model.get_submodule(layer).weight.clone()
+    with torch.no_grad():
+        for parameter in model.adaptc.parameters():
+            parameter.mul_(2)
+    model.adaptc.merge()
+    plain = base.get_submodule(layer).weight
+    twice = model.get_submodule(layer).weight
+    torch.testing.assert_close(twice - plain, 4 * (once - plain), rtol=1e-3, atol=1e-6)
+    model.adaptc.unmerge()
+    assert torch.equal(model.get_submodule(layer).weight, plain)
 
 
 def test_what_was_live_is_live_again():

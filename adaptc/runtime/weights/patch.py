@@ -141,12 +141,14 @@ class Merged:
         names: which, in the order in which they act.
         before: those that were live, and will be.
         patch: what was written.
+        values: of each tensor of the adapters (by ``id``) how often it had been written.
         report: how far the rounded weights are from the exact ones.
     """
 
     names: tuple[str, ...]
     before: tuple[str, ...]
     patch: Patch
+    values: dict[int, int]
     report: Any = None
 
 
