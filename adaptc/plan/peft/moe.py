@@ -40,13 +40,13 @@ TABLES: dict[str, dict[str, str]] = {
     },
 }  # fmt: skip
 
-#: Model types of transformers 5.23 by their layout; an installed version that knows more adds to them.
+#: Model types of transformers 5.24 by their layout; an installed version that knows more adds to them.
 _MIXTRAL = ("minimax", "minimax_m2", "mixtral")
 _QWEN2_MOE = (
     "afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe",
     "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe",
     "longcat_flash", "mellum", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text",
-    "qwen3_omni_moe_thinker", "solar_open",
+    "qwen3_omni_moe_thinker", "sarvam_mla", "solar_open",
 )  # fmt: skip
 LAYOUTS: dict[str, str] = {**dict.fromkeys(_MIXTRAL, "mixtral"), **dict.fromkeys(_QWEN2_MOE, "qwen2_moe")}
 
