@@ -77,7 +77,7 @@ def compile(
         BankError: the bank does not fit the model, or the plan the bank.
         UnsupportedError: arguments that do not go together.
     """
-    _check_bank(bank, mode, options)
+    _check_bank(bank, backend, mode, options)
     if regional not in (True, False, "auto"):
         raise ValueError(f'adaptc.compile: regional is "auto", True or False, not {regional!r}')
     if mode is not None and options is not None:
@@ -194,15 +194,15 @@ def _compile_again(handle: Handle, plan: Any, name: str, calibration: Any, optio
         )
 
 
-def _check_bank(bank: Any, mode: str | None, options: dict[str, Any] | None) -> None:
+def _check_bank(bank: Any, backend: str, mode: str | None, options: dict[str, Any] | None) -> None:
     if bank is None:
         return
     if not isinstance(bank, Bank):
         raise BankError(f"adaptc.compile: bank is a {type(bank).__name__}", expected="an adaptc.Bank")
-    graphs = mode in ("reduce-overhead", "max-autotune") or (options or {}).get("triton.cudagraphs")
-    if graphs:
+    by_mode = mode in ("reduce-overhead", "max-autotune") or (options or {}).get("triton.cudagraphs")
+    if by_mode or backend == "cudagraphs":
         raise UnsupportedError(
-            "adaptc.compile: a bank and CUDA graphs", found=f"mode={mode!r}, options={options!r}",
+            "adaptc.compile: a bank and CUDA graphs", found=f"backend={backend!r}, mode={mode!r}, options={options!r}",
             expected="a mode without them: they would replay the adapters that there were",
             do='leave the mode out, or mode="max-autotune-no-cudagraphs"',
         )  # fmt: skip

@@ -152,6 +152,7 @@ def _bank(adapters: AdapterSet) -> Iterator[str]:
     yield f"{counts['bank_used']} of {bank.slots} slots taken"
     room = "" if bank.bytes is None else f" of {number_text(int(bank.bytes), 'B')}"
     yield f"{number_text(counts['bank_bytes'], 'B')}{room} in adapters"
+    yield "what adapters cost in calls without gradients is not in the estimates below: their graphs do not know them"
     yield f"kinds {', '.join(bank.kinds)}; rank at most {bank.max_rank}"
     yield from (f"  {path}" for path in fold(sorted(adapters.bank.sites)))
 

@@ -35,9 +35,9 @@ def run_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     if CALL.probe is not None:
         CALL.probe(found, False, (_input_of(module, found.arguments, args, kwargs), output))
         return None
-    if CALL.in_slots and found.slot is not None:
+    if _is_slot(found):
         _note_slot(found)
-        slots.CORRECT(found.slot, _input_of(module, found.arguments, args, kwargs), output)
+        slots.CORRECT(cast(torch.Tensor, found.slot), _input_of(module, found.arguments, args, kwargs), output)
         return output
     return corrected(module, found, args, kwargs, output)
 
@@ -215,6 +215,12 @@ def note_eager(adapter: Adapter) -> None:
         note_mode([id(adapter.site_id)])
 
 
+def _is_slot(found: SiteAdapters) -> bool:
+    """Whether the call in progress has a slot for what acts at a module. In a region that records gradients, which a
+    forward may have in a call without, the adapters act by their parameters."""
+    return CALL.in_slots and found.slot is not None and not torch.is_grad_enabled()
+
+
 def _note_slot(found: SiteAdapters) -> None:
     """As :func:`note_eager`, of a module in a bank."""
     if not torch.compiler.is_compiling() and CALL.eager is not None:
@@ -230,8 +236,8 @@ def run_before_site(module: nn.Module, args: tuple[Any, ...], kwargs: Any = ...)
         return None
     name = None if args else _name_of_input(module, found.arguments, kwargs)
     x = args[0] if name is None else kwargs[name]
-    if CALL.in_slots and found.slot is not None:
-        changed = slots.CHANGE_INPUT(found.slot, x)
+    if _is_slot(found):
+        changed = slots.CHANGE_INPUT(cast(torch.Tensor, found.slot), x)
     else:
         changed = changed_input(module, found, x)
     if changed is x:

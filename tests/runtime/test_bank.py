@@ -406,6 +406,8 @@ def test_other_arguments():
         adaptc.compile(model, bank={"kinds": ["lora"]})
     with pytest.raises(UnsupportedError, match="CUDA graphs"):
         adaptc.compile(model, bank=bank, mode="reduce-overhead")
+    with pytest.raises(UnsupportedError, match="CUDA graphs"):
+        adaptc.compile(model, bank=bank, backend="cudagraphs")
     with pytest.raises(UnsupportedError, match="needs a plan"):
         adaptc.compile(model)
     model = adaptc.compile(model, bank=bank, backend="eager")
@@ -448,6 +450,34 @@ def test_user_hooks_see_what_they_would_see_without_a_bank(llama):
             one(**inputs)
         handle.remove()
     close(seen[0], seen[-1])
+
+
+class Forces(nn.Module):
+    """A forward that differentiates itself, whatever the caller's mode is."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (force,) = torch.autograd.grad(self.last(torch.tanh(self.first(x))).sum(), x)
+        return force, self.last(x)
+
+
+def test_regions_that_record_gradients_have_them():
+    base, wanted = Forces().double(), {"a": adaptc.LoRA(r=2, targets=["first", "last"])}
+    model = banked(base, wanted, backend="eager")
+    twin = twin_of(model, base, wanted)
+    model.adaptc.switch("a")
+    twin.adaptc.switch("a")
+    x = torch.randn(3, 4, dtype=torch.float64)
+    with torch.no_grad():
+        with torch.compiler.set_stance("force_eager"):
+            want = twin(x)
+        for found, right in zip(model(x), want, strict=True):
+            close(found, right)
 
 
 class Net(nn.Module):

@@ -136,6 +136,8 @@ class Captures(Calls):
         #: Where the rows of a batch are in what adapted modules read.
         self.layouts = Layouts()
         self._slots: ModelSlots | None = None
+        #: With a bank: what acted in the last call with gradients.
+        self._announced: object = None
         #: Whether it was said that more of these were captured than are kept.
         self._told = False
 
@@ -160,7 +162,10 @@ class Captures(Calls):
         if torch.is_grad_enabled():
             self.differentiated = None if batch is None or rows is None else (batch, rows)
         if self.adapters.bank is not None and torch.is_grad_enabled():
-            self.announce(None if batch is None else batch.signature)
+            acting = (self.adapters.live, batch, tuple(map(id, self.adapters.records.values())))
+            if acting != self._announced:
+                self._announced = acting
+                self.announce(None if batch is None else batch.signature)
         epoch = self._open()
         self.counts["calls"] += 1
         if not epoch.regions:
@@ -320,7 +325,7 @@ class Captures(Calls):
         self._kept.clear()
         self._packable = None
         self.layouts = Layouts()
-        self._slots = None
+        self._slots = self._announced = None
         self._begin(Epoch(str(next(_EPOCHS))))
 
     def _begin(self, epoch: Epoch) -> None:
