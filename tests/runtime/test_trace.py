@@ -38,7 +38,7 @@ def test_random_operations_leave_the_base_as_it_was(life):
     assert len(life.counts) > 5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("life", LIVES)
 def test_a_thousand_random_operations_leave_the_base_as_it_was(life):
