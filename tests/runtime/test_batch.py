@@ -64,6 +64,20 @@ def test_new_signatures_are_announced():
         model.adaptc.batch(["a", "b"]).__enter__()
 
 
+def test_batches_that_come_again_are_made_once():
+    model, _ = llama({"a": lora(), "b": lora()})
+    made = model.adaptc.captures.batch
+    one, other = made(["a", None], None), made(["b", "a"], None)
+    assert made(["a", None], None) is one and made(["b", "a"], None) is other
+    model.adaptc.remove("a")
+    model.adaptc.add("a", lora())
+    assert made(["b", "a"], None) is not other
+    for count in range(1, 20):
+        made(["a"] * count, None)
+    assert made(["a"] * 19, None) is made(["a"] * 19, None)
+    assert len(model.adaptc.captures._batches) == 16
+
+
 def test_adapters_of_equal_signatures_share_graphs():
     model, inputs = llama({name: lora() for name in "abcd"}, backend="aot_eager")
     graphs = set()

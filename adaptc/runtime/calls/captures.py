@@ -39,6 +39,8 @@ RECOMPILE_LIMIT = 64
 _EPOCHS = itertools.count()
 #: How many epochs are kept beside the one that is used.
 _KEPT = 8
+#: How many batches are kept: a server forms few of them again and again.
+_BATCHES = 16
 
 
 def compiled(
@@ -131,8 +133,9 @@ class Captures(Calls):
         self._packable: list[tuple[str, nn.Module]] | None = None
         #: Epochs that ended because of hooks or methods, the last used one at the end.
         self._kept: list[Epoch] = []
-        #: What the last batch was made of, the batch, and the records, whose ids are no others' while they are here.
-        self._batch: tuple[object, Batch, list[AdapterRecord]] | None = None
+        #: What a batch was made of -> the batch, and the records, whose ids are no others' while they are here: of the
+        #: last ones, the last used one at the end.
+        self._batches: dict[object, tuple[Batch, list[AdapterRecord]]] = {}
         #: Where the rows of a batch are in what adapted modules read.
         self.layouts = Layouts()
         self._slots: ModelSlots | None = None
@@ -244,17 +247,21 @@ class Captures(Calls):
         return self.epoch.backend is not None
 
     def batch(self, names: Sequence[str | None], spans: torch.Tensor | None) -> Batch:
-        """The batch of ``names``, and ``spans``, checked: the one that there was, where nothing has changed."""
+        """The batch of ``names``, and ``spans``, checked: one that there was, where nothing has changed."""
         self._look_at_model()
         names, key = checked_names(self.adapters, names), None
         if spans is None and not any(self.adapters.record(name).rows for name in names if name is not None):
             key = (names, tuple(map(id, self.adapters.records.values())), self.epoch.watch)
-        if key is not None and self._batch is not None and self._batch[0] == key:
-            return self._batch[1]
-        batch = asked_for(self.adapters, self.order, names, spans)
-        batch.check()
-        self._batch = None if key is None else (key, batch, [*self.adapters.records.values()])
-        return batch
+        known = self._batches.pop(key, None)
+        if known is None:
+            batch = asked_for(self.adapters, self.order, names, spans)
+            batch.check()
+            known = batch, [*self.adapters.records.values()]
+        if key is not None:
+            self._batches[key] = known
+            if len(self._batches) > _BATCHES:
+                del self._batches[next(iter(self._batches))]
+        return known[0]
 
     def _look_at_model(self) -> None:
         """Go on in another epoch where hooks, methods or modules changed."""
