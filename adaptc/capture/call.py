@@ -36,8 +36,8 @@ class _CallState(threading.local):
         #: Gets (adapters of a module, whether they act inside of it, the tensors that they would read or correct); they
         #: do nothing then.
         self.probe: Callable[[Any, bool, Sequence[Any]], None] | None = None
-        #: Whether the call is served by a bank: graphs have slots, and not the adapters themselves.
-        self.in_slots = False
+        #: Which bank serves the call, by its name: graphs have slots, and not the adapters themselves. "": none does.
+        self.in_slots = ""
 
 
 CALL = _CallState()

@@ -26,7 +26,7 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 #: Formats of weights beside safetensors: what is in such files has no adapter in it.
 OTHER_WEIGHTS = (
     ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".gguf", ".tflite",
-    ".mlmodel",
+    ".mlmodel", ".npz", ".npy", ".keras", ".bak",
 )  # fmt: skip
 
 

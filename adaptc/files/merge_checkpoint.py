@@ -41,7 +41,7 @@ class MergedCheckpoint:
 
     Attributes:
         path: the new folder.
-        tensors: a row for each tensor that the adapter changed, with how far it is from the exact one.
+        tensors: a row for each tensor of the adapted layers that was written, with how far it is from the exact one.
         left_out: files of the base that hold its weights in another format, and were not copied.
     """
 

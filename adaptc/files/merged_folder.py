@@ -38,12 +38,15 @@ def staged(directory: Any, sources: Sequence[Path]) -> Iterator[Path]:
         CheckpointError: there is something at ``directory``, it is inside a folder that is read, or there is no room.
     """
     out = Path(directory).absolute()
+    if out.is_symlink() and out.is_dir():
+        out = out.resolve()  # what it points at becomes the folder
     for source in sources:
         if out.resolve().is_relative_to(source.resolve()):
             raise CheckpointError(f"{out} is inside {source}, which is read", do="give a directory of its own")
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         found = ", ".join(sorted(p.name for p in out.iterdir())[:5]) if out.is_dir() else "a file"
         raise CheckpointError(f"{out} is there already", expected="a new or empty directory", found=found)
+    missing = [path for path in out.parents if not path.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = out.parent / f".{out.name}.adaptc-staging-{uuid.uuid4().hex[:12]}"
     staging.mkdir()
@@ -60,6 +63,9 @@ def staged(directory: Any, sources: Sequence[Path]) -> Iterator[Path]:
         raise CheckpointError(f"no room for {out} on the disk", found=error, do="nothing was written") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        for path in missing:
+            with contextlib.suppress(OSError):  # there is something in it now
+                path.rmdir()
     _sync(out.parent)
 
 

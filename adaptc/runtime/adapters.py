@@ -69,8 +69,6 @@ class AdapterRecord:
     rows: list[embeddings.Rows] = dataclasses.field(default_factory=list)
     #: A frozen copy of another adapter, which is no part of what the model's files hold.
     reference: bool = False
-    #: What its tensors took, in bytes, when it was added.
-    size: int = 0
 
 
 class AdapterSet:
@@ -100,6 +98,11 @@ class AdapterSet:
         found = bank.paths(self.model)
         for path, _, module in found:
             attach.check_attachable(path, module)
+            if adapters_of(module) is not None:
+                raise SiteError(
+                    f"{path} has adapters that are not this model's", found="it was compiled as part of another model",
+                    do="detach that model first, or leave this module out of the bank's sites",
+                )  # fmt: skip
         for number, (path, paths, module) in enumerate(found):
             attach.add_slot(module, number, changes_input=bank.changes_input)
             self._sites[path] = (number, paths)
@@ -194,7 +197,7 @@ class AdapterSet:
         self._warn_of_idle([a.path for a, _, adapter in built if not adapter.acts_inside])
         self._adapted.update((a.module_path, a.module) for a, _, _ in built)
         recorded = [(a.path, entry, a.rule, adapter.method) for a, entry, adapter in built]
-        self.records[name] = AdapterRecord(plan, recorded, config, size=size_of(adapter for _, _, adapter in built))
+        self.records[name] = AdapterRecord(plan, recorded, config)
         return grew
 
     def bank_counts(self) -> dict[str, int]:
@@ -205,7 +208,12 @@ class AdapterSet:
         return {"bank_slots": self.bank.bank.slots, "bank_used": len(self.records), "bank_bytes": taken}
 
     def _sizes(self) -> dict[str, int]:
-        return {name: record.size for name, record in self.records.items()}
+        """Adapter -> what its tensors take, in bytes."""
+        found: dict[str, list[Adapter]] = {name: [] for name in self.records}
+        for site in self.sites:
+            for entry, adapter in site.adapters.items():
+                found[adapter_name(entry)].append(adapter)
+        return {name: size_of(parts) for name, parts in found.items()}
 
     def _warn_of_idle(self, paths: Sequence[str]) -> None:
         """Say which of the sites' weights are read past their calls."""
@@ -230,7 +238,8 @@ class AdapterSet:
             raise AdapterNameError(f"an adapter named {new!r} is there already", do="remove it first")
         check_adapter_name(new)
         if self.bank is not None:
-            self.bank.check_room(new, self._sizes(), record.size)
+            sizes = self._sizes()
+            self.bank.check_room(new, sizes, sizes[name])
         own = {id(t): t for t in (*self.model.parameters(), *self.model.modules())}
         copied = [(site, key, a) for site in self.sites for key, a in site.adapters.items()]
         copied = [row for row in copied if adapter_name(row[1]) == name]

@@ -165,7 +165,7 @@ def remove_slot(module: nn.Module) -> None:
     """Undo :func:`add_slot`; adapters that are there stay."""
     found = adapters_of(module)
     if found is not None and found.slot is not None:
-        found.slot = None
+        found.slot, found.bank = None, ""
         _remove_unused_hooks(module, found)
 
 

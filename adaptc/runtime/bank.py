@@ -19,7 +19,7 @@ from adaptc.plan import Plan
 from adaptc.plan.match import ALL_LINEAR, strings
 from adaptc.plan.tree import blocks_of
 
-_UNITS = {"": 1, "B": 1, **{f"{p}{unit}": base**i for base, unit in ((1000, "B"), (1024, "iB"))
+_UNITS = {"": 1, "B": 1, "kB": 1000, **{f"{p}{unit}": base**i for base, unit in ((1000, "B"), (1024, "iB"))
                             for i, p in enumerate("KMGT", 1)}}  # fmt: skip
 
 
@@ -181,7 +181,7 @@ def _named(names: Sequence[str], what: str) -> str:
 
 
 def _bytes(value: object) -> int:
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?i?B|)\s*", value) if isinstance(value, str) else None
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKMGT]?i?B|)\s*", value) if isinstance(value, str) else None
     if found is not None and found[2] in _UNITS:
         return int(float(found[1]) * _UNITS[found[2]])
     if type(value) is int and value > 0:

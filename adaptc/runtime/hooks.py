@@ -37,6 +37,8 @@ def run_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
         return None
     if _is_slot(found):
         _note_slot(found)
+        if not found.returns_its_own:
+            output = output.clone()
         slots.CORRECT(cast(torch.Tensor, found.slot), _input_of(module, found.arguments, args, kwargs), output)
         return output
     return corrected(module, found, args, kwargs, output)
@@ -210,15 +212,17 @@ def _take(module: nn.Module, adapter: Adapter) -> torch.Tensor:
 
 def note_eager(adapter: Adapter) -> None:
     """Tell who collects them that an adapter runs outside a graph, and not in a slot of one."""
-    if not torch.compiler.is_compiling() and CALL.eager is not None and not CALL.in_slots:
+    if not torch.compiler.is_compiling() and CALL.eager is not None and CALL.in_slots == "":
         CALL.eager.add(id(adapter.site_id))
         note_mode([id(adapter.site_id)])
 
 
 def _is_slot(found: SiteAdapters) -> bool:
-    """Whether the call in progress has a slot for what acts at a module. In a region that records gradients, which a
-    forward may have in a call without, the adapters act by their parameters."""
-    return CALL.in_slots and found.slot is not None and not torch.is_grad_enabled()
+    """Whether the call in progress has a slot for what acts at a module, which may be another model's.
+
+    In a region that records gradients, which a forward may have in a call without, adapters act by their parameters.
+    """
+    return CALL.in_slots != "" and CALL.in_slots == found.bank and not torch.is_grad_enabled()
 
 
 def _note_slot(found: SiteAdapters) -> None:

@@ -39,6 +39,10 @@ class SiteAdapters(nn.ModuleDict):
         self.rows = SiteRows()
         #: In a bank: int64 (1,) on the CPU, which slot this module is. Not a buffer: it stays where it is.
         self.slot: torch.Tensor | None = None
+        #: The name of that bank in this process.
+        self.bank = ""
+        #: Whether what the module returns is nobody else's, so that it may be written.
+        self.returns_its_own = False
         #: Whether what the module reads was seen to have the tokens of row 0 first, then those of row 1, ....
         self.is_flat = False
 
@@ -48,6 +52,9 @@ class SiteAdapters(nn.ModuleDict):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "bank": ""}  # a copy is another model's, which has to look at it first
 
     def __prepare_scriptable__(self) -> SiteAdapters:
         """Called by ``torch.jit.script`` on every module of what it is given."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.errors import BankError, NewSignatureWarning, PlanError, UnsupportedError
+from adaptc.errors import BankError, NewSignatureWarning, PlanError, SiteError, UnsupportedError
 from tests.methods.in_fp64 import randomise
 from tests.models import hosts
 from tests.runtime.rows import HOSTS, adapted, logits
@@ -337,7 +337,9 @@ def test_a_bank_says_what_is_not_legal(options, message):
     assert message in str(raised.value)
 
 
-@pytest.mark.parametrize(("text", "count"), [("2GiB", 2 << 30), ("1.5 kB", None), ("3 MB", 3_000_000), (17, 17)])
+@pytest.mark.parametrize(
+    ("text", "count"), [("2GiB", 2 << 30), ("1.5 kB", 1500), ("1 kilobyte", None), ("3 MB", 3_000_000), (17, 17)]
+)
 def test_bytes(text, count):
     if count is None:
         with pytest.raises(BankError):
@@ -501,3 +503,109 @@ def test_a_layer_that_is_called_several_times():
         with torch.no_grad():
             close(model(**inputs), op_by_op(twin, inputs))
     assert model.adaptc.metrics()["graphs"] == 1
+
+
+# -- what others do to the model -----------------------------------------------------------------------
+
+
+class Around(nn.Module):
+    """Calls a model, or a layer of one, that is no part of it."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.__dict__["other"] = other
+
+    def forward(self, x):
+        return self.last(self.other(self.first(x)))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_model_that_another_calls_has_its_own_adapters(whole):
+    plan = {"a": adaptc.LoRA(r=2, targets=["first", "last"])}
+    inner, base = Net().double(), Net().double()
+    model = banked(base, plan, backend="eager")
+    others = [banked(inner, plan, backend="eager"), copy.deepcopy(model)]
+    x = torch.randn(3, 4, dtype=torch.float64)
+    for other in others:
+        other.adaptc.switch("a")
+        with torch.no_grad():
+            other(x)
+        called = other if whole else other.first
+        outer = banked(Around(called).double(), plan, backend="eager")
+        outer.adaptc.switch("a")
+        with torch.no_grad():
+            y = x @ outer.first.weight.T + outer.first.bias + _update(outer.first, x)
+            with torch.compiler.set_stance("force_eager"):
+                y = other.adaptc.model(y) if whole else _adapted_linear(other.first, y)
+            want = _adapted_linear(outer.last, y)
+            close(outer(x), want)
+
+
+def _update(layer, x):
+    lora = layer.adapters["a"]
+    return lora.scale * (x @ lora.lora_A.T @ lora.lora_B.T)
+
+
+def _adapted_linear(layer, x):
+    return x @ layer.weight.T + layer.bias + _update(layer, x)
+
+
+def test_a_layer_that_was_replaced_by_its_copy():
+    model = banked(Net().double(), {"a": adaptc.LoRA(r=2, targets=["first", "last"])}, backend="eager")
+    x = torch.randn(3, 4, dtype=torch.float64)
+    model.adaptc.switch("a")
+    with torch.no_grad():
+        model(x)
+        model.first = copy.deepcopy(model.first)
+        model.first.adapters["a"].lora_A.mul_(3)
+        y = _adapted_linear(model.first, x)
+        close(model(x), _adapted_linear(model.last, y) + y * y)
+        model.adaptc.switch(None)
+        y = x @ model.first.weight.T + model.first.bias
+        close(model(x), y @ model.last.weight.T + model.last.bias + y * y)
+
+
+def test_what_a_layer_returns_and_somebody_keeps_is_not_written():
+    model = banked(Net().double(), {"a": adaptc.LoRA(r=2, targets=["first"])}, backend="eager")
+    x, stored = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    model.adaptc.switch("a")
+    kept, given = stored.clone(), x.clone()
+
+    def by_hook(value):
+        return model.first.register_forward_hook(lambda m, args, y: value, prepend=True)
+
+    for value in (stored, x, stored[:1].expand(3, 4)):
+        handle = by_hook(value)
+        for _ in range(3):
+            with torch.no_grad():
+                y = value + _update(model.first, x)
+                close(model(x), y @ model.last.weight.T + model.last.bias + y * y)
+            assert torch.equal(stored, kept) and torch.equal(x, given)
+        handle.remove()
+    model.first.forward = lambda z: stored
+    with torch.no_grad():
+        model(x)
+    assert torch.equal(stored, kept)
+
+
+def test_a_layer_of_another_compiled_model_is_refused():
+    shared = nn.Linear(4, 4)
+    one = adaptc.compile(nn.Sequential(shared), adaptc.LoRA(r=2, targets=["0"]), backend="eager")
+    before = [id(p) for p in one.adaptc.parameters()]
+    with pytest.raises(SiteError, match="not this model's"):
+        adaptc.compile(nn.Sequential(shared, nn.Linear(4, 4)), bank=adaptc.Bank("lora", 4, 2))
+    assert [id(p) for p in one.adaptc.parameters()] == before and len(shared._forward_hooks) == 1
+
+
+def test_bytes_are_those_of_now():
+    model = adaptc.compile(hosts.short("llama"), bank=adaptc.Bank("lora", 4, 4, bytes="3 kB"), backend="eager")
+    model.adaptc.add("a", adaptc.LoRA(r=1, targets=["q_proj"]))
+    model.double()
+    used = model.adaptc.metrics()["bank_bytes"]
+    assert 1000 < used < 2000
+    model.adaptc.add("b", adaptc.LoRA(r=1, targets=["q_proj"]))
+    model.double()
+    with pytest.raises(BankError, match="takes") as raised:
+        model.adaptc.add("c", adaptc.LoRA(r=1, targets=["q_proj"]))
+    assert f"{model.adaptc.metrics()['bank_bytes']:,} are taken" in str(raised.value)

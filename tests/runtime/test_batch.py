@@ -78,6 +78,29 @@ def test_batches_that_come_again_are_made_once():
     assert len(model.adaptc.captures._batches) == 16
 
 
+def test_threads_that_look_at_once_leave_torch_compiling():
+    models = [llama({"a": lora(), "b": lora()}) for _ in range(4)]
+    errors = []
+
+    def serve(model, inputs):
+        try:
+            with torch.no_grad(), model.adaptc.batch(["a"] * 5):
+                model.adaptc.captures.layouts.check(
+                    model.adaptc.captures.batching.current, "", model._call_impl, inputs["input_ids"], (), inputs
+                )
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=serve, args=pair) for pair in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    graphs = []
+    torch.compile(lambda x: x + 1, backend=lambda gm, _: graphs.append(gm) or gm.forward)(torch.ones(2))
+    assert not errors and len(graphs) == 1
+
+
 def test_adapters_of_equal_signatures_share_graphs():
     model, inputs = llama({name: lora() for name in "abcd"}, backend="aot_eager")
     graphs = set()

@@ -96,7 +96,7 @@ class Capture:
         if rows is not None:
             now.update(rows=rows)
         slots = None if records else self.calls.slots
-        now.update(slots=slots, in_slots=slots is not None)
+        now.update(slots=slots, in_slots="" if slots is None else slots.name)
         try:
             with RecompileLimitWatch() as limits, state_across_modules() if self.across else nullcontext():
                 output = self.run(*args, **kwargs)
@@ -139,6 +139,7 @@ class Captures(Calls):
         #: Where the rows of a batch are in what adapted modules read.
         self.layouts = Layouts()
         self._slots: ModelSlots | None = None
+        self._slots_are_known = False
         #: With a bank: what acted in the last call with gradients.
         self._announced: object = None
         #: Whether it was said that more of these were captured than are kept.
@@ -180,8 +181,13 @@ class Captures(Calls):
     @property
     def slots(self) -> ModelSlots | None:
         """What the slots of the model do; None without a bank."""
-        if self._slots is None and self.adapters.bank is not None:
-            self._slots = ModelSlots(site.module for site in self.adapters.sites)
+        if self.adapters.bank is None:
+            return None
+        if self._slots is None:
+            self._slots, self._slots_are_known = ModelSlots(), False
+        if not self._slots_are_known:
+            self._slots.look(site.module for site in self.adapters.sites)
+            self._slots_are_known = True
         return self._slots
 
     def _capture(self, entry: str, function: Callable[..., Any], *, whole: bool) -> Callable[..., Any]:
@@ -332,7 +338,7 @@ class Captures(Calls):
         self._kept.clear()
         self._packable = None
         self.layouts = Layouts()
-        self._slots = self._announced = None
+        self._slots_are_known, self._announced = False, None
         self._begin(Epoch(str(next(_EPOCHS))))
 
     def _begin(self, epoch: Epoch) -> None:
@@ -345,6 +351,7 @@ class Captures(Calls):
 
     def _follow(self) -> None:
         """Go on with what was captured with the hooks and the methods that the model has now, or begin an epoch."""
+        self._slots_are_known = False
         now, ended = Watch(self.adapters.model), self.epoch
         self.layouts = Layouts()
         if not ended.fits(now):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,8 @@ from adaptc.transformers_names import LAYER_CACHES, experts_by_shape, given_cach
 _PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039)
 #: How many kinds of calls are remembered.
 _MOST = 64
+#: torch's stance is the process's: threads that look at once would put back each other's.
+_STANCE = threading.RLock()
 
 
 @dataclasses.dataclass(eq=False)
@@ -221,7 +224,7 @@ def _probing(record: Callable[[SiteAdapters, bool, Sequence[Any]], None], ids: t
     before = now.copy()
     now.update(probe=record, rows=ids, depth=CALL.depth + 1, whole=True, eager=None, recorded=None, stopped=None)
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with _STANCE, torch.compiler.set_stance("force_eager"):
             yield
     finally:
         now.clear()
