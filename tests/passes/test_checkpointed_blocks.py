@@ -33,7 +33,8 @@ def checkpointed(backend="aot_eager", dtype=torch.float32, regional=False, host=
 @pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
 @pytest.mark.parametrize("options", [
     {}, {"dropout": 0.1}, {"dropout": 0.1, "dtype": torch.bfloat16}, {"dora": True}, {"dropout": 0.1, "dora": True},
-    {"dropout": 0.1, "regional": True}, {"dropout": 0.1, "layers": 3}, {"host": "t5", "dropout": 0.1, "layers": 2},
+    {"dropout": 0.1, "regional": True}, {"dropout": 0.1, "layers": 3},
+    pytest.param({"host": "t5", "dropout": 0.1, "layers": 2}, marks=pytest.mark.slow),
 ], ids=["lora", "dropout", "bf16", "dora", "dora, dropout", "regional", "layers", "cross-attention"])  # fmt: skip
 def test_nothing_more_is_kept_than_torch_would(options, backend):
     """Before the passes on the joint graph every node has the marks that torch gave it."""

@@ -16,6 +16,7 @@ from tests.models import hosts
 from tests.reference import as_double, factors_of
 
 INDUCTOR = pytest.param("inductor", marks=pytest.mark.inductor)
+SLOW_INDUCTOR = pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])
 #: Bodies of the ops, one by one.
 PLAIN = {"order": ["insert", "seed_dropout"]}
 P = 0.1
@@ -54,7 +55,7 @@ def error(found, wanted):
     return statistics.mean(errors)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
+@pytest.mark.parametrize("backend", ["aot_eager", SLOW_INDUCTOR])
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_a_model_with_dropout(backend, adapter_dtype):
     base = hosts.build("llama").to(torch.bfloat16)
