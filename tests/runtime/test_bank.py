@@ -141,7 +141,7 @@ def test_by_inductor_whole_and_by_block(layers):
     wanted = {name: plan for name, plan in plans("llama").items() if name in ("small", "wide", "dora", "ia3")}
     model = banked(base, wanted, backend="inductor", regional=layers > 1)
     # Llama computes its norms in fp32 whatever the dtype is, and Inductor sums them in another order.
-    check_trace(model, base, wanted, HOSTS["llama"][1](4), steps=60, tolerance=1e-6)
+    check_trace(model, base, wanted, HOSTS["llama"][1](4), steps=60, tolerance=1e-5)
 
 
 @pytest.fixture(scope="module")
