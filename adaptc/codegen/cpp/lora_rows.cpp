@@ -95,8 +95,8 @@ static Tensors gradients(const Tensor& grad, const Tensor& x, const Tensor& h, c
         typedef decltype(number) T;
         const RowsOf<T> g = rows_of<T>(grad), from = rows_of<T>(x), kept = rows_of<T>(h);
         const Table<T> out{data_of<T>(dx), rows.sizes.inputs};
-        const Gradients<T> all{table(g), table(from), table(kept), out,
-                               {to.begin(), to.begin() + count}, {to.begin() + count, to.end()}};
+        const Gradients<T> all{
+            table(g), table(from), table(kept), out, {to.begin(), to.begin() + count}, {to.begin() + count, to.end()}};
         backward<T>(rows.grouped, rows.adapters, rows.sizes, all, rows.threads(2));
     });
     for (size_t i = 0, next = 0; i < 2 * count; ++i)
@@ -139,8 +139,8 @@ static Tensors lora_rows_grads(const Tensor& grad, const Tensor& x, const Tensor
                                const std::vector<bool>& need) {
     if (!takes(x, grad, A, B, scale, ids) || h.scalar_type() != x.scalar_type() || h.numel() == 0) {
         const Flags flags(need);
-        return taken<Tensors>(in_python("adaptc_python::lora_rows_grads", grad, x, h, A, B, scale, ids, numbers, need_x,
-                                        flags.all())[0]);
+        return taken<Tensors>(
+            in_python("adaptc_python::lora_rows_grads", grad, x, h, A, B, scale, ids, numbers, need_x, flags.all())[0]);
     }
     const Maybe dx = need_x ? Maybe(empty({x.size(0), x.size(1)}, x.scalar_type())) : Maybe();
     Tensors found = gradients(grad, x, h, A, B, scale, ids, numbers, dx, need);

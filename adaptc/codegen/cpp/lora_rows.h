@@ -265,9 +265,8 @@ static void forward_rows(const Adapter& a, bool few, const int64_t* rows, int64_
                 wide[i] = copy + i * sizes.inputs;
             }
         }
-        with_numbers(a.A, [&](const auto* f) {
-            shrink_few(wide, m, sizes.inputs, f, a.A.along, a.rank(), left, columns);
-        });
+        with_numbers(a.A,
+                     [&](const auto* f) { shrink_few(wide, m, sizes.inputs, f, a.A.along, a.rank(), left, columns); });
     } else {
         shrink_rows(x, rows, m, sizes.inputs, a.A, left, columns);
     }
@@ -349,8 +348,7 @@ static void backward(const Grouped& grouped, const Adapters& adapters, const Siz
                 if (to.dA[place] == nullptr && to.dx.data == nullptr) return;
                 shrink_rows(to.g, rows, m, sizes.outputs, a.B, q + at, columns);
                 scale_rows<T>(a, q + at, m, rows, nullptr, 0);
-                if (to.dx.data != nullptr)
-                    expand_rows(q + at, columns, a.A, rows, m, sizes.inputs, {}, to.dx);
+                if (to.dx.data != nullptr) expand_rows(q + at, columns, a.A, rows, m, sizes.inputs, {}, to.dx);
             });
             const int64_t others = grouped.others.size(), end = share_of(others, 1, part + 1, threads);
             for (int64_t i = share_of(others, 1, part, threads); i < end && to.dx.data != nullptr; ++i)
@@ -364,10 +362,9 @@ static void backward(const Grouped& grouped, const Adapters& adapters, const Siz
             if (made == nullptr) continue;
             const int64_t width = of_A ? sizes.inputs : sizes.outputs, c0 = (of_A ? strip : strip - strips_x) * NARROW;
             const int64_t cols = std::min(NARROW, width - c0), rank = adapters[place].rank();
-            const float* sums =
-                outer_rows((of_A ? q : h) + grouped.first[place] * pitch, adapters[place].columns(), rank,
-                           of_A ? to.x : to.g, grouped.rows.data() + grouped.first[place], grouped.count(place), c0,
-                           cols);
+            const float* sums = outer_rows((of_A ? q : h) + grouped.first[place] * pitch, adapters[place].columns(),
+                                           rank, of_A ? to.x : to.g, grouped.rows.data() + grouped.first[place],
+                                           grouped.count(place), c0, cols);
             if (of_A)
                 for (int64_t r = 0; r < rank; ++r) std::copy_n(sums + r * NARROW, cols, made + r * width + c0);
             else turn(sums, NARROW, rank, cols, made + c0 * rank, rank);
